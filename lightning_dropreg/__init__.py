@@ -1,0 +1,2 @@
+"""x"""
+from lightning_dropreg import functional

@@ -1,0 +1,139 @@
+"""The curvatures that stand between the model's outputs and the penalty, each written in three ways.
+
+Let ``M_t`` be the ``(C, C)`` matrix of one example and ``w_t = dL/dl_t`` the weight with which the user's own
+reduction counts it. The explicit penalty is ``R = 1/2 sum_t E[u_t^T w_t M_t u_t]`` over the random directional
+derivatives ``u`` of the outputs. The curvatures are
+
+==================  ========================================  ==========================
+name                ``M_t``                                   paper
+==================  ========================================  ==========================
+``loss_hessian``    ``H_out = d2 l_t / dz_t2``                (4.4), ``R_approx``
+``identity``        ``I / C``                                 section 5.2, ablation
+``loss_jacobian``   ``(dl_t/dz_t)^T (dl_t/dz_t)``             (5.1), ablation
+==================  ========================================  ==========================
+
+and the estimators need ``u^T M u`` (`quadratic_form`), a random ``v`` with ``E[v v^T] = w M`` (`factor`), or ``w M``
+itself (`matrix`, by automatic differentiation of the loss alone: the oracle for the other two).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_dropreg.losses import Loss
+from lightning_dropreg.sites import noise_dtype
+
+__all__ = ["CURVATURES", "element_weights", "factor", "matrix", "quadratic_form"]
+
+CURVATURES = ("loss_hessian", "identity", "loss_jacobian")
+
+
+def element_weights(total: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
+    """Read off the user's own reduction how much each loss element counts: ``w_t = dL/dl_t``.
+
+    Masks, class balancing and several weighted losses act on the penalty as they act on the loss, whatever code
+    computes them. Only the graph between elements and `total` is traversed, a few small operations.
+
+    Args:
+        total: The scalar loss ``L`` that the step returned.
+        losses: The losses recognized in it.
+
+    Returns:
+        For each loss the weights in the shape of its `Loss.per_element`; zeros for a loss that `total` does not use.
+    """
+    gradients = torch.autograd.grad(
+        total, [loss.elements for loss in losses], retain_graph=True, create_graph=True, allow_unused=True
+    )
+    return [
+        loss.per_element(torch.zeros_like(loss.elements) if gradient is None else gradient)
+        for loss, gradient in zip(losses, gradients, strict=True)
+    ]
+
+
+def quadratic_form(curvature: str, loss: Loss, z: Tensor, u: Tensor, slope: Tensor, weights: Tensor) -> Tensor:
+    """Return ``sum_t w_t u_t^T M_t u_t``.
+
+    Args:
+        curvature: One of `CURVATURES`.
+        loss: The loss.
+        z: Outputs at which the curvature is taken, ``(T, C)``.
+        u: Directional derivative of the outputs, ``(T, C)``.
+        slope: Directional derivative of the loss elements in the same direction, shape of `Loss.per_element`.
+        weights: Weights of the elements, same shape.
+
+    Returns:
+        Scalar, differentiable in `z`, `u`, `slope` and `weights`.
+    """
+    if curvature == "loss_hessian":
+        return loss.hessian_form(z, u, weights)
+    if curvature == "identity":
+        return (loss.example_weights(weights) * u.square().mean(-1)).sum()
+    # an example of several elements has one loss, and the slope of that is what is squared
+    return _divide(loss.example_sum(weights * slope).square(), loss.example_weights(weights)).sum()
+
+
+def factor(curvature: str, loss: Loss, weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random ``v`` with ``E[v_t v_t^T] = w_t M_t``, uncorrelated between examples.
+
+    Args:
+        curvature: One of `CURVATURES`.
+        loss: The loss.
+        weights: Weights of the elements, shape of `Loss.per_element`; nonnegative.
+        generator: Source of the randomness, on the device of the outputs.
+
+    Returns:
+        Tensor ``(T, C)``, differentiable in the outputs.
+    """
+    z = loss.outputs.to(noise_dtype(loss.outputs.dtype))
+    signs = torch.empty_like(z).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    if curvature == "loss_hessian":
+        return loss.hessian_factor(z, weights, signs)
+    example_weights = loss.example_weights(weights)
+    if curvature == "identity":
+        return (example_weights / z.shape[-1]).sqrt().unsqueeze(-1) * signs
+    gradient = _gradient(loss, weights)
+    return _divide(gradient, example_weights.sqrt().unsqueeze(-1)) * signs[:, :1]
+
+
+def matrix(curvature: str, loss: Loss, weights: Tensor) -> Tensor:
+    """Return ``w_t M_t`` for every example.
+
+    Args:
+        curvature: One of `CURVATURES`.
+        loss: The loss.
+        weights: Weights of the elements, shape of `Loss.per_element`.
+
+    Returns:
+        Tensor ``(T, C, C)``, differentiable in the outputs.
+    """
+    z = loss.outputs
+    if curvature == "loss_hessian":
+        with torch.enable_grad():
+            value = (weights * loss.per_element(loss.function(z))).sum()
+            (gradient,) = torch.autograd.grad(value, z, create_graph=True)
+            if not gradient.requires_grad:  # a loss that is linear in its outputs
+                return z.new_zeros(*z.shape, z.shape[-1])
+            rows = [
+                torch.autograd.grad(gradient[:, c].sum(), z, create_graph=True)[0] for c in range(z.shape[-1])
+            ]
+        return torch.stack(rows, dim=1)
+    example_weights = loss.example_weights(weights)
+    if curvature == "identity":
+        identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) / z.shape[-1]
+        return example_weights[:, None, None] * identity
+    gradient = _gradient(loss, weights)
+    return _divide(gradient.unsqueeze(-1) * gradient.unsqueeze(-2), example_weights[:, None, None])
+
+
+def _gradient(loss: Loss, weights: Tensor) -> Tensor:
+    """``d (sum w l) / dz`` through this loss alone, ``(T, C)``."""
+    value = (weights * loss.per_element(loss.elements)).sum()
+    return torch.autograd.grad(value, loss.outputs, create_graph=True)[0]
+
+
+def _divide(value: Tensor, weight: Tensor) -> Tensor:
+    """``value / weight``, and 0 where an example has no weight (nor then any value)."""
+    return value / torch.where(weight == 0, torch.ones_like(weight), weight)

@@ -1,0 +1,57 @@
+"""The errors of the package: what was found, where, and what to do about it.
+
+Everything derives from `DropregError`, so ``except DropregError`` catches whatever this package refuses.
+"""
+
+__all__ = [
+    "CompositionError",
+    "DropregError",
+    "InconsistentPassesError",
+    "InvalidArgumentError",
+    "LossNotRecognizedError",
+    "NoDropoutSiteError",
+    "NonFinitePenaltyError",
+    "UnsupportedModuleError",
+    "UnsupportedOperationError",
+    "UnsupportedSiteError",
+]
+
+
+class DropregError(Exception):
+    """Base of every error raised by this package."""
+
+
+class InvalidArgumentError(DropregError, ValueError):
+    """An argument is outside its range or names something that does not exist."""
+
+
+class NoDropoutSiteError(DropregError):
+    """No dropout with a positive drop probability was reached, so there is nothing to regularize."""
+
+
+class UnsupportedSiteError(DropregError):
+    """A dropout of a kind that the package does not understand was reached."""
+
+
+class LossNotRecognizedError(DropregError):
+    """The loss, or a part of it that dropout acts on, was not computed by a function the package knows."""
+
+
+class UnsupportedOperationError(DropregError):
+    """The model uses an operation that the chosen estimator cannot differentiate."""
+
+
+class InconsistentPassesError(DropregError):
+    """Two passes over one batch did not do the same thing, so they cannot be compared."""
+
+
+class NonFinitePenaltyError(DropregError):
+    """The explicit penalty or the implicit noise is NaN or infinite."""
+
+
+class CompositionError(DropregError):
+    """The callbacks of a Trainer do not make sense together."""
+
+
+class UnsupportedModuleError(DropregError):
+    """A LightningModule or Trainer is set up in a way that a callback cannot work with."""

@@ -1,0 +1,24 @@
+"""Four ways to estimate the same penalty and the same noise, one file each, all with one signature.
+
+==========================  =========================================  ====================================
+`antithetic` (the default)  two passes, ``1 + step r`` and ``1 - step r``  everything that has a backward
+`forward`                   one pass with dual numbers                 operations with a forward-mode formula
+`double_backward`           the paper's: back-propagate twice          operations with a double backward
+`exact`                     the full Jacobian                          small problems; the oracle of the others
+==========================  =========================================  ====================================
+"""
+
+from lightning_dropreg.estimators.antithetic import antithetic
+from lightning_dropreg.estimators.base import Estimate, Estimator
+from lightning_dropreg.estimators.double_backward import double_backward
+from lightning_dropreg.estimators.exact import exact
+from lightning_dropreg.estimators.forward import forward
+
+__all__ = ["ESTIMATORS", "Estimate", "Estimator", "antithetic", "double_backward", "exact", "forward"]
+
+ESTIMATORS: dict[str, Estimator] = {
+    "antithetic": antithetic,
+    "forward": forward,
+    "double_backward": double_backward,
+    "exact": exact,
+}

@@ -1,0 +1,98 @@
+"""The paper's way: the gradient of a random function of the outputs in every hidden layer, differentiated again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_dropreg.curvature import element_weights, factor
+from lightning_dropreg.errors import UnsupportedOperationError
+from lightning_dropreg.estimators.base import Estimate
+from lightning_dropreg.passes import Closure, Pass, Tap, run_pass
+from lightning_dropreg.sites import Directions, KeyedGenerators, fold_key
+
+__all__ = ["double_backward"]
+
+
+def double_backward(
+    closure: Closure, *, curvature: str | None, noise: bool, step_size: float, mask: str, key: int
+) -> Estimate:
+    """Estimate penalty and noise by back-propagating to the dropout sites with ``create_graph=True``.
+
+    With random ``v`` such that ``E[v v^T] = w H`` (see `lightning_dropreg.curvature.factor`),
+    ``1/2 sum_i c_i || (J_i^T v) * h_i ||^2`` is an unbiased estimate of the penalty (4.4). The noise needs no estimate:
+    its scalar is ``sum_i <dL/dt_i, r_i>`` with ``t_i`` the relative change of ``h_i``. The loss is exact.
+
+    See `lightning_dropreg.estimators.base.Estimator` for arguments and result.
+    """
+    tap = Tap(Directions(key, mask), draw=noise)
+    done = run_pass(closure, tap, record_losses=curvature is not None)
+    return Estimate(
+        loss=done.loss,
+        penalty=None if curvature is None else _penalty(curvature, done, tap, key),
+        noise=noise_scalar(done.loss, tap) if noise else None,
+    )
+
+
+def _penalty(curvature: str, done: Pass, tap: Tap, key: int) -> Tensor:
+    generators = KeyedGenerators(fold_key(key, 1))  # not the stream of the directions
+    vectors = [
+        factor(curvature, loss, weights, generators.on(loss.outputs.device))
+        for loss, weights in zip(done.losses, element_weights(done.loss, done.losses), strict=True)
+    ]
+    outputs = [loss.outputs for loss in done.losses]
+    vectors = [v.to(z.dtype) for v, z in zip(vectors, outputs, strict=True)]
+    gradients = tap_gradients(outputs, tap, vectors)
+    penalty = done.loss.new_zeros(())
+    for site, gradient in zip(tap.sites, gradients, strict=True):
+        penalty = penalty + site.variance / 2 * gradient.square().sum()
+    return penalty
+
+
+def noise_scalar(loss: Tensor, tap: Tap) -> Tensor:
+    """Return ``s = sum_i J_loss,i (r_i * h_i)``, exactly, for the directions that `tap` drew."""
+    noise = loss.new_zeros(())
+    for gradient, direction in zip(tap_gradients([loss], tap, None), tap.draws, strict=True):
+        noise = noise + (gradient * direction).sum()
+    return noise
+
+
+def tap_gradients(values: Sequence[Tensor], tap: Tap, vectors: Sequence[Tensor] | None) -> list[Tensor]:
+    """Differentiate `values` (times `vectors`) in the taps, keeping the graph.
+
+    Raises:
+        UnsupportedOperationError: If an operation of the model cannot be differentiated twice.
+    """
+    gradients = torch.autograd.grad(
+        list(values), tap.taps, None if vectors is None else list(vectors), create_graph=True, allow_unused=True
+    )
+    filled = [
+        torch.zeros_like(t) if gradient is None else gradient for gradient, t in zip(gradients, tap.taps, strict=True)
+    ]
+    missing = _missing_double_backward(filled)
+    if missing:
+        raise UnsupportedOperationError(
+            f"The model has operations that cannot be differentiated twice, which this estimator needs: {missing}. "
+            "Use estimator='antithetic', which needs only one backward. (Attention: torch.nn.attention.sdpa_kernel("
+            "SDPBackend.MATH) around the forward has a double backward; so have RNNs with cuDNN switched off.)"
+        )
+    return filled
+
+
+def _missing_double_backward(gradients: Sequence[Tensor]) -> str:
+    """Names of the operations in the graph of `gradients` that would raise when differentiated; empty if none."""
+    names: set[str] = set()
+    seen: set[object] = set()
+    stack = [(gradient.grad_fn, "") for gradient in gradients]
+    while stack:
+        node, parent = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = node.name()
+        if name in {"NotImplemented", "Error", "torch::autograd::Error"}:
+            names.add(parent or name)
+        stack.extend((next_node, name) for next_node, _ in node.next_functions)
+    return ", ".join(sorted(names))

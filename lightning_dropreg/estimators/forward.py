@@ -1,0 +1,56 @@
+"""One pass with forward-mode dual numbers: the directional derivatives without a step size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_dropreg.curvature import element_weights, quadratic_form
+from lightning_dropreg.errors import UnsupportedOperationError
+from lightning_dropreg.estimators.base import Estimate
+from lightning_dropreg.passes import Closure, Tangent, run_pass
+from lightning_dropreg.sites import Directions, noise_dtype
+
+__all__ = ["forward"]
+
+
+def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: float, mask: str, key: int) -> Estimate:
+    """Estimate loss, penalty and noise from the tangents of outputs and loss.
+
+    Each site's activation ``h`` carries the tangent ``h r``; the outputs' tangent is then ``u = sum_i J_i (h_i r_i)``
+    and the loss's tangent the noise ``s``. See `lightning_dropreg.estimators.base.Estimator` for arguments and result.
+
+    Raises:
+        UnsupportedOperationError: If an operation of the model has no forward-mode formula.
+    """
+    directions = Directions(key, mask)
+    with forward_ad.dual_level():
+        try:
+            done = run_pass(closure, Tangent(directions), record_losses=curvature is not None)
+        except NotImplementedError as error:
+            raise UnsupportedOperationError(
+                f"The model has an operation without a forward-mode derivative, which estimator='forward' needs "
+                f"({str(error).splitlines()[0]}). Use estimator='antithetic', which needs only a backward."
+            ) from error
+        loss, slope = _split(done.loss)
+        penalty = None
+        if curvature is not None:
+            penalty = loss.new_zeros(())
+            for recorded, weights in zip(done.losses, element_weights(done.loss, done.losses), strict=True):
+                z, u = _split(recorded.outputs)
+                _, elements_slope = _split(recorded.elements)
+                penalty = penalty + quadratic_form(
+                    curvature, recorded, _wide(z), _wide(u), recorded.per_element(elements_slope), _split(weights)[0]
+                ) / 2  # fmt: skip
+    return Estimate(loss=loss, penalty=penalty, noise=slope if noise else None)
+
+
+def _split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Primal and tangent, the latter zero for what no site acts on."""
+    primal, tangent = forward_ad.unpack_dual(value)
+    return primal, torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(noise_dtype(value.dtype))

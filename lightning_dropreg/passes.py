@@ -1,0 +1,213 @@
+"""One forward pass with a chosen noise at the dropout sites.
+
+Every algorithm of the paper is a composition of such passes: `Off` (the model without dropout), `Perturb`
+(``h (1 + step r)``), `Tangent` (the same to first order, in dual numbers), `Tap` (a handle on each site for
+back-propagation) and `Drop` (dropout itself).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_dropreg.dual import REPLACEMENTS
+from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, NoDropoutSiteError
+from lightning_dropreg.interception import Interception, Rule
+from lightning_dropreg.losses import Loss
+from lightning_dropreg.sites import Directions, KeyedGenerators, Site, noise_dtype
+
+__all__ = ["Closure", "Drop", "Off", "Pass", "Perturb", "Tangent", "Tap", "run_pass"]
+
+Closure = Callable[[], Tensor]
+"""Runs forward and loss of a model and returns the scalar loss."""
+
+
+class Off:
+    """No dropout."""
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        return h
+
+
+class Perturb:
+    """``h (1 + step r)`` with the batch's directions ``r``."""
+
+    def __init__(self, directions: Directions, step: float) -> None:
+        self.directions = directions
+        self.step = step
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        return (h * (1 + self.step * self.directions.draw(site, h))).to(h.dtype)
+
+
+class Tangent:
+    """``h`` with the tangent ``h r``: forward-mode dual numbers."""
+
+    def __init__(self, directions: Directions) -> None:
+        self.directions = directions
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        primal, tangent = forward_ad.unpack_dual(h)
+        push = (primal * self.directions.draw(site, h)).to(h.dtype)
+        return forward_ad.make_dual(primal, push if tangent is None else tangent + push)
+
+
+class Tap:
+    """``h (1 + t)`` with ``t = 0``: the derivative in ``t`` is ``J_i`` times ``h_i``, summed over a shared mask.
+
+    Attributes:
+        taps: The ``t`` of each site, in order.
+        sites: The sites.
+        draws: Directions ``r`` for the sites, drawn in the same order as in the other passes; empty without.
+    """
+
+    def __init__(self, directions: Directions, draw: bool = False) -> None:
+        self.directions = directions
+        self.draw = draw
+        self.taps: list[Tensor] = []
+        self.sites: list[Site] = []
+        self.draws: list[Tensor] = []
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        shape = self.directions.shape_of(site)
+        tap = torch.zeros(shape, dtype=noise_dtype(h.dtype), device=h.device, requires_grad=True)
+        self.taps.append(tap)
+        self.sites.append(site)
+        if self.draw:
+            self.draws.append(self.directions.draw(site, h))
+        return (h * (1 + tap)).to(h.dtype)
+
+
+class Drop:
+    """Dropout itself, with masks drawn from generators of our own so that the global random state is not touched."""
+
+    def __init__(self, key: int) -> None:
+        self.generators = KeyedGenerators(key)
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        keep = torch.empty(site.mask_shape, dtype=h.dtype, device=h.device)
+        keep.bernoulli_(1 - site.p, generator=self.generators.on(h.device))
+        return h * keep.div_(1 - site.p)
+
+
+@dataclass
+class Pass:
+    """What one pass gave.
+
+    Attributes:
+        loss: The scalar loss that the closure returned.
+        losses: The recognized losses in it, if they were recorded.
+        sites: The dropout sites that were reached.
+    """
+
+    loss: Tensor
+    losses: list[Loss]
+    sites: list[Site]
+
+
+def run_pass(
+    closure: Closure, rule: Rule, *, record_losses: bool = False, name_sites: bool = False, need_sites: bool = True
+) -> Pass:
+    """Run `closure` once with `rule` at its dropout sites.
+
+    Args:
+        closure: Runs forward and loss and returns the scalar loss.
+        rule: What to do at the sites.
+        record_losses: Whether the losses are taken apart; raises if none is recognized.
+        name_sites: Whether the sites get names.
+        need_sites: Whether reaching no dropout site is an error.
+
+    Returns:
+        Loss, recognized losses and sites of the pass.
+
+    Raises:
+        NoDropoutSiteError: If `need_sites` and nothing was dropped.
+        LossNotRecognizedError: If `record_losses` and no known loss function was called with an output that needs a
+            gradient.
+    """
+    dual = isinstance(rule, Tangent)
+    with Interception(
+        rule,
+        record_losses=record_losses or dual,  # torch's cross entropy has no tangent that has a backward, ours has
+        name_sites=name_sites,
+        replacements=REPLACEMENTS if dual else None,
+    ) as interception:
+        loss = closure()
+    check_loss(loss)
+    if need_sites and not interception.sites:
+        raise NoDropoutSiteError(
+            "No dropout with a positive drop probability was reached in this step, so there is nothing to regularize. "
+            "Check that the model is in training mode, that a drop probability is above 0, and that the dropout is "
+            "computed by torch.nn.functional.dropout, dropout1d, dropout2d or dropout3d (or the modules around them)."
+        )
+    if record_losses and not interception.losses:
+        raise LossNotRecognizedError(
+            "The step returned a loss, but none of the loss functions that this package knows was called on the way "
+            "(torch.nn.functional.cross_entropy, nll_loss, binary_cross_entropy_with_logits, mse_loss or the modules "
+            "around them), so the curvature of the loss in the model's output is unknown. Compute the loss with one "
+            "of them, or use ImplicitNoise, which needs no curvature."
+        )
+    if record_losses:
+        _check_recognized(loss, interception)
+    return Pass(loss, interception.losses, interception.sites)
+
+
+def _check_recognized(loss: Tensor, interception: Interception) -> None:
+    """Refuse a loss of which a part depends on dropout without being a recognized loss.
+
+    Walks the autograd graph from the returned loss, not entering the elements of recognized losses: usually that is
+    the user's reduction and nothing else. A dropout site found on the way is acted on by something unknown.
+    """
+    elements = {recorded.elements.grad_fn for recorded in interception.losses}
+    sites = {node: site for node, site in zip(interception.site_nodes, interception.sites, strict=True) if node}
+    found, seen, stack = False, set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in elements:
+            found = True
+        elif node in sites:
+            raise LossNotRecognizedError(
+                f"A part of the returned loss depends on the dropout site {sites[node]} by a way that does not lead "
+                f"through a recognized loss function (found: {', '.join(l.name for l in interception.losses)}), so its "
+                "curvature is unknown and the penalty would miss it. Compute that part with a loss function of "
+                "torch.nn.functional that this package knows, or leave it out of the returned loss."
+            )
+        else:
+            stack.extend(next_node for next_node, _ in node.next_functions)
+    if not found:
+        raise LossNotRecognizedError(
+            f"{', '.join(l.name for l in interception.losses)} was computed, but the returned loss does not depend on "
+            "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
+        )
+
+
+def check_loss(loss: object) -> None:
+    """Refuse what is not a differentiable scalar loss.
+
+    Raises:
+        InvalidArgumentError: If `loss` is not a tensor of one floating-point element that needs a gradient.
+    """
+    if not isinstance(loss, Tensor):
+        found = type(loss).__name__
+    elif loss.numel() != 1 or not loss.is_floating_point():
+        found = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}"
+    elif not loss.requires_grad:
+        found = "a tensor that does not require a gradient"
+    else:
+        return
+    raise InvalidArgumentError(
+        f"The step must return a scalar loss that depends on parameters; it returned {found}. Return the loss before "
+        ".item() or .detach(), reduced to one number."
+    )
