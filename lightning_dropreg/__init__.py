@@ -1,2 +1,23 @@
-"""x"""
-from lightning_dropreg import functional
+"""Know, control or replace what dropout does.
+
+Wei, Kakade and Ma, *The Implicit and Explicit Regularization Effects of Dropout* (ICML 2020), for PyTorch Lightning:
+`ExplicitPenalty`, `ImplicitNoise` and `MiniBatchDropout` are callbacks for any Trainer, the mixins bring them with a
+LightningModule, and `functional` is the same without Lightning.
+"""
+
+from lightning_dropreg import errors, functional
+from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
+from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, MiniBatchDropoutMixin
+
+__all__ = [
+    "ExplicitPenalty",
+    "ExplicitPenaltyMixin",
+    "ImplicitNoise",
+    "ImplicitNoiseMixin",
+    "MiniBatchDropout",
+    "MiniBatchDropoutMixin",
+    "errors",
+    "functional",
+]
+
+__version__ = "0.1.0"

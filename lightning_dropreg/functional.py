@@ -25,8 +25,8 @@ from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS, Estimate
 from lightning_dropreg.isolation import Isolation
-from lightning_dropreg.passes import Closure, Drop, Off, Tap, run_pass
-from lightning_dropreg.sites import Directions, Site, fold_key
+from lightning_dropreg.passes import Closure, Drop, Off, run_pass
+from lightning_dropreg.sites import Site, fold_key
 
 __all__ = ["dropout_loss", "explicit_penalty", "find_sites", "implicit_noise", "plain_loss"]
 
@@ -208,9 +208,9 @@ def find_sites(closure: Closure, *, module: nn.Module | None = None) -> list[Sit
         >>> [(site.name, site.p, site.shape) for site in find_sites(lambda: net(torch.ones(5, 2)).sum())]
         [('1', 0.25, (5, 3))]
     """
-    isolation = Isolation(module)
-    with isolation, isolation.aside():
-        return isolation.run(lambda: run_pass(closure, Off(), name_sites=True, need_sites=False)).sites
+    with Isolation(module) as isolation:
+        look = lambda: run_pass(closure, Off(), name_sites=True, need_sites=False)  # noqa: E731
+        return isolation.run(look, trace=False).sites
 
 
 def _estimate(

@@ -50,14 +50,17 @@ class Isolation:
     def __init__(self, module: nn.Module | None, mean: bool = False) -> None:
         self._modules = _modules(module)
         self._mean = mean
-        self._start_state: list[_ModuleState] = []
+        self._original: list[_ModuleState] = []
+        self._start: list[_ModuleState] = []
         self._start_random: _RandomState | None = None
-        self._end_random: _RandomState | None = None
         self._ends: list[list[_ModuleState]] = []
+        self._end_random: _RandomState | None = None
+        self._untouched = True
 
     def __enter__(self) -> Isolation:
         """Remember the state in which every run starts."""
-        self._start_state = [_ModuleState.copied(module) for module in self._modules]
+        self._original = self._current()
+        self._start = [state.fresh() for state in self._original]
         self._start_random = _RandomState()
         return self
 
@@ -65,62 +68,56 @@ class Isolation:
         """Leave the state of one step."""
         self.settle()
 
-    def run(self, step: Callable[[], T]) -> T:
+    def run(self, step: Callable[[], T], trace: bool = True) -> T:
         """Call `step`, starting from the state at the beginning of the batch.
 
         Args:
             step: The step; called with no arguments.
+            trace: Whether this run counts for the state that is left in the end.
 
         Returns:
             What `step` returned.
         """
-        first = not self._ends
-        if not first:
-            self._restart()
+        if not (trace and self._untouched):
+            # the first run that counts works on the objects themselves, the others on copies
+            self._install(self._original if trace and not self._ends else [state.fresh() for state in self._start])
+            assert self._start_random is not None
+            self._start_random.restore()
+        self._untouched = False
         try:
             return step()
         finally:
-            self._ends.append([_ModuleState.referenced(module) for module in self._modules])
-            if first:
-                self._end_random = _RandomState()
+            if trace:
+                self._ends.append(self._current())
+                self._end_random = self._end_random or _RandomState()
 
     def settle(self) -> None:
-        """Put the state that one step leaves in place."""
-        if not self._ends:
-            return
-        for index, module in enumerate(self._modules):
-            ends = [end[index] for end in self._ends]
-            (_ModuleState.mean(ends) if self._mean and len(ends) > 1 else ends[0]).install(module)
-        if self._end_random is not None:
-            self._end_random.restore()
-        if self._mean:
-            self._ends = [[_ModuleState.referenced(module) for module in self._modules]]
+        """Put the state that one step leaves in place: nothing has happened if no run counted."""
+        if self._ends:
+            means = [_ModuleState.mean(list(states)) for states in zip(*self._ends, strict=True)]
+            self._install(means if self._mean and len(self._ends) > 1 else self._ends[0])
         else:
-            del self._ends[1:]
+            self._install(self._original)
+        random_state = self._end_random or self._start_random
+        assert random_state is not None
+        random_state.restore()
 
     @contextmanager
-    def aside(self) -> Iterator[Isolation]:
-        """Run further steps after `settle` that leave no trace at all.
-
-        Yields:
-            An isolation with the same start.
-        """
-        self._ends = self._ends[:1]
-        settled = [_ModuleState.referenced(module) for module in self._modules]
-        settled_random = _RandomState()
-        self._restart()
+    def aside(self) -> Iterator[None]:
+        """Run further steps (with ``trace=False``) after `settle` and put everything back as it is now."""
+        current, current_random = self._current(), _RandomState()
         try:
-            yield self
+            yield
         finally:
-            for state, module in zip(settled, self._modules, strict=True):
-                state.install(module)
-            settled_random.restore()
+            self._install(current)
+            current_random.restore()
 
-    def _restart(self) -> None:
-        assert self._start_random is not None
-        for state, module in zip(self._start_state, self._modules, strict=True):
-            state.fresh().install(module)
-        self._start_random.restore()
+    def _current(self) -> list[_ModuleState]:
+        return [_ModuleState.referenced(module) for module in self._modules]
+
+    def _install(self, states: list[_ModuleState]) -> None:
+        for state, module in zip(states, self._modules, strict=True):
+            state.install(module)
 
 
 def _modules(root: nn.Module | None) -> list[nn.Module]:
@@ -157,13 +154,8 @@ class _ModuleState:
         attributes = {k: v for k, v in module.__dict__.items() if k not in _STRUCTURE}
         return cls(dict(module._buffers), attributes)
 
-    @classmethod
-    def copied(cls, module: nn.Module) -> _ModuleState:
-        """A copy that later changes in place do not reach."""
-        return cls.referenced(module).fresh()
-
     def fresh(self) -> _ModuleState:
-        """Another copy."""
+        """A copy that changes in place do not reach."""
         return _ModuleState(
             {k: _copy(v) for k, v in self.buffers.items()}, {k: _copy(v) for k, v in self.attributes.items()}
         )

@@ -1,0 +1,7 @@
+"""The plug-in for `lightning.Trainer`: thin hooks around `lightning_dropreg.step`."""
+
+from lightning_dropreg.callbacks.explicit_penalty import ExplicitPenalty
+from lightning_dropreg.callbacks.implicit_noise import ImplicitNoise
+from lightning_dropreg.callbacks.minibatch_dropout import MiniBatchDropout
+
+__all__ = ["ExplicitPenalty", "ImplicitNoise", "MiniBatchDropout"]

@@ -1,0 +1,150 @@
+"""What the three callbacks have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_dropreg.callbacks.session import Session
+from lightning_dropreg.errors import CompositionError, InvalidArgumentError
+from lightning_dropreg.functional import check_estimation
+from lightning_dropreg.step import Estimation, NoiseSettings, PenaltySettings, Plan
+
+__all__ = ["RegularizerCallback", "check_strength", "estimation"]
+
+STATE_VERSION = 1
+
+
+class RegularizerCallback(Callback):
+    """Base of the callbacks: finds its companions in the Trainer and lets the first of them run the session."""
+
+    penalty: PenaltySettings | None = None
+    noise: NoiseSettings | None = None
+    k: int | None = None
+    from_mixin = False
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._seed: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the composition of callbacks."""
+        if stage == "fit" and self._leads(trainer):
+            self.plan(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wrap the module's training step."""
+        if self._leads(trainer):
+            self._session = Session(trainer, pl_module, self.plan(trainer), self._seed)
+            self._session.check()
+            self._seed = self._session.seed
+            self._session.install()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the noise to the gradients."""
+        if self._session is not None:
+            self._session.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Log the norm of the gradient."""
+        if self._session is not None:
+            self._session.log_gradient_norm()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unwrap the training step."""
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Unwrap the training step."""
+        self._end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Unwrap the training step."""
+        self._end()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the seed, so that a resumed run draws the noise that an uninterrupted one would have drawn."""
+        if self._session is not None:
+            checkpoint["lightning_dropreg"] = {"version": STATE_VERSION, "seed": self._session.seed}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the seed."""
+        state = checkpoint.get("lightning_dropreg")
+        if state is not None:
+            self._seed = state["seed"]
+            if self._session is not None:
+                self._session.seed = state["seed"]
+
+    def plan(self, trainer: Trainer) -> Plan:
+        """Make one plan of all the regularizers in `trainer`.
+
+        Raises:
+            CompositionError: If they do not make sense together.
+        """
+        companions = self._companions(trainer)
+        for kind in {type(callback) for callback in companions}:
+            same = [callback for callback in companions if isinstance(callback, kind)]
+            if len(same) > 1:
+                raise CompositionError(
+                    f"The Trainer has {len(same)} callbacks of type {kind.__name__}; the effect would count that often. "
+                    "Keep one (a mixin on the module brings one too)."
+                )
+        draws = [callback.k for callback in companions if callback.k is not None]
+        penalties = [callback.penalty for callback in companions if callback.penalty is not None]
+        noises = [callback.noise for callback in companions if callback.noise is not None]
+        if draws and penalties:
+            raise CompositionError(
+                "MiniBatchDropout and ExplicitPenalty are both in the Trainer: dropout has the explicit effect, and the "
+                "penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), or "
+                "ExplicitPenalty with ImplicitNoise (Algorithm 2)."
+            )
+        return Plan(
+            k=draws[0] if draws else None,
+            penalty=penalties[0] if penalties else None,
+            noise=noises[0] if noises else None,
+        )
+
+    @staticmethod
+    def _companions(trainer: Trainer) -> list[RegularizerCallback]:
+        return [callback for callback in trainer.callbacks if isinstance(callback, RegularizerCallback)]
+
+    def _leads(self, trainer: Trainer) -> bool:
+        return self._companions(trainer)[0] is self
+
+    def _end(self) -> None:
+        if self._session is not None:
+            self._session.remove()
+            self._session = None
+
+
+def check_strength(strength: float) -> float:
+    """Refuse a negative or non-finite strength.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
+        raise InvalidArgumentError(
+            f"strength={strength!r} must be a finite number of at least 0; 1 is the value of the paper's definition."
+        )
+    return float(strength)
+
+
+def estimation(
+    estimator: str, step_size: float, batch_fraction: float | None, batch_dim: int, mask: str
+) -> Estimation:
+    """Check and collect what penalty and noise have in common.
+
+    Raises:
+        InvalidArgumentError: If an argument is out of range or unknown.
+    """
+    check_estimation(estimator, step_size, mask)
+    if batch_fraction is not None and not (
+        isinstance(batch_fraction, (int, float)) and not isinstance(batch_fraction, bool) and 0 < batch_fraction <= 1
+    ):
+        raise InvalidArgumentError(f"batch_fraction={batch_fraction!r} must be None or a number in (0, 1].")
+    if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
+        raise InvalidArgumentError(f"batch_dim={batch_dim!r} must be an integer of at least 0.")
+    return Estimation(estimator, float(step_size), mask, batch_fraction, batch_dim)

@@ -1,0 +1,69 @@
+"""The implicit regularization effect of dropout, as noise in the gradient."""
+
+from __future__ import annotations
+
+from lightning_dropreg.callbacks.base import RegularizerCallback, check_strength, estimation
+from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.step import NoiseSettings
+
+__all__ = ["ImplicitNoise"]
+
+SOURCES = ("taylor", "dropout")
+INJECTIONS = ("auto", "after_backward", "loss")
+
+
+class ImplicitNoise(RegularizerCallback):
+    r"""Adds to every gradient the noise that dropout would have brought.
+
+    Alone it trains with the loss without dropout and the noise: the implicit effect alone. With `ExplicitPenalty`
+    beside it, dropout is replaced altogether (Algorithm 2). With ``MiniBatchDropout(k)`` it restores the covariance
+    that the average over k draws took away, scaled by ``sqrt(1 - 1/k)`` (Algorithm 4, or section 3.1 with
+    ``source="dropout"``).
+
+    Args:
+        strength: Factor ``lambda_2`` of the noise's standard deviation, at least 0.
+        source: ``"taylor"`` for ``xi_approx`` (4.6), ``"dropout"`` for the difference of two dropout gradients, scaled
+            to the covariance of one.
+        injection: ``"after_backward"`` computes the noise and adds it to the gradients in ``on_after_backward``;
+            ``"loss"`` adds a scalar with that gradient to the loss; ``"auto"`` takes the cheaper. The gradient is the same.
+        estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; for ``source="taylor"``.
+        step_size: Step of the antithetic pair, in ``(0, 1]``.
+        batch_fraction: Fraction of the rows on which the noise is drawn, see `ExplicitPenalty`; it is scaled so that its
+            covariance stays that of the whole batch.
+        batch_dim: Dimension of the rows in the tensors of a batch.
+        mask: ``"as_model"`` or ``"elementwise"``.
+
+    Raises:
+        InvalidArgumentError: If an argument is out of range or unknown.
+
+    Example:
+        >>> import lightning
+        >>> from lightning_dropreg import ExplicitPenalty
+        >>> trainer = lightning.Trainer(
+        ...     callbacks=[ExplicitPenalty(), ImplicitNoise()], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False
+        ... )
+    """
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        source: str = "taylor",
+        injection: str = "auto",
+        estimator: str = "antithetic",
+        step_size: float = 0.1,
+        batch_fraction: float | None = None,
+        batch_dim: int = 0,
+        mask: str = "as_model",
+    ) -> None:
+        super().__init__()
+        if source not in SOURCES:
+            raise InvalidArgumentError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}.")
+        if injection not in INJECTIONS:
+            raise InvalidArgumentError(f"injection={injection!r} is unknown; choose one of {', '.join(INJECTIONS)}.")
+        self.noise = NoiseSettings(
+            strength=check_strength(strength),
+            source=source,
+            injection=injection,
+            estimation=estimation(estimator, step_size, batch_fraction, batch_dim, mask),
+        )

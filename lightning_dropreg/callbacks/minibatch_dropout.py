@@ -1,0 +1,31 @@
+"""Dropout averaged over several draws per example."""
+
+from __future__ import annotations
+
+from lightning_dropreg.callbacks.base import RegularizerCallback
+from lightning_dropreg.functional import check_count
+
+__all__ = ["MiniBatchDropout"]
+
+
+class MiniBatchDropout(RegularizerCallback):
+    """Trains with the loss averaged over `k` draws of dropout: ``DROPOUT_k``, Algorithm 1.
+
+    The step runs k times with fresh dropout masks and everything else the same. The explicit effect of dropout stays,
+    the covariance of its gradient noise falls as 1/k; `ImplicitNoise` beside it puts that back.
+
+    Args:
+        k: Number of draws, at least 1; 1 leaves the run as it is.
+
+    Raises:
+        InvalidArgumentError: If ``k < 1``.
+
+    Example:
+        >>> MiniBatchDropout(k=8).k
+        8
+    """
+
+    def __init__(self, k: int = 4) -> None:
+        super().__init__()
+        check_count("k", k)
+        self.k = k

@@ -1,0 +1,328 @@
+"""One training run of one module: the hooks that all the callbacks of a Trainer share.
+
+The first of the package's callbacks in a Trainer leads; it makes the session, which wraps ``training_step``, and the
+others add their settings to the session's plan.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import types
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+
+from lightning_dropreg.callbacks.logs import LogCollector
+from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.inspection import check_finite, inspect_step
+from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.rows import draw_rows, select_rows
+from lightning_dropreg.sites import fold_key
+from lightning_dropreg.step import Plan, StepResult
+
+__all__ = ["Session"]
+
+
+class Session:
+    """Wraps a module's ``training_step`` for the length of one ``fit``.
+
+    Args:
+        trainer: The trainer that fits.
+        module: The module that is fitted.
+        plan: What to do with every batch.
+        seed: Seed of all noise; from ``seed_everything`` if None.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, plan: Plan, seed: int | None) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.plan = plan
+        self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+        self._inspected = False
+        self._had_own_step = False
+        self._own_step: Any = None
+        self._installed = False
+        self._batch: _Batch | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is trained.
+
+        Raises:
+            UnsupportedModuleError: If the module or the trainer is set up in such a way.
+        """
+        problems = []
+        if not self.module.automatic_optimization:
+            problems.append(
+                "it optimizes manually (automatic_optimization=False), so its training_step cannot be repeated without "
+                "stepping its optimizers several times. Use automatic optimization, or call the functions of "
+                "lightning_dropreg.functional inside the step."
+            )
+        compiled = [name or "the module itself" for name, child in self.module.named_modules() if _is_compiled(child)]
+        if compiled:
+            problems.append(
+                f"{', '.join(compiled)} is compiled by torch.compile, and dropout inside a compiled graph cannot be seen. "
+                "Train it uncompiled."
+            )
+        if "dataloader_iter" in inspect.signature(self.module.training_step).parameters:
+            problems.append(
+                "its training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx)."
+            )
+        if self.plan.noise_after_backward and not isinstance(
+            self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+        ):
+            problems.append(
+                f"its strategy is {type(self.trainer.strategy).__name__}, with which gradients cannot be changed after the "
+                "backward pass. Use ImplicitNoise(injection='loss')."
+            )
+        if problems:
+            raise UnsupportedModuleError(
+                f"{type(self.module).__name__} cannot be trained with this package's callbacks: " + " Also, ".join(problems)
+            )
+
+    def install(self) -> None:
+        """Wrap ``training_step`` on the instance."""
+        if self._installed:
+            return
+        self._own_step = self.module.__dict__.get("training_step")
+        self._had_own_step = "training_step" in self.module.__dict__
+        # a plain function bound to the module: a deepcopy of the module binds it to the copy, as weight averaging needs
+        original = _function_of(self.module.training_step)
+        session = self
+
+        @functools.wraps(original)
+        def training_step(self: LightningModule, *args: Any, **kwargs: Any) -> Any:
+            if self is not session.module or not session._installed:
+                return original(self, *args, **kwargs)
+            return session.training_step(functools.partial(original, self), args, kwargs)
+
+        self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
+        self._installed = True
+
+    def remove(self) -> None:
+        """Put back what was there."""
+        if not self._installed:
+            return
+        if self._had_own_step:
+            self.module.__dict__["training_step"] = self._own_step
+        else:
+            self.module.__dict__.pop("training_step", None)
+        self._installed = False
+        self._batch = None
+
+    def training_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the user's ``training_step`` as often as the plan asks and return one output.
+
+        Args:
+            original: The user's step.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The output of its first run, with the total loss in it; None if the user's step returned None.
+        """
+        batch_idx = kwargs.get("batch_idx", args[1] if len(args) > 1 else 0)
+        step = self.trainer.global_step
+        batch = _Batch(
+            original,
+            args,
+            kwargs,
+            self.module,
+            mean=self.plan.k is None,
+            key=fold_key(self.seed, self.trainer.global_rank, step, int(batch_idx)),
+        )
+        try:
+            with batch.isolation:
+                if not self._inspected:
+                    inspect_step(batch.aside, self.plan.penalty is not None)
+                    self._inspected = True
+                if self.plan.untouched:
+                    batch.whole()
+                    return batch.output
+                result = self.plan.run(batch, batch.key, step)
+                self._check_finite(batch, result)
+        except _SkippedError:
+            batch.logs.replay()
+            return None
+        batch.logs.replay()
+        self._log(result)
+        if self.plan.noise_after_backward:
+            self._batch = batch  # its state before the step is what the noise's own passes start from
+        return _with_loss(batch.output, result.total)
+
+    def after_backward(self) -> None:
+        """Add the noise to the gradients, where the plan says so.
+
+        Each rank draws its own noise. Gradients of accumulating micro-batches are still this rank's own and will be
+        averaged with the rest; after the last one they are already the average over ranks, and so must be the noise.
+        """
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        trainer, plugin = self.trainer, self.trainer.precision_plugin
+        with batch.isolation.aside(), plugin.train_step_context(), torch.enable_grad():
+            scalar = self.plan.extra(batch, batch.key)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        # exactly as Lightning treats the loss itself
+        factor = 1.0 / trainer.accumulate_grad_batches
+        scaler = getattr(plugin, "scaler", None)
+        scaled = scalar * factor if scaler is None else scaler.scale(scalar * factor)
+        gradients = list(torch.autograd.grad(scaled, parameters, allow_unused=True))
+        if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
+            gradients = self._reduced(parameters, gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+        norm = _norm([g for g in gradients if g is not None]) / factor
+        self._log_values({"noise_norm": norm if scaler is None else norm / scaler.get_scale()})
+
+    def log_gradient_norm(self) -> None:
+        """Log the norm of the gradients with which the optimizer will step (before clipping)."""
+        norm = _norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self._log_values({"grad_norm": norm})
+
+    def _reduced(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Average over ranks in one fused operation."""
+        flat = torch.cat(
+            [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, gradients, strict=True)]
+        )
+        flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
+        pieces = flat.split([p.numel() for p in parameters])
+        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
+
+    def _check_finite(self, batch: _Batch, result: StepResult) -> None:
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # an overflow in half precision is the scaler's to skip
+        where = f"optimizer step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
+        check_finite({"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.aside, where)
+
+    def _log(self, result: StepResult) -> None:
+        values = {"loss": result.loss.detach()}
+        if result.penalty is not None:
+            values["explicit_penalty"] = result.penalty.detach()
+        if result.noise is not None and self._is_logging_step():
+            # one more backward, so only where somebody reads it
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(result.noise, parameters, retain_graph=True, allow_unused=True)
+            values["noise_norm"] = _norm([g for g in gradients if g is not None])
+        self._log_values(values)
+
+    def _log_values(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.module.log(f"dropreg/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+
+    def _is_logging_step(self) -> bool:
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (self.trainer.global_step % every == every - 1 or self.trainer.global_step == 0)
+
+
+class _SkippedError(Exception):
+    """The user's step returned None: Lightning skips such a batch, and so do we."""
+
+
+class _Batch:
+    """One batch: runs the user's step on it (a `lightning_dropreg.step.BatchRunner`)."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        module: LightningModule,
+        mean: bool,
+        key: int,
+    ) -> None:
+        self.original = original
+        self.args = args
+        self.kwargs = kwargs
+        self.module = module
+        self.key = key
+        self.isolation = Isolation(module, mean=mean)
+        self.logs = LogCollector(module)
+        self.output: Any = None
+
+    def whole(self) -> Tensor:
+        """See `lightning_dropreg.step.BatchRunner`."""
+        return self._run(self.original, self.args, trace=True)
+
+    def aside(self) -> Tensor:
+        """See `lightning_dropreg.step.BatchRunner`."""
+        return self._run(self.original, self.args, trace=False)
+
+    def rows(self, fraction: float, dim: int, key: int) -> Callable[[], Tensor]:
+        """See `lightning_dropreg.step.BatchRunner`."""
+        batch = self.args[0]
+        rows = draw_rows(batch, fraction, dim, key)
+        count = next(leaf.shape[dim] for leaf in _tensors(batch) if leaf.ndim > dim)
+        args = (select_rows(batch, rows, dim, count), *self.args[1:])
+
+        def on_rows(*args: Any, **kwargs: Any) -> Any:
+            hook = getattr(self.module, "select_rows", None)
+            with nullcontext() if hook is None else ExitStack():
+                if hook is not None:
+                    hook(rows, dim)
+                return self.original(*args, **kwargs)
+
+        return lambda: self._run(on_rows, args, trace=False)
+
+    def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
+        with self.logs.run(keep=trace):
+            output = self.isolation.run(lambda: step(*args, **self.kwargs), trace)
+        if output is None:
+            raise _SkippedError
+        if trace and self.output is None:
+            self.output = output
+        return _loss_of(output)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    from torch.utils._pytree import tree_flatten
+
+    return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
+
+
+def _loss_of(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+        loss: Tensor = output["loss"]
+        return loss
+    raise InvalidArgumentError(
+        f"training_step returned {type(output).__name__} without a loss in it; return the loss tensor, or a dict whose "
+        "'loss' is one."
+    )
+
+
+def _with_loss(output: Any, total: Tensor) -> Any:
+    return total if isinstance(output, Tensor) else {**output, "loss": total}
+
+
+def _function_of(method: Any) -> Callable[..., Any]:
+    """The plain function behind a bound method; what is no method is called without the module."""
+    if inspect.ismethod(method):
+        return method.__func__
+    return functools.wraps(method)(lambda _, *args, **kwargs: method(*args, **kwargs))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or getattr(module, "_compiler_ctx", None) is not None
+    )
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
