@@ -11,7 +11,6 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -127,6 +126,10 @@ class Session:
         Returns:
             The output of its first run, with the total loss in it; None if the user's step returned None.
         """
+        if not self._inspected:
+            self._inspect(original, args, kwargs)
+        if self.plan.untouched:
+            return original(*args, **kwargs)
         batch_idx = kwargs.get("batch_idx", args[1] if len(args) > 1 else 0)
         step = self.trainer.global_step
         batch = _Batch(
@@ -139,12 +142,6 @@ class Session:
         )
         try:
             with batch.isolation:
-                if not self._inspected:
-                    inspect_step(batch.aside, self.plan.penalty is not None)
-                    self._inspected = True
-                if self.plan.untouched:
-                    batch.whole()
-                    return batch.output
                 result = self.plan.run(batch, batch.key, step)
                 self._check_finite(batch, result)
         except _SkippedError:
@@ -199,6 +196,16 @@ class Session:
         flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
         pieces = flat.split([p.numel() for p in parameters])
         return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
+
+    def _inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the first step before anything is trained, leaving no trace."""
+        batch = _Batch(original, args, kwargs, self.module, mean=False, key=0)
+        try:
+            with batch.isolation:
+                inspect_step(batch.aside, self.plan.penalty is not None)
+        except _SkippedError:
+            return  # nothing to see in this batch; look at the next one
+        self._inspected = True
 
     def _check_finite(self, batch: _Batch, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -268,16 +275,19 @@ class _Batch:
 
         def on_rows(*args: Any, **kwargs: Any) -> Any:
             hook = getattr(self.module, "select_rows", None)
-            with nullcontext() if hook is None else ExitStack():
-                if hook is not None:
-                    hook(rows, dim)
-                return self.original(*args, **kwargs)
+            if hook is not None:
+                hook(rows, dim)
+            return self.original(*args, **kwargs)
 
         return lambda: self._run(on_rows, args, trace=False)
 
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
-        with self.logs.run(keep=trace):
-            output = self.isolation.run(lambda: step(*args, **self.kwargs), trace)
+        def collecting() -> Any:
+            # inside the isolation, which would otherwise keep the collector as the module's attribute
+            with self.logs.run(keep=trace):
+                return step(*args, **self.kwargs)
+
+        output = self.isolation.run(collecting, trace)
         if output is None:
             raise _SkippedError
         if trace and self.output is None:
