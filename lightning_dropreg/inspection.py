@@ -26,7 +26,7 @@ def inspect_step(closure: Closure, need_losses: bool) -> Pass:
     Returns:
         The pass, its sites named.
     """
-    return run_pass(closure, Tap(Directions(0)), record_losses=need_losses, name_sites=True)
+    return run_pass(closure, Tap(Directions(0)), record_losses=need_losses, name_sites=True, written_out=False)
 
 
 class _Watch(Off):

@@ -115,7 +115,13 @@ class Pass:
 
 
 def run_pass(
-    closure: Closure, rule: Rule, *, record_losses: bool = False, name_sites: bool = False, need_sites: bool = True
+    closure: Closure,
+    rule: Rule,
+    *,
+    record_losses: bool = False,
+    name_sites: bool = False,
+    need_sites: bool = True,
+    written_out: bool | None = None,
 ) -> Pass:
     """Run `closure` once with `rule` at its dropout sites.
 
@@ -125,6 +131,8 @@ def run_pass(
         record_losses: Whether the losses are taken apart; raises if none is recognized.
         name_sites: Whether the sites get names.
         need_sites: Whether reaching no dropout site is an error.
+        written_out: Whether to avoid fused kernels that cannot be differentiated twice or forward; by default that
+            depends on the rule.
 
     Returns:
         Loss, recognized losses and sites of the pass.
@@ -135,11 +143,14 @@ def run_pass(
             gradient.
     """
     dual = isinstance(rule, Tangent)
+    if written_out is None:
+        written_out = isinstance(rule, (Tangent, Tap))
     with Interception(
         rule,
         record_losses=record_losses or dual,  # torch's cross entropy has no tangent that has a backward, ours has
         name_sites=name_sites,
         replacements=REPLACEMENTS if dual else None,
+        written_out=written_out,
     ) as interception:
         loss = closure()
     check_loss(loss)

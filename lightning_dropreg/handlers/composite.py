@@ -1,0 +1,44 @@
+"""Functions of torch that are written in Python: their inside must be seen too.
+
+Such a function offers itself to the mode as a whole, before it calls anything. While its handler runs, the mode is off,
+and a call with the mode on would come right back. So the handler calls a copy of it that does not offer itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from lightning_dropreg.interception import Interception
+
+__all__ = ["HANDLERS", "open_up"]
+
+
+def _never(*_: object) -> bool:
+    return False
+
+
+@functools.cache
+def transparent(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy a Python function of torch so that it does not offer itself to modes, while what it calls still does."""
+    assert isinstance(func, types.FunctionType)
+    hooks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**func.__globals__, **dict.fromkeys(hooks, _never)}
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def open_up(mode: Interception, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `func` with `mode` seeing what it calls."""
+    with mode:
+        return transparent(func)(*args, **kwargs)
+
+
+# attention is in attention.py; the others hold a softmax, which a pass with dual numbers replaces
+HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {F.gumbel_softmax: open_up, F.softmin: open_up}
