@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_dropreg import checkpointing
 from lightning_dropreg.handlers import HANDLERS
 from lightning_dropreg.losses import RECOGNIZED, Loss
 from lightning_dropreg.naming import name_caller
@@ -23,10 +24,16 @@ __all__ = ["Interception", "Rule"]
 
 
 class Rule(Protocol):
-    """What happens at a dropout site in one pass."""
+    """What happens at a dropout site in one pass.
+
+    A rule that cannot do the same thing twice has no `again`; with it, models with checkpointed parts are refused.
+    """
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         """Return what takes the place of ``dropout(h)``; `h` itself must not be modified."""
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """Return for `h` what the rule returned at site number `index` of the pass (for checkpointed parts)."""
 
 
 class Interception(TorchFunctionMode):
@@ -44,6 +51,7 @@ class Interception(TorchFunctionMode):
         sites: The sites in the order in which they were reached.
         site_nodes: The node of the autograd graph at which each site's result was made; None for a constant.
         losses: The losses in the order in which they were computed.
+        checkpoints: How many checkpointed regions the running code is in.
     """
 
     def __init__(
@@ -61,6 +69,8 @@ class Interception(TorchFunctionMode):
         self.name_sites = name_sites
         self.replacements = replacements or {}
         self.written_out = written_out
+        self.checkpoints = 0
+        self._first = 0
         self._kind: str | None = None
         self.sites: list[Site] = []
         self.site_nodes: list[Any] = []
@@ -79,6 +89,35 @@ class Interception(TorchFunctionMode):
             if loss is not None:
                 return self._loss(loss, *args, **kwargs)
         return self.plain(func, *args, **kwargs)
+
+    def __enter__(self) -> Interception:
+        """Start to intercept."""
+        super().__enter__()
+        checkpointing.enter(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop to intercept."""
+        checkpointing.leave()
+        super().__exit__(*exception)
+
+    @property
+    def position(self) -> int:
+        """Number of the next site in the pass."""
+        return self._first + len(self.sites)
+
+    def replaying(self, start: int) -> Interception:
+        """Return an interception that does again what this one did from site number `start` on."""
+        sites = self.rule.sites if isinstance(self.rule, checkpointing.Replay) else self.sites
+        replay = Interception(
+            checkpointing.Replay(self.rule, sites, start),
+            record_losses=self.record_losses,
+            replacements=self.replacements,
+            written_out=self.written_out,
+        )
+        replay._first = start
+        replay.checkpoints = 1
+        return replay
 
     def plain(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `func`, or what replaces it in this pass, with nothing intercepted."""
@@ -116,6 +155,7 @@ class Interception(TorchFunctionMode):
         check_drop_prob(p, kind)
         if p == 0.0:
             return h
+        checkpointing.check_recomputation(self)
         site = Site(name_caller() if self.name_sites else "", p, tuple(h.shape), mask_shape, self._kind or kind)
         self.sites.append(site)
         dropped = self.rule(site, h.clone() if inplace else h)

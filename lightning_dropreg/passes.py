@@ -18,7 +18,7 @@ from lightning_dropreg.dual import REPLACEMENTS
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, NoDropoutSiteError
 from lightning_dropreg.interception import Interception, Rule
 from lightning_dropreg.losses import Loss
-from lightning_dropreg.sites import Directions, KeyedGenerators, Site, noise_dtype
+from lightning_dropreg.sites import Directions, KeyedGenerators, Site, fold_key, noise_dtype
 
 __all__ = ["Closure", "Drop", "Off", "Pass", "Perturb", "Tangent", "Tap", "run_pass"]
 
@@ -33,6 +33,10 @@ class Off:
         """See `lightning_dropreg.interception.Rule`."""
         return h
 
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        return h
+
 
 class Perturb:
     """``h (1 + step r)`` with the batch's directions ``r``."""
@@ -44,6 +48,10 @@ class Perturb:
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.Rule`."""
         return (h * (1 + self.step * self.directions.draw(site, h))).to(h.dtype)
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        return (h * (1 + self.step * self.directions.at(index))).to(h.dtype)
 
 
 class Tangent:
@@ -85,17 +93,28 @@ class Tap:
             self.draws.append(self.directions.draw(site, h))
         return (h * (1 + tap)).to(h.dtype)
 
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        return (h * (1 + self.taps[index])).to(h.dtype)
+
 
 class Drop:
     """Dropout itself, with masks drawn from generators of our own so that the global random state is not touched."""
 
     def __init__(self, key: int) -> None:
-        self.generators = KeyedGenerators(key)
+        self.key = key
+        self.sites: list[Site] = []
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.Rule`."""
+        self.sites.append(site)
+        return self.again(len(self.sites) - 1, h)
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`; every site has a seed of its own, so no mask need be kept."""
+        site = self.sites[index]
         keep = torch.empty(site.mask_shape, dtype=h.dtype, device=h.device)
-        keep.bernoulli_(1 - site.p, generator=self.generators.on(h.device))
+        keep.bernoulli_(1 - site.p, generator=KeyedGenerators(fold_key(self.key, index)).on(h.device))
         return h * keep.div_(1 - site.p)
 
 
@@ -191,7 +210,7 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
         elif node in sites:
             raise LossNotRecognizedError(
                 f"A part of the returned loss depends on the dropout site {sites[node]} by a way that does not lead "
-                f"through a recognized loss function (found: {', '.join(l.name for l in interception.losses)}), so its "
+                f"through a recognized loss function (found: {', '.join(one.name for one in interception.losses)}), so its "
                 "curvature is unknown and the penalty would miss it. Compute that part with a loss function of "
                 "torch.nn.functional that this package knows, or leave it out of the returned loss."
             )
@@ -199,7 +218,7 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
             stack.extend(next_node for next_node, _ in node.next_functions)
     if not found:
         raise LossNotRecognizedError(
-            f"{', '.join(l.name for l in interception.losses)} was computed, but the returned loss does not depend on "
+            f"{', '.join(one.name for one in interception.losses)} was computed, but the returned loss does not depend on "
             "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
         )
 

@@ -124,6 +124,10 @@ class Directions:
             )
         self._next = 0
 
+    def at(self, position: int) -> Tensor:
+        """Return the direction of site number `position`, which was drawn before."""
+        return self._drawn[position][1]
+
     def draw(self, site: Site, like: Tensor) -> Tensor:
         """Return the direction of the next site.
 

@@ -10,7 +10,8 @@ from lightning_dropreg.functional import dropout_loss, find_sites, plain_loss
 
 def gradients(value, parameters):
     found = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, found, strict=True)])
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return torch.cat([g.reshape(-1) for g in filled])
 
 
 def run(estimator, closure, key=3, step_size=1e-4, curvature="loss_hessian"):

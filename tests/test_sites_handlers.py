@@ -299,11 +299,11 @@ def test_transformer_decoder():
 
 def test_every_composite_function_of_torch_is_opened():
     """Python functions that offer themselves to modes as a whole hide what they call; none may hide a dropout."""
-    own = re.compile(r"\b(dropout[123]?d?|feature_alpha_dropout|alpha_dropout|scaled_dot_product_attention)\(")
+    drops = re.compile(r"(feature_)?(alpha_)?dropout[123]?d?_?|scaled_dot_product_attention|softmax")
     for name, function in vars(F).items():
         if inspect.isfunction(function) and function.__module__ == F.__name__:
-            code = inspect.getsource(function).partition("(")[2]
-            if "has_torch_function" in code and (own.search(code) or ".softmax(" in code):
+            called = function.__code__.co_names
+            if any(map(re.compile("has_torch_function").match, called)) and any(map(drops.fullmatch, called)):
                 assert function in HANDLERS or function in REPLACEMENTS, name
 
 
