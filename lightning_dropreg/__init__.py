@@ -7,6 +7,7 @@ LightningModule, and `functional` is the same without Lightning.
 
 from lightning_dropreg import errors, functional
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
+from lightning_dropreg.losses import recognize
 from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, MiniBatchDropoutMixin
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MiniBatchDropoutMixin",
     "errors",
     "functional",
+    "recognize",
 ]
 
 __version__ = "0.1.0"

@@ -23,7 +23,7 @@ from lightning_dropreg.errors import InconsistentPassesError, UnsupportedOperati
 from lightning_dropreg.naming import name_caller
 
 if TYPE_CHECKING:
-    from lightning_dropreg.interception import Interception, Rule
+    from lightning_dropreg.interception import Interception, RepeatableRule
     from lightning_dropreg.sites import Site
 
 __all__ = ["Replay", "check_recomputation", "enter", "leave"]
@@ -71,13 +71,13 @@ class Replay:
         start: The number of the first one to be met again.
     """
 
-    def __init__(self, rule: Rule, sites: list[Site], start: int) -> None:
+    def __init__(self, rule: RepeatableRule, sites: list[Site], start: int) -> None:
         self.rule = rule
         self.sites = sites
         self.position = start
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.Rule`.
+        """See `lightning_dropreg.interception.RepeatableRule`.
 
         Raises:
             InconsistentPassesError: If `site` is not the one that was there before.
@@ -92,7 +92,7 @@ class Replay:
         return self.again(index, h)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.Rule`."""
+        """See `lightning_dropreg.interception.RepeatableRule`."""
         return self.rule.again(index, h)
 
 
@@ -158,7 +158,7 @@ class _Reentrant:
 
 
 def _check_repeatable(mode: Interception) -> None:
-    if not hasattr(mode.rule, "again"):
+    if not mode.repeatable:
         raise UnsupportedOperationError(
             f"{name_caller()} is checkpointed, and the recomputation in the backward knows nothing of the forward-mode "
             "derivatives. Use estimator='antithetic' or 'double_backward', or switch checkpointing off."

@@ -26,7 +26,10 @@ def inspect_step(closure: Closure, need_losses: bool) -> Pass:
     Returns:
         The pass, its sites named.
     """
-    return run_pass(closure, Tap(Directions(0)), record_losses=need_losses, name_sites=True, written_out=False)
+    done = run_pass(closure, Tap(Directions(0)), record_losses=need_losses, name_sites=True, written_out=False)
+    for loss in done.losses:
+        loss.check()
+    return done
 
 
 class _Watch(Off):

@@ -9,31 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg import checkpointing
 from lightning_dropreg.handlers import HANDLERS
-from lightning_dropreg.losses import RECOGNIZED, Loss
+from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
+from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.naming import name_caller
 from lightning_dropreg.sites import Site, check_drop_prob
 
-__all__ = ["Interception", "Rule"]
+__all__ = ["Interception", "RepeatableRule", "Rule"]
 
 
 class Rule(Protocol):
-    """What happens at a dropout site in one pass.
-
-    A rule that cannot do the same thing twice has no `again`; with it, models with checkpointed parts are refused.
-    """
+    """What happens at a dropout site in one pass."""
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         """Return what takes the place of ``dropout(h)``; `h` itself must not be modified."""
 
+
+@runtime_checkable
+class RepeatableRule(Rule, Protocol):
+    """A rule that can do the same thing again, as checkpointed parts of a model need it in the backward."""
+
     def again(self, index: int, h: Tensor) -> Tensor:
-        """Return for `h` what the rule returned at site number `index` of the pass (for checkpointed parts)."""
+        """Return for `h` what the rule returned at site number `index` of the pass."""
 
 
 class Interception(TorchFunctionMode):
@@ -51,6 +54,7 @@ class Interception(TorchFunctionMode):
         sites: The sites in the order in which they were reached.
         site_nodes: The node of the autograd graph at which each site's result was made; None for a constant.
         losses: The losses in the order in which they were computed.
+        refused: What was found wrong with losses that have no known curvature.
         checkpoints: How many checkpointed regions the running code is in.
     """
 
@@ -75,6 +79,7 @@ class Interception(TorchFunctionMode):
         self.sites: list[Site] = []
         self.site_nodes: list[Any] = []
         self.losses: list[Loss] = []
+        self.refused: list[str] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -84,30 +89,40 @@ class Interception(TorchFunctionMode):
         handler = HANDLERS.get(func)
         if handler is not None:
             return handler(self, func, *args, **kwargs)
+        if is_registered(func):
+            return self._registered(func, *args, **kwargs)
         if self.record_losses:
             loss = RECOGNIZED.get(func)
             if loss is not None:
-                return self._loss(loss, *args, **kwargs)
+                return self._record(*loss(*args, **kwargs))
+            if func in REFUSED:
+                self.refused.append(f"{func.__name__} was called, but {REFUSED[func]}")
         return self.plain(func, *args, **kwargs)
 
     def __enter__(self) -> Interception:
         """Start to intercept."""
-        super().__enter__()
+        TorchFunctionMode.__enter__(self)
         checkpointing.enter(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Stop to intercept."""
         checkpointing.leave()
-        super().__exit__(*exception)
+        TorchFunctionMode.__exit__(self, *exception)
 
     @property
     def position(self) -> int:
         """Number of the next site in the pass."""
         return self._first + len(self.sites)
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the rule can do the same thing again."""
+        return isinstance(self.rule, RepeatableRule)
+
     def replaying(self, start: int) -> Interception:
         """Return an interception that does again what this one did from site number `start` on."""
+        assert isinstance(self.rule, RepeatableRule)
         sites = self.rule.sites if isinstance(self.rule, checkpointing.Replay) else self.sites
         replay = Interception(
             checkpointing.Replay(self.rule, sites, start),
@@ -132,11 +147,21 @@ class Interception(TorchFunctionMode):
         finally:
             self._kind = previous
 
-    def _loss(self, compute: Callable[..., tuple[Tensor, Loss]], *args: Any, **kwargs: Any) -> Tensor:
-        reduced, loss = compute(*args, **kwargs)
-        if not loss.elements.requires_grad:
-            return reduced
-        self.losses.append(loss)
+    def _registered(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a loss that the user made known, with the mode on inside; what it calls is part of it."""
+        record, self.record_losses = self.record_losses, False
+        try:
+            with self:
+                if not record:
+                    return func._dropreg_loss(*args, **kwargs)  # type: ignore[attr-defined]
+                result = describe(func, *args, **kwargs)
+        finally:
+            self.record_losses = record
+        return self._record(*result)
+
+    def _record(self, reduced: Tensor, loss: Loss) -> Tensor:
+        if loss.elements.requires_grad:
+            self.losses.append(loss)
         return reduced
 
     def site(self, h: Tensor, p: float, mask_shape: tuple[int, ...], kind: str, inplace: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from lightning_dropreg.dual import REPLACEMENTS
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, NoDropoutSiteError
 from lightning_dropreg.interception import Interception, Rule
-from lightning_dropreg.losses import Loss
+from lightning_dropreg.losses import RECOGNIZED, Loss
 from lightning_dropreg.sites import Directions, KeyedGenerators, Site, fold_key, noise_dtype
 
 __all__ = ["Closure", "Drop", "Off", "Pass", "Perturb", "Tangent", "Tap", "run_pass"]
@@ -34,7 +34,7 @@ class Off:
         return h
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.Rule`."""
+        """See `lightning_dropreg.interception.RepeatableRule`."""
         return h
 
 
@@ -50,7 +50,7 @@ class Perturb:
         return (h * (1 + self.step * self.directions.draw(site, h))).to(h.dtype)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.Rule`."""
+        """See `lightning_dropreg.interception.RepeatableRule`."""
         return (h * (1 + self.step * self.directions.at(index))).to(h.dtype)
 
 
@@ -94,7 +94,7 @@ class Tap:
         return (h * (1 + tap)).to(h.dtype)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.Rule`."""
+        """See `lightning_dropreg.interception.RepeatableRule`."""
         return (h * (1 + self.taps[index])).to(h.dtype)
 
 
@@ -111,7 +111,7 @@ class Drop:
         return self.again(len(self.sites) - 1, h)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.Rule`; every site has a seed of its own, so no mask need be kept."""
+        """See `lightning_dropreg.interception.RepeatableRule`; every site has a seed of its own, so no mask need be kept."""
         site = self.sites[index]
         keep = torch.empty(site.mask_shape, dtype=h.dtype, device=h.device)
         keep.bernoulli_(1 - site.p, generator=KeyedGenerators(fold_key(self.key, index)).on(h.device))
@@ -182,9 +182,10 @@ def run_pass(
     if record_losses and not interception.losses:
         raise LossNotRecognizedError(
             "The step returned a loss, but none of the loss functions that this package knows was called on the way "
-            "(torch.nn.functional.cross_entropy, nll_loss, binary_cross_entropy_with_logits, mse_loss or the modules "
-            "around them), so the curvature of the loss in the model's output is unknown. Compute the loss with one "
-            "of them, or use ImplicitNoise, which needs no curvature."
+            f"({', '.join(sorted(known.__name__ for known in RECOGNIZED))} of torch.nn.functional, or the modules "
+            f"around them), so the curvature of the loss in the model's output is unknown.{_refused(interception)} "
+            "Compute the loss with one of them, make your own known with lightning_dropreg.recognize, or use "
+            "ImplicitNoise, which needs no curvature."
         )
     if record_losses:
         _check_recognized(loss, interception)
@@ -211,8 +212,9 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
             raise LossNotRecognizedError(
                 f"A part of the returned loss depends on the dropout site {sites[node]} by a way that does not lead "
                 f"through a recognized loss function (found: {', '.join(one.name for one in interception.losses)}), so its "
-                "curvature is unknown and the penalty would miss it. Compute that part with a loss function of "
-                "torch.nn.functional that this package knows, or leave it out of the returned loss."
+                f"curvature is unknown and the penalty would miss it.{_refused(interception)} Compute that part with "
+                "a loss function of torch.nn.functional that this package knows, make it known with "
+                "lightning_dropreg.recognize, or leave it out of the returned loss."
             )
         else:
             stack.extend(next_node for next_node, _ in node.next_functions)
@@ -221,6 +223,10 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
             f"{', '.join(one.name for one in interception.losses)} was computed, but the returned loss does not depend on "
             "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
         )
+
+
+def _refused(interception: Interception) -> str:
+    return f" ({'; '.join(interception.refused)}.)" if interception.refused else ""
 
 
 def check_loss(loss: object) -> None:

@@ -1,0 +1,144 @@
+"""What every recognized loss has, and what reading one takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_dropreg.errors import LossNotRecognizedError, UnsupportedOperationError
+
+__all__ = ["Loss", "PerOutputLoss", "classes_last", "outputs_last", "reduced", "reduction_of", "refuse_trained", "root"]
+
+
+class Loss(ABC):
+    """One loss as it was computed in a pass.
+
+    Attributes:
+        name: The function that computed it, e.g. ``"cross_entropy"``.
+        outputs: The model outputs ``z``, shape ``(T, C)``, part of the pass's autograd graph.
+        elements: The unreduced loss, in the shape that ``reduction="none"`` gives.
+        function: Maps outputs ``(T, C)`` to elements (flattened); its Hessian defines the ``loss_hessian`` curvature.
+    """
+
+    def __init__(self, name: str, outputs: Tensor, elements: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        self.name = name
+        self.outputs = outputs
+        self.elements = elements
+        self.function = function
+
+    @abstractmethod
+    def per_element(self, values: Tensor) -> Tensor:
+        """Reshape a tensor like `elements` to ``(T,)`` or ``(T, C)``."""
+
+    @abstractmethod
+    def example_weights(self, weights: Tensor) -> Tensor:
+        """Weight of each example, shape ``(T,)``, from the weights of its elements (`per_element`)."""
+
+    @abstractmethod
+    def example_sum(self, values: Tensor) -> Tensor:
+        """Sum `values` (`per_element`) over the elements of each example: shape ``(T,)``."""
+
+    @abstractmethod
+    def hessian_form(self, z: Tensor, u: Tensor, weights: Tensor) -> Tensor:
+        """Return ``sum_t w_t u_t^T H_t(z_t) u_t``, a scalar, differentiable in `z` and `u`."""
+
+    @abstractmethod
+    def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
+        """Return ``v`` of shape ``(T, C)`` with ``E[v_t v_t^T] = w_t H_t(z_t)`` over random `signs` ``(T, C)``."""
+
+    def check(self) -> None:  # noqa: B027 - most losses suppose nothing
+        """Raise if the values are not what the curvature supposes; reads values, so the device is waited for."""
+
+
+class PerOutputLoss(Loss):
+    """A loss with one element per output; the last dimension of the outputs holds one example's.
+
+    Args:
+        name: See `Loss`.
+        outputs: See `Loss`.
+        elements: See `Loss`.
+        function: See `Loss`.
+        mean: Whether one example's loss is the mean of its elements (``reduction="mean"``) or their sum.
+    """
+
+    def __init__(
+        self, name: str, outputs: Tensor, elements: Tensor, function: Callable[[Tensor], Tensor], mean: bool
+    ) -> None:
+        super().__init__(name, outputs, elements, function)
+        self.mean = mean
+
+    def per_element(self, values: Tensor) -> Tensor:
+        """See `Loss`."""
+        return values.reshape(self.outputs.shape)
+
+    def example_weights(self, weights: Tensor) -> Tensor:
+        """See `Loss`."""
+        return weights.sum(-1) if self.mean else weights.mean(-1)
+
+    def example_sum(self, values: Tensor) -> Tensor:
+        """See `Loss`."""
+        return values.sum(-1)
+
+
+def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """Translate the two deprecated arguments that every torch loss still accepts."""
+    if size_average is None and reduce is None:
+        return reduction
+    if reduce is False:
+        return "none"
+    return "sum" if size_average is False else "mean"
+
+
+def reduced(elements: Tensor, reduction: str, denominator: Tensor | float) -> Tensor:
+    """Reduce as torch does, with `denominator` for the mean."""
+    if reduction == "none":
+        return elements.clone()  # the user may go on in place, and ours must stay what they are
+    return elements.sum() if reduction == "sum" else elements.sum() / denominator
+
+
+def classes_last(values: Tensor, classes: int) -> Tensor:
+    """``(N, C, d1, ...)`` or ``(C,)`` to ``(T, C)``."""
+    return values.movedim(1 if values.ndim > 1 else 0, -1).reshape(-1, classes)
+
+
+def outputs_last(values: Tensor) -> Tensor:
+    """``(..., C)`` to ``(T, C)``, ``(N,)`` to ``(N, 1)``."""
+    return values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values.reshape(-1, 1)
+
+
+def refuse_trained(name: str, target: Tensor) -> None:
+    """Refuse a target that depends on what is trained: its part in the curvature is not known.
+
+    Raises:
+        LossNotRecognizedError: If it needs a gradient.
+    """
+    if target.requires_grad:
+        raise LossNotRecognizedError(
+            f"The target of {name} needs a gradient, so the loss has curvature in it too, which this package does not "
+            "know. Detach the target, or write the loss as a function of one output (lightning_dropreg.recognize)."
+        )
+
+
+def root(name: str, value: Tensor) -> Tensor:
+    """Square root of a curvature, with a derivative at 0, where a masked element has its weight.
+
+    Args:
+        name: The loss, for the message.
+        value: Nonnegative curvatures times weights.
+
+    Returns:
+        The root; of 0 the root of the smallest positive number.
+
+    Raises:
+        UnsupportedOperationError: If a value is negative (a loss that is subtracted, or not convex).
+    """
+    if value.device.type == "cpu" and bool((value < 0).any()):  # elsewhere reading a value would stall the device
+        raise UnsupportedOperationError(
+            f"The curvature of {name} times its weight in the returned loss is negative, and "
+            "estimator='double_backward' draws from a distribution with that covariance. Use estimator='antithetic'."
+        )
+    tiny = torch.finfo(value.dtype).tiny
+    return torch.where(value < 0, torch.full_like(value, torch.nan), value.clamp_min(tiny).sqrt())
