@@ -1,20 +1,23 @@
-"""Softmax and its kin for dual numbers whose tangents are differentiated backward.
+"""Operations for dual numbers whose tangents are differentiated backward, where torch's own are broken.
 
-The forward-mode formulas that torch 2.13 has for ``softmax``, ``log_softmax`` and ``logsumexp`` overwrite a value that
-their own backward needs, and fused attention has none. These have both. A pass with dual numbers puts them in place of
-torch's (`REPLACEMENTS`); on plain tensors they call torch's.
+In torch 2.13 the forward-mode formulas of ``softmax``, ``log_softmax`` and ``logsumexp`` overwrite a value that their own
+backward needs (an error), those of ``layer_norm``, ``batch_norm`` and ``instance_norm`` take mean and scale for constants
+when they are differentiated backward (a wrong gradient, without a word), and fused attention has none. A pass with dual
+numbers puts these in place of torch's (`REPLACEMENTS`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from lightning_dropreg.sites import noise_dtype
 
 __all__ = ["REPLACEMENTS", "log_softmax"]
 
@@ -85,11 +88,92 @@ def scaled_dot_product_attention(
     return softmax(scores, -1) @ value
 
 
+def _normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero mean and unit variance over `dims`, of elementary operations; with mean and (biased) variance."""
+    mean = x.mean(dims, keepdim=True)
+    variance = (x - mean).square().mean(dims, keepdim=True)
+    return (x - mean) * (variance + eps).rsqrt(), mean, variance
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """`torch.nn.functional.layer_norm`, written out."""
+    x, _, _ = _normalize(input.to(noise_dtype(input.dtype)), tuple(range(-len(normalized_shape), 0)), eps)
+    x = x if weight is None else x * weight
+    return (x if bias is None else x + bias).to(input.dtype)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, written out."""
+    return _channel_norm(input, (0, *range(2, input.ndim)), running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.instance_norm`, written out."""
+    dims = tuple(range(2, input.ndim))
+    return _channel_norm(input, dims, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _channel_norm(
+    input: Tensor,
+    dims: tuple[int, ...],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batch_statistics: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    x = input.to(noise_dtype(input.dtype))
+    shape = (1, -1) + (1,) * (x.ndim - 2)
+    if batch_statistics or running_mean is None or running_var is None:
+        normal, mean, variance = _normalize(x, dims, eps)
+        if running_mean is not None and running_var is not None:
+            count = math.prod(x.shape[d] for d in dims)
+            with torch.no_grad():
+                new_mean = forward_ad.unpack_dual(mean).primal.mean((0, *range(2, x.ndim)))
+                new_var = forward_ad.unpack_dual(variance).primal.mean((0, *range(2, x.ndim))) * count / max(count - 1, 1)
+                running_mean.lerp_(new_mean.to(running_mean.dtype), momentum)
+                running_var.lerp_(new_var.to(running_var.dtype), momentum)
+    else:
+        normal = (x - running_mean.view(shape)) * (running_var.view(shape) + eps).rsqrt()
+    normal = normal if weight is None else normal * weight.view(shape)
+    return (normal if bias is None else normal + bias.view(shape)).to(input.dtype)
+
+
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax), softmax),
     **dict.fromkeys(
         (F.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax), log_softmax
     ),
     **dict.fromkeys((torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp), logsumexp),
+    **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
 }

@@ -17,6 +17,10 @@ from lightning_dropreg.errors import InconsistentPassesError, InvalidArgumentErr
 
 __all__ = ["Directions", "Site", "fold_key"]
 
+_SAME_EVERY_TIME = (
+    "The training step must do the same thing every time it is called with the same batch; what it decides at random must "
+    "be drawn from torch's, numpy's or Python's global random state, which is put back between passes."
+)
 _MASK64 = (1 << 64) - 1
 
 
@@ -105,6 +109,7 @@ class Directions:
         self._mask = mask
         self._drawn: list[tuple[Site, Tensor]] = []
         self._next = 0
+        self._complete = False
 
     def shape_of(self, site: Site) -> tuple[int, ...]:
         """Return the shape of the noise at `site`."""
@@ -119,10 +124,10 @@ class Directions:
         if self._next != len(self._drawn):
             raise InconsistentPassesError(
                 f"The first pass over this batch reached {len(self._drawn)} dropout sites, a later one {self._next}. "
-                "The training step must do the same thing every time it is called with the same batch and the same "
-                "random state; move what changes from call to call out of it."
+                f"{_SAME_EVERY_TIME}"
             )
         self._next = 0
+        self._complete = True
 
     def at(self, position: int) -> Tensor:
         """Return the direction of site number `position`, which was drawn before."""
@@ -147,11 +152,14 @@ class Directions:
             if (first.p, first.shape, first.kind) != (site.p, site.shape, site.kind):
                 raise InconsistentPassesError(
                     f"Dropout site number {position} was {first} in the first pass over this batch and {site} in a "
-                    "later one. The training step must do the same thing every time it is called with the same "
-                    "batch; data-dependent sampling inside it must draw from torch's, numpy's or Python's global "
-                    "random state, which is restored between passes."
+                    f"later one. {_SAME_EVERY_TIME}"
                 )
             return direction
+        if self._complete:
+            raise InconsistentPassesError(
+                f"The first pass over this batch reached {len(self._drawn)} dropout sites, a later one also {site}. "
+                f"{_SAME_EVERY_TIME}"
+            )
         size = math.sqrt(site.variance)
         direction = torch.empty(self.shape_of(site), dtype=noise_dtype(like.dtype), device=like.device)
         direction.bernoulli_(0.5, generator=self._generators.on(like.device)).mul_(2 * size).sub_(size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,28 +72,47 @@ def tap_gradients(values: Sequence[Tensor], tap: Tap, vectors: Sequence[Tensor] 
     filled = [
         torch.zeros_like(t) if gradient is None else gradient for gradient, t in zip(gradients, tap.taps, strict=True)
     ]
-    missing = _missing_double_backward(filled)
-    if missing:
-        raise UnsupportedOperationError(
-            f"The model has operations that cannot be differentiated twice, which this estimator needs: {missing}. "
-            "Use estimator='antithetic', which needs only one backward. (Attention: torch.nn.attention.sdpa_kernel("
-            "SDPBackend.MATH) around the forward has a double backward; so have RNNs with cuDNN switched off.)"
-        )
+    check_twice_differentiable(filled, values)
     return filled
 
 
-def _missing_double_backward(gradients: Sequence[Tensor]) -> str:
-    """Names of the operations in the graph of `gradients` that would raise when differentiated; empty if none."""
-    names: set[str] = set()
-    seen: set[object] = set()
-    stack = [(gradient.grad_fn, "") for gradient in gradients]
+def check_twice_differentiable(gradients: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Refuse gradients that would raise when they are differentiated, from deep inside the user's backward.
+
+    Args:
+        gradients: What was found with ``create_graph=True``.
+        values: What was differentiated.
+
+    Raises:
+        UnsupportedOperationError: If an operation on the way from `values` cannot be differentiated twice.
+    """
+    if not any(node.name() in _UNDIFFERENTIABLE for node in _nodes(gradients)):
+        return
+    reason = "it has no second derivative"
+    try:
+        inputs = [node.variable for node in _nodes(values) if hasattr(node, "variable")]
+        torch.autograd.grad([g.sum() for g in gradients if g.requires_grad], inputs, allow_unused=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    custom = {node.name() for node in _nodes(values) if isinstance(node, torch.autograd.function.BackwardCFunction)}
+    also = f" Custom autograd functions in the model: {', '.join(sorted(custom))}." if custom else ""
+    raise UnsupportedOperationError(
+        f"The model has an operation that cannot be differentiated twice, which this estimator needs: {reason}.{also} Use "
+        "estimator='antithetic', which needs only one backward. (Attention: torch.nn.attention.sdpa_kernel("
+        "SDPBackend.MATH) around the forward has a double backward; so have RNNs with cuDNN switched off.)"
+    )
+
+
+_UNDIFFERENTIABLE = {"NotImplemented", "Error", "torch::autograd::Error"}
+
+
+def _nodes(tensors: Sequence[Tensor]) -> set[Any]:
+    """All nodes of the autograd graph behind `tensors`."""
+    seen: set[Any] = set()
+    stack = [tensor.grad_fn for tensor in tensors]
     while stack:
-        node, parent = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        name = node.name()
-        if name in {"NotImplemented", "Error", "torch::autograd::Error"}:
-            names.add(parent or name)
-        stack.extend((next_node, name) for next_node, _ in node.next_functions)
-    return ", ".join(sorted(names))
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(next_node for next_node, _ in node.next_functions)
+    return seen

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_dropreg.curvature import element_weights, matrix
 from lightning_dropreg.estimators.base import Estimate
-from lightning_dropreg.estimators.double_backward import noise_scalar
+from lightning_dropreg.estimators.double_backward import check_twice_differentiable, noise_scalar
 from lightning_dropreg.passes import Closure, Pass, Tap, run_pass
 from lightning_dropreg.sites import Directions
 
@@ -47,4 +47,6 @@ def _jacobians(outputs: Tensor, tap: Tap) -> list[Tensor]:
     for entry in outputs.reshape(-1):
         gradients = torch.autograd.grad(entry, tap.taps, create_graph=True, allow_unused=True)
         rows.append([torch.zeros_like(t) if g is None else g for g, t in zip(gradients, tap.taps, strict=True)])
-    return [torch.stack(column) for column in zip(*rows, strict=True)]
+    jacobians = [torch.stack(column) for column in zip(*rows, strict=True)]
+    check_twice_differentiable(jacobians, [outputs])
+    return jacobians

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -30,8 +32,8 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
             done = run_pass(closure, Tangent(directions), record_losses=curvature is not None)
         except NotImplementedError as error:
             raise UnsupportedOperationError(
-                f"The model has an operation without a forward-mode derivative, which estimator='forward' needs "
-                f"({str(error).splitlines()[0]}). Use estimator='antithetic', which needs only a backward."
+                f"The model has an operation without a forward-mode derivative, which estimator='forward' needs: "
+                f"{_place(error)} ({str(error).splitlines()[0]}). Use estimator='antithetic', which needs only a backward."
             ) from error
         loss, slope = _split(done.loss)
         penalty = None
@@ -44,6 +46,14 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
                     curvature, recorded, _wide(z), _wide(u), recorded.per_element(elements_slope), _split(weights)[0]
                 ) / 2  # fmt: skip
     return Estimate(loss=loss, penalty=penalty, noise=slope if noise else None)
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of the user's code in the traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and "/lightning_dropreg/" not in f.filename]
+    frame = (own or list(frames))[-1]
+    return f"`{frame.line}` in {frame.filename.rsplit('/', 1)[-1]}, line {frame.lineno}"
 
 
 def _split(value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,141 @@
+"""The LightningCLI behind every sub-command."""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich import get_console
+
+from lightning_dropreg.cli.config import ConfigParser, LayeredConfigFile
+from lightning_dropreg.cli.progress import FitProgress
+from lightning_dropreg.cli.summary import FitSummary, print_result
+
+__all__ = ["DropregCLI"]
+
+AddOptions = Callable[[LightningArgumentParser], object]
+
+
+class DropregCLI(LightningCLI):
+    """Builds trainer, model and data from configuration files and options, and runs a command of Lightning's.
+
+    Args:
+        args: Arguments, starting with the name of the command: ``fit``, ``validate``, ``test`` or
+            ``predict``. Any other command gets what ``fit`` gets, so that the same files serve it, and runs
+            itself what is built here.
+        description: What the other command does, for its help.
+        add_options: Adds the other command's own options to its parser.
+    """
+
+    def __init__(
+        self, args: Sequence[str], description: str | None = None, add_options: AddOptions | None = None
+    ) -> None:
+        _quiet()
+        self._add_options = add_options
+        self.fit_summary = FitSummary()
+        command, *options = args
+        by_lightning = command in self.subcommands()
+        super().__init__(
+            save_config_callback=SaveConfigCallback if by_lightning else None,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=1,
+            parser_kwargs={"prog": "dropreg"}
+            if by_lightning
+            else {"prog": f"dropreg {command}", "description": description},
+            parser_class=ConfigParser,
+            args=list(args) if by_lightning else options,
+            run=by_lightning,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose configuration files may build on one another.
+
+        Args:
+            **kwargs: Arguments of the parser.
+
+        Returns:
+            The parser.
+        """
+        kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is a mistake, not max_epochs
+        parser: LightningArgumentParser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=LayeredConfigFile,
+            help="Configuration file; a later one changes earlier ones.",
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that Lightning does not have.
+
+        Args:
+            parser: The parser of a command.
+        """
+        parser.add_argument(
+            "--base", type=str | None, default=None, help="In a file: another file that this one changes."
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=False,
+            help="Whether fit ends with a test of the best checkpoint.",
+        )
+        if self._add_options is not None:
+            parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+            self._add_options(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments; Lightning's own method would warn that the process has some too.
+
+        Args:
+            parser: The parser.
+            args: The arguments.
+        """
+        self.config = parser.parse_args(cast(list[str], args))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make a trainer from the configuration.
+
+        Args:
+            **kwargs: Arguments that replace those of the configuration.
+
+        Returns:
+            The trainer, with our progress bar unless it has another or none.
+        """
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        callbacks: list[Callback] = list(config.get("callbacks") or [])
+        bar = config.get("enable_progress_bar") is not False and not config.get("barebones")
+        if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(FitProgress())
+        return super().instantiate_trainer(**{**kwargs, "callbacks": [*callbacks, self.fit_summary]})
+
+    def after_fit(self) -> None:
+        """Test if asked to, and print how the fit went."""
+        result = self.fit_summary.result
+        if self._get(self.config, "test_after_fit"):
+            [metrics] = self.trainer.test(
+                self.model, datamodule=self.datamodule, ckpt_path=result.checkpoint or None, verbose=False
+            )
+            result.test = dict(metrics)
+        if self.trainer.is_global_zero:
+            print_result(result, get_console())
+
+    def after_predict(self) -> None:
+        """Say what became of the predictions."""
+        batches = self.trainer.predict_loop.predictions
+        get_console().print(
+            f"{len(batches)} batches predicted. To keep the predictions, give the trainer a BasePredictionWriter callback.",
+            highlight=False,
+        )
+
+
+def _quiet() -> None:
+    # What hardware there is not, which products exist, that 0 workers are few: not on every run.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning itself, under torch 2.13

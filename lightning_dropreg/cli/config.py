@@ -1,0 +1,66 @@
+"""Configuration files that build on one another, and errors in them that can be read."""
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from lightning.pytorch.cli import LightningArgumentParser
+from yaml import safe_load  # type: ignore[import-untyped]
+
+from lightning_dropreg.errors import InvalidArgumentError
+
+__all__ = ["ConfigParser", "LayeredConfigFile"]
+
+
+class LayeredConfigFile(ActionConfigFile):
+    """A configuration file whose key ``base`` may name another file that it changes.
+
+    ``--config b.yaml`` with ``base: a.yaml`` in it is the same as ``--config a.yaml --config b.yaml``. The
+    path is relative to the file that names it. Keys are merged; a list replaces the other one.
+    """
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Apply the file's bases, then the file.
+
+        Args:
+            parser: The parser.
+            cfg: Where the values go.
+            values: Path of the file, or the configuration itself as a string.
+            option_string: The option as given.
+        """
+        for layer in _layers(values):
+            super().__call__(parser, cfg, layer, option_string)  # type: ignore[no-untyped-call]
+        # Applied. In a saved copy of the configuration, elsewhere, the relative path would mislead.
+        if "base" in cfg:
+            cfg["base"] = None
+
+
+def _layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
+    path = Path(file)
+    if not path.is_file():
+        return [file]  # the parser knows what else it may be, and what to say if it is nothing
+    if file in above:
+        raise InvalidArgumentError(f"{file} is its own base: {' -> '.join([*above, file])}.")
+    content = safe_load(path.read_text(encoding="utf-8"))
+    base = content.get("base") if isinstance(content, dict) else None
+    if base is None:
+        return [file]
+    if not (path.parent / base).is_file():
+        raise InvalidArgumentError(f"{file} says base: {base}, but there is no file {path.parent / base}.")
+    return [*_layers(str(path.parent / base), (*above, file)), file]
+
+
+class ConfigParser(LightningArgumentParser):
+    """Lightning's parser, except that an error is not buried under a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with status 2.
+
+        Args:
+            message: What is wrong.
+            ex: The cause.
+        """
+        prog = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
+        sys.stderr.write(f"{prog}: {message}\n(all options: {prog} --help)\n")
+        self.exit(2)

@@ -1,0 +1,123 @@
+"""The progress bar: loss, penalty and validation perplexity while training, one line per finished epoch."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn, RichProgressBarTheme
+from rich import get_console
+
+__all__ = ["FitProgress"]
+
+# Short name, and the logged names it stands for, the first that exists winning.
+SHOWN = {
+    "loss": ("train_loss", "dropreg/loss", "loss"),
+    "penalty": ("dropreg/explicit_penalty",),
+    "val ppl": ("val_ppl",),
+    "val loss": ("val_loss",),
+}
+_REFRESH_PER_SECOND = 5
+
+
+class FitProgress(RichProgressBar):
+    """Lightning's rich progress bar, showing what matters here, under a line for every finished epoch.
+
+    Where the output is no terminal (a file, a pipe, a CI log) only the lines are printed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            refresh_rate=_REFRESH_PER_SECOND,
+            theme=RichProgressBarTheme(metrics_format=".4g", metrics_text_delimiter="  "),
+        )
+        if not get_console().is_terminal:
+            self.disable()
+        self._epoch_start = 0.0
+        self._metrics: dict[str, float] = {}
+        self._read_at = 0.0
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Leave out the speed: with it, the metrics would not fit into 80 columns.
+
+        Args:
+            trainer: The trainer.
+
+        Returns:
+            The columns before the metrics.
+        """
+        return [
+            column
+            for column in super().configure_columns(trainer)
+            if not isinstance(column, ProcessingSpeedColumn)
+        ]
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return what the bar shows, read anew only as often as the bar is drawn.
+
+        Reading a metric makes a GPU wait for its queue; doing so at every step would slow training down.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+
+        Returns:
+            Values by short name.
+        """
+        now = time.monotonic()
+        if now - self._read_at > 1 / _REFRESH_PER_SECOND:
+            self._metrics = shown_metrics(trainer)
+            self._read_at = now
+        return dict(self._metrics)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Counted from 1, as in the lines and in the result. Should Lightning rename this: from 0.
+        return f"Epoch {_of(current_epoch + 1, self.trainer)}"
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the epoch's clock.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+        """
+        self._epoch_start = time.monotonic()
+        super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch's line.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+        """
+        super().on_train_epoch_end(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        metrics = "".join(f"   {name} {value:8.4g}" for name, value in shown_metrics(trainer).items())
+        seconds = time.monotonic() - self._epoch_start
+        get_console().print(
+            f"epoch {_of(trainer.current_epoch + 1, trainer):>7}{metrics}   {seconds:6.1f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _of(epoch: int, trainer: Trainer) -> str:
+    return f"{epoch}/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else str(epoch)
+
+
+def shown_metrics(trainer: Trainer) -> dict[str, float]:
+    """Read the metrics of `SHOWN` that have been logged.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        Values by short name.
+    """
+    logged = trainer.callback_metrics
+    found = {short: next((n for n in names if n in logged), None) for short, names in SHOWN.items()}
+    if found["val ppl"]:
+        found.pop("val loss")
+    return {short: float(logged[name]) for short, name in found.items() if name}

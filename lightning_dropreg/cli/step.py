@@ -1,0 +1,95 @@
+"""One training step of a configured model, to be looked at instead of taken."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_dropreg.cli.app import DropregCLI
+from lightning_dropreg.errors import InvalidArgumentError
+
+__all__ = ["QUIET_TRAINER", "load_weights", "look_at_first_step"]
+
+T = TypeVar("T")
+
+QUIET_TRAINER: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+    "max_epochs": 1,
+    "max_steps": -1,
+    "max_time": None,
+    "accumulate_grad_batches": 1,
+    "overfit_batches": 0.0,
+    "fast_dev_run": False,
+    "barebones": False,
+    "profiler": None,
+    "use_distributed_sampler": True,
+}
+"""Trainer arguments for a run that writes and prints nothing."""
+
+
+class _Look(Callback):
+    def __init__(self, look: Callable[[LightningModule, Callable[[], Tensor]], Any]) -> None:
+        self._look = look
+        self.seen: list[Any] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        named = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+
+        def closure() -> Tensor:
+            with trainer.precision_plugin.train_step_context():
+                output: Any = (
+                    pl_module.training_step(batch, batch_idx) if named else pl_module.training_step(batch)
+                )
+            loss = output["loss"] if isinstance(output, dict) else output
+            if not isinstance(loss, Tensor):
+                raise InvalidArgumentError(
+                    f"{type(pl_module).__name__}.training_step returned {type(loss).__name__}, not a loss: "
+                    "this command needs automatic optimization."
+                )
+            return loss
+
+        self.seen.append(self._look(pl_module, closure))
+
+
+def look_at_first_step(cli: DropregCLI, look: Callable[[LightningModule, Callable[[], Tensor]], T]) -> T:
+    """Bring the model to its first training batch as ``fit`` would, and look at it there.
+
+    Args:
+        cli: The configured command.
+        look: Called with the model and a closure that runs its training step and returns the loss.
+
+    Returns:
+        What ``look`` returned.
+
+    Raises:
+        InvalidArgumentError: If there is no training batch, or the step returns no loss.
+    """
+    load_weights(cli)
+    watcher = _Look(look)
+    trainer = cli.instantiate_trainer(callbacks=[watcher], **{**QUIET_TRAINER, "limit_train_batches": 1})
+    trainer.fit(cli.model, datamodule=cli.datamodule)
+    if not watcher.seen:
+        raise InvalidArgumentError("The training data has no batch.")
+    found: T = watcher.seen[0]
+    return found
+
+
+def load_weights(cli: DropregCLI) -> None:
+    """Load the weights of the checkpoint that the configuration names, if it names one.
+
+    Args:
+        cli: The configured command.
+    """
+    path = cli.config.get("ckpt_path")
+    if path:
+        cli.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])

@@ -1,0 +1,143 @@
+"""How a fit went: measured by a callback, shown as a table."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["FitResult", "FitSummary", "print_result"]
+
+_METRICS = ("val_ppl", "val_loss")
+
+
+@dataclass
+class FitResult:
+    """The outcome of one fit."""
+
+    metric: str | None = None
+    """Name of the validation metric; None if nothing was validated."""
+    best: float = math.inf
+    best_epoch: int = 0
+    """Epoch of the best value, counted from 1."""
+    epochs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    """Wall-clock of the fit, validation included."""
+    ms_per_step: float = math.nan
+    """Mean milliseconds from the start to the end of a training batch."""
+    penalty: float | None = None
+    """Explicit penalty at the last step."""
+    checkpoint: str = ""
+    log_dir: str = ""
+    test: dict[str, float] = field(default_factory=dict)
+    """Test metrics of the best checkpoint, if asked for."""
+
+
+class FitSummary(Callback):
+    """Measures a fit; `result` is complete when training ends."""
+
+    def __init__(self) -> None:
+        self.result = FitResult()
+        self._fit_start = self._step_start = 0.0
+        self._step_seconds = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+        """
+        self.result = FitResult(log_dir=trainer.log_dir or "")
+        self._fit_start = time.monotonic()
+        self._step_seconds = 0.0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the step's clock.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+            batch: Unused.
+            batch_idx: Unused.
+        """
+        self._step_start = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the step's time.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+            outputs: Unused.
+            batch: Unused.
+            batch_idx: Unused.
+        """
+        self._step_seconds += time.monotonic() - self._step_start
+        self.result.steps += 1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best value of the validation metric.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+        """
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        logged = trainer.callback_metrics
+        self.result.metric = next((name for name in _METRICS if name in logged), None)
+        value = float(logged[self.result.metric]) if self.result.metric else math.nan
+        if value < self.result.best:
+            self.result.best, self.result.best_epoch = value, trainer.current_epoch + 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete the result.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+        """
+        result = self.result
+        result.seconds = time.monotonic() - self._fit_start
+        result.epochs = trainer.current_epoch
+        result.ms_per_step = 1000 * self._step_seconds / result.steps if result.steps else math.nan
+        if "dropreg/explicit_penalty" in trainer.callback_metrics:
+            result.penalty = float(trainer.callback_metrics["dropreg/explicit_penalty"])
+        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            result.checkpoint = trainer.checkpoint_callback.best_model_path
+
+
+def print_result(result: FitResult, console: Console) -> None:
+    """Print a result as a table.
+
+    Args:
+        result: The result.
+        console: Where to.
+    """
+    table = Table(title="Result", title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    if result.metric:
+        table.add_row(
+            f"best {result.metric}", f"{result.best:.2f}  (epoch {result.best_epoch} of {result.epochs})"
+        )
+    for name, value in result.test.items():
+        table.add_row(f"{name}, best checkpoint" if result.checkpoint else name, f"{value:.2f}")
+    table.add_row("wall-clock", f"{result.seconds:.1f} s")
+    table.add_row("per step", f"{result.ms_per_step:.1f} ms  ({result.steps} steps)")
+    if result.penalty is not None:
+        table.add_row("penalty, last step", f"{result.penalty:.4f}")
+    for name, path in (("best checkpoint", result.checkpoint), ("logs", result.log_dir)):
+        if path:
+            table.add_row(name, path)
+    console.print(table)

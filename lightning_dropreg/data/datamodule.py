@@ -1,0 +1,113 @@
+"""The LightningDataModule for language modelling."""
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_dropreg.data.corpus import Corpus, Split
+from lightning_dropreg.data.encoding import TextEncoder
+from lightning_dropreg.data.python_manual import PythonManual
+from lightning_dropreg.data.windows import StreamWindows
+from lightning_dropreg.errors import InvalidArgumentError
+
+__all__ = ["LanguageModelingData"]
+
+_Batches = DataLoader[tuple[Tensor, Tensor]]
+
+
+class LanguageModelingData(LightningDataModule):
+    """Batches ``(text, target)`` of shape ``(batch, time)``, the target one word ahead of the text.
+
+    Batches are consecutive (see `StreamWindows`), so a model may carry its hidden state from one to the next.
+    Under several processes each reads rows of its own. Prediction runs over the test split.
+
+    Args:
+        corpus: The text; `PythonManual` by default.
+        batch_size: Rows of a training batch in each process, at least 1.
+        eval_batch_size: Rows of a validation or test batch in each process, at least 1.
+        window: Words of each row in a batch, at least 1.
+        vocab_size: Size of the vocabulary with ``<unk>`` and ``<eos>``, at least 3: the most frequent words
+            of the training split. The model must be built for as many.
+        min_freq: Words of the training split rarer than this become ``<unk>``, at least 1.
+        num_workers: Worker processes of each data loader. The text is in memory: 0 is fastest.
+
+    Raises:
+        InvalidArgumentError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus | None = None,
+        batch_size: int = 20,
+        eval_batch_size: int = 10,
+        window: int = 35,
+        vocab_size: int = 10_000,
+        min_freq: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        floors = {
+            "batch_size": 1,
+            "eval_batch_size": 1,
+            "window": 1,
+            "vocab_size": 3,
+            "min_freq": 1,
+            "num_workers": 0,
+        }
+        given = locals()
+        wrong = [
+            f"{name}={given[name]} (at least {floor})"
+            for name, floor in floors.items()
+            if given[name] < floor
+        ]
+        if wrong:
+            raise InvalidArgumentError(f"LanguageModelingData: out of range: {', '.join(wrong)}.")
+        self.corpus = corpus if corpus is not None else PythonManual()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.window = window
+        self.vocab_size = vocab_size
+        self.min_freq = min_freq
+        self.num_workers = num_workers
+        self.encoder: TextEncoder
+        """Tokenizer and vocabulary; exists after `setup`."""
+        self._streams: dict[Split, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """Build the vocabulary and encode the splits that the stage reads.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        """
+        if not hasattr(self, "encoder"):
+            self.encoder = TextEncoder(self.corpus, self.vocab_size, self.min_freq)
+        needed: dict[str, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
+        for split in needed.get(stage, ("test",)):
+            if split not in self._streams:
+                self._streams[split] = self.encoder.encode(split)
+
+    def train_dataloader(self) -> _Batches:
+        """Return the consecutive batches of the training split."""
+        return self._batches("train", self.batch_size)
+
+    def val_dataloader(self) -> _Batches:
+        """Return the consecutive batches of the validation split."""
+        return self._batches("validation", self.eval_batch_size)
+
+    def test_dataloader(self) -> _Batches:
+        """Return the consecutive batches of the test split."""
+        return self._batches("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> _Batches:
+        """Return the consecutive batches of the test split."""
+        return self.test_dataloader()
+
+    def _batches(self, split: Split, batch_size: int) -> _Batches:
+        shard = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        windows = StreamWindows(self._streams[split], batch_size, self.window, shard)
+        # Rows are shared out above. This sampler does nothing, but in its absence Lightning would deal
+        # consecutive windows out to different processes and break the carried state.
+        in_order: DistributedSampler[object] = DistributedSampler(
+            windows, num_replicas=1, rank=0, shuffle=False
+        )
+        return DataLoader(windows, batch_size=None, sampler=in_order, num_workers=self.num_workers)

@@ -1,0 +1,5 @@
+"""Language models as LightningModules; none of them knows about the callbacks of this package."""
+
+from lightning_dropreg.models.lstm import LSTMLanguageModel
+
+__all__ = ["LSTMLanguageModel"]

@@ -1,0 +1,181 @@
+"""The command and the configurations that ship with it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_dropreg.cli import COMMANDS, main
+from lightning_dropreg.cli.bench import METHODS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
+BRIEF = [f"--trainer.limit_{split}_batches=2" for split in ("train", "val", "test", "predict")]
+BRIEF += ["--trainer.max_epochs=1", "--model.embedding_dim=12", "--model.hidden_dim=12"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs write below the current directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def printed_json(capsys: pytest.CaptureFixture[str]) -> object:
+    out = capsys.readouterr().out
+    return json.loads(out[min(out.index(bracket) for bracket in "[{" if bracket in out) :])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert usage.startswith("usage: dropreg")
+    assert command in usage
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_dropreg", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_configuration_trains(config, capsys):
+    assert main(["fit", "--config", str(config), *BRIEF]) == 0
+    out = capsys.readouterr().out
+    [log_dir] = Path("runs").glob("*/version_0")
+    assert (log_dir / "metrics.csv").is_file()
+    assert list((log_dir / "checkpoints").glob("*.ckpt"))
+    assert ("penalty" in out) == (config.stem == "quickstart")
+    assert all(row in out for row in ("best val_ppl", "test_ppl", "wall-clock", "per step", "logs"))
+
+
+def test_the_three_quickstart_runs_differ_in_nothing_but_the_method():
+    def resolved(name: str) -> dict[str, object]:
+        command = [
+            sys.executable,
+            "-m",
+            "lightning_dropreg",
+            "fit",
+            "--config",
+            str(CONFIGS / name),
+            "--print_config",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        config = yaml.safe_load(done.stdout)
+        config["trainer"]["logger"]["init_args"].pop("name")
+        return config
+
+    full, dropout, none = (resolved(f"quickstart{suffix}.yaml") for suffix in ("", "_dropout", "_none"))
+    names = [callback["class_path"] for callback in full["trainer"].pop("callbacks")]
+    assert names[1:] == ["lightning_dropreg.ExplicitPenalty", "lightning_dropreg.ImplicitNoise"]
+    assert [callback["class_path"] for callback in dropout["trainer"].pop("callbacks")] == names[:1]
+    assert full == dropout
+    assert none["model"]["init_args"].pop("drop_prob") == 0.0
+    assert dropout["model"]["init_args"].pop("drop_prob") > 0.0
+    none["trainer"].pop("callbacks")
+    assert none == dropout
+
+
+def test_a_run_can_be_repeated_from_its_own_record_and_evaluated(capsys):
+    fit = ["fit", "--config", QUICKSTART, *BRIEF]
+    assert main(fit) == 0
+    record = "runs/quickstart/version_0/config.yaml"
+    assert main(["fit", "--config", record]) == 0
+    assert main([*fit, "--trainer.logger.version=1"]) == 0  # into a directory that is not empty
+    first, second = (
+        Path(f"runs/quickstart/version_{i}/metrics.csv").read_text().splitlines()[:2] for i in (0, 1)
+    )
+    assert first == second
+    [checkpoint] = Path("runs/quickstart/version_0/checkpoints").glob("*.ckpt")
+    for command in ("validate", "test", "predict"):
+        capsys.readouterr()
+        assert main([command, "--config", record, "--ckpt_path", str(checkpoint)]) == 0
+        assert capsys.readouterr().out.strip()
+
+
+def test_inspect_lists_the_sites(capsys):
+    assert main(["inspect", "--config", QUICKSTART, "--json"]) == 0
+    sites = printed_json(capsys)
+    assert [site["name"] for site in sites] == ["dropouts.0", "dropouts.1", "dropouts.2"]
+    assert all(site["shape"] == site["mask_shape"] == [20, 35, 200] for site in sites)
+    assert main(["inspect", "--config", QUICKSTART, "--model.drop_prob=0"]) == 0
+    assert "No dropout" in capsys.readouterr().out
+
+
+def test_bench_times_every_method(capsys):
+    brief = ["--repeats=2", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
+    assert main(["bench", "--config", QUICKSTART, *brief, "--json"]) == 0
+    report = printed_json(capsys)
+    assert [timing["method"] for timing in report["timings"]] == list(METHODS)
+    assert all(len(ms) == 2 for timing in report["timings"] for ms in timing["rounds"])
+    assert all(timing["ratio"] > 0 and not timing["problem"] for timing in report["timings"])
+    assert {"cpu", "cores", "torch", "lightning"} <= report["machine"].keys()
+
+
+def test_bench_needs_enough_batches(capsys):
+    assert main(["bench", "--config", QUICKSTART, "--steps=1000"]) == 1
+    assert "lower --steps" in capsys.readouterr().err
+
+
+def test_diagnose_compares_estimates_with_the_truth(capsys):
+    assert main(["diagnose", "--config", QUICKSTART, *BRIEF, "--draws=3", "--json"]) == 0
+    truth, *estimates = printed_json(capsys)
+    assert truth["mean"] == truth["mean"]
+    assert len(estimates) == 3
+    assert all(row["problem"] or row["error"] >= 0 for row in estimates)
+
+
+def test_compare_makes_one_table(capsys):
+    files = [str(CONFIGS / f"quickstart{suffix}.yaml") for suffix in ("_dropout", "_none")]
+    assert main(["compare", *files, "--", *BRIEF, "--trainer.enable_progress_bar=false"]) == 0
+    table = capsys.readouterr().out.rpartition("Comparison")[2]
+    assert "ratio" in table
+    assert "1.00" in table
+
+
+def test_a_file_changes_its_base(capsys):
+    Path("below").mkdir()
+    Path("base.yaml").write_text(f"base: {QUICKSTART}\nmodel:\n  init_args:\n    num_layers: 3\n")
+    Path("below/top.yaml").write_text("base: ../base.yaml\nmodel:\n  init_args:\n    drop_prob: 0.25\n")
+    assert main(["inspect", "--config", "below/top.yaml", "--json"]) == 0
+    assert [site["drop_prob"] for site in printed_json(capsys)] == [0.25] * 4
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [("gone.yaml", "no file gone.yaml"), ("loop.yaml", "its own base")]
+)
+def test_a_base_that_cannot_be(base, message, capsys):
+    Path("loop.yaml").write_text(f"base: {base}\n")
+    assert main(["fit", "--config", "loop.yaml"]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--model.drop_probability=0.3", "--trainer.max_epoch=3", "--dropp=0.3"])
+def test_a_misspelt_key_is_named_in_a_short_message(option, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", QUICKSTART, option])
+    message = capsys.readouterr().err
+    assert done.value.code == 2
+    assert option.partition("=")[0].rpartition(".")[2].lstrip("-") in message
+    assert len(message.splitlines()) < 20
+
+
+def test_an_error_of_this_package_is_printed_without_a_traceback(capsys):
+    assert main(["fit", "--config", QUICKSTART, "--model.drop_prob=1.5"]) == 1
+    message = capsys.readouterr().err
+    assert "drop_prob=1.5 (in [0, 1))" in message
+    assert "Traceback" not in message
+
+
+def test_unknown_command(capsys):
+    assert main(["fitt"]) == 2
+    assert "fitt" in capsys.readouterr().err
+    assert main([]) == 2

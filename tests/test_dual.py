@@ -1,0 +1,68 @@
+"""The operations for dual numbers: values, tangents, and the gradients of the tangents, which torch gets wrong."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from lightning_dropreg.dual import REPLACEMENTS
+
+CASES = {
+    F.softmax: lambda f, x: f(x, -1),
+    torch.log_softmax: lambda f, x: f(x, 0),
+    torch.logsumexp: lambda f, x: f(x, -1),
+    F.layer_norm: lambda f, x: f(x, (4,), torch.arange(4.0) + 1, torch.ones(4)),
+    F.batch_norm: lambda f, x: f(x, torch.zeros(4), torch.ones(4), torch.arange(4.0) + 1, None, True),
+    F.instance_norm: lambda f, x: f(x.reshape(1, 3, 4), torch.zeros(3), torch.ones(3), torch.arange(3.0) + 1),
+    F.scaled_dot_product_attention: lambda f, x: f(x, x, 2 * x, is_causal=True, scale=0.7),
+}
+
+
+@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
+def test_replacement(function):
+    torch.set_default_dtype(torch.float64)
+    call, replacement = CASES[function], REPLACEMENTS[function]
+    x, direction = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    value = call(function, x)
+    # central differences, whose gradient is an ordinary backward: torch's third derivatives of norms are wrong too
+    tangent = (call(function, x + 1e-4 * direction) - call(function, x - 1e-4 * direction)) / 2e-4
+    cotangent = torch.randn_like(tangent)
+    (gradient,) = torch.autograd.grad((tangent * cotangent).sum(), x)
+    with forward_ad.dual_level():
+        ours, our_tangent = forward_ad.unpack_dual(call(replacement, forward_ad.make_dual(x * 1, direction)))
+    (our_gradient,) = torch.autograd.grad((our_tangent * cotangent).sum(), x)
+    torch.testing.assert_close(ours, value)
+    torch.testing.assert_close(our_tangent, tangent, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_gradient, gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_norm_statistics():
+    torch.set_default_dtype(torch.float64)
+    x = torch.randn(5, 4, 3)
+    expected, ours = torch.nn.BatchNorm1d(4), torch.nn.BatchNorm1d(4)
+    expected(x)
+    with forward_ad.dual_level():
+        REPLACEMENTS[F.batch_norm](
+            forward_ad.make_dual(x, x), ours.running_mean, ours.running_var, ours.weight, ours.bias, True
+        )
+    torch.testing.assert_close(ours.running_mean, expected.running_mean)
+    torch.testing.assert_close(ours.running_var, expected.running_var)
+
+
+@pytest.mark.parametrize("mask", ["bool", "float", "gqa"])
+def test_attention_options(mask):
+    torch.set_default_dtype(torch.float64)
+    q, k, v = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5)
+    options = {}
+    if mask == "bool":
+        options["attn_mask"] = torch.rand(3, 6) > 0.3
+    elif mask == "float":
+        options["attn_mask"] = torch.randn(2, 1, 3, 6)
+    else:
+        k, v, options = k[:, :2], v[:, :2], {"enable_gqa": True, "scale": 1 / math.sqrt(2)}
+    function = F.scaled_dot_product_attention
+    with forward_ad.dual_level():
+        ours = forward_ad.unpack_dual(REPLACEMENTS[function](q, k, v, **options)).primal
+    torch.testing.assert_close(ours, function(q, k, v, **options))
