@@ -124,6 +124,9 @@ def _feature_dropout(kind: str, unbatched_ndim: int | None) -> Callable[..., Ten
         kind: Name of the kind.
         unbatched_ndim: Number of dimensions of an input without batch dimension, whose first is the channels;
             None where torch knows no such input.
+
+    Returns:
+        The handler.
     """
 
     def handle(
@@ -220,6 +223,9 @@ def _name_caller() -> str:
 
     The stack of Python frames holds the modules that are running as the ``self`` of their ``forward``s; the outermost
     of them knows the innermost one's path.
+
+    Returns:
+        For example ``"encoder.2"`` or ``"encoder (model.py:17)"``.
     """
     frame = sys._getframe(1)
     modules: list[nn.Module] = []

@@ -113,6 +113,9 @@ class CategoricalLoss(Loss):
         The paper samples a label ``y`` from the model and takes ``p - onehot(y)``: the right covariance, but a gradient
         that misses how the distribution of the label depends on the weights. ``sqrt(p) * r - p (sqrt(p) . r)`` has the
         same covariance, and its randomness ``r`` depends on nothing.
+
+        Returns:
+            ``v``, shape ``(T, C)``.
         """
         log_p = z.log_softmax(-1)
         spread = (0.5 * log_p).exp() * signs
