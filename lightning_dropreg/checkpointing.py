@@ -79,6 +79,9 @@ class Replay:
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.RepeatableRule`.
 
+        Returns:
+            What the rule returned before.
+
         Raises:
             InconsistentPassesError: If `site` is not the one that was there before.
         """
@@ -122,6 +125,9 @@ class _Reentrant:
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         """Do as torch does, with `function` under the active interception both times.
+
+        Returns:
+            What `function` returned.
 
         Raises:
             UnsupportedOperationError: If the estimator cannot differentiate it.

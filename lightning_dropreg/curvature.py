@@ -116,9 +116,7 @@ def matrix(curvature: str, loss: Loss, weights: Tensor) -> Tensor:
             (gradient,) = torch.autograd.grad(value, z, create_graph=True)
             if not gradient.requires_grad:  # a loss that is linear in its outputs
                 return z.new_zeros(*z.shape, z.shape[-1])
-            rows = [
-                torch.autograd.grad(gradient[:, c].sum(), z, create_graph=True)[0] for c in range(z.shape[-1])
-            ]
+            rows = [torch.autograd.grad(gradient[:, c].sum(), z, create_graph=True)[0] for c in range(z.shape[-1])]
         return torch.stack(rows, dim=1)
     example_weights = loss.example_weights(weights)
     if curvature == "identity":

@@ -1,9 +1,9 @@
 """Operations for dual numbers whose tangents are differentiated backward, where torch's own are broken.
 
-In torch 2.13 the forward-mode formulas of ``softmax``, ``log_softmax`` and ``logsumexp`` overwrite a value that their own
-backward needs (an error), those of ``layer_norm``, ``batch_norm`` and ``instance_norm`` take mean and scale for constants
-when they are differentiated backward (a wrong gradient, without a word), and fused attention has none. A pass with dual
-numbers puts these in place of torch's (`REPLACEMENTS`).
+In torch 2.13 the forward-mode formulas of ``softmax``, ``log_softmax`` and ``logsumexp`` overwrite a value that their
+own backward needs (an error), those of ``layer_norm``, ``batch_norm`` and ``instance_norm`` take mean and scale for
+constants when they are differentiated backward (a wrong gradient, without a word), and fused attention has none. A pass
+with dual numbers puts these in place of torch's (`REPLACEMENTS`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from torch.autograd import forward_ad
 
 from lightning_dropreg.sites import noise_dtype
 
-__all__ = ["REPLACEMENTS", "log_softmax"]
+__all__ = ["REPLACEMENTS", "log_softmax", "make_dual"]
 
 _softmax, _log_softmax, _logsumexp = torch.softmax, torch.log_softmax, torch.logsumexp
+
+
+def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """`forward_ad.make_dual`, typed."""
+    dual: Tensor = forward_ad.make_dual(primal, tangent)
+    return dual
 
 
 def softmax(input: Tensor, dim: int, *rest: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
@@ -32,7 +38,7 @@ def softmax(input: Tensor, dim: int, *rest: Any, dtype: torch.dtype | None = Non
     if t is None:
         return p
     t = t.to(p.dtype)
-    return forward_ad.make_dual(p, p * (t - (p * t).sum(dim, keepdim=True)))
+    return make_dual(p, p * (t - (p * t).sum(dim, keepdim=True)))
 
 
 def log_softmax(input: Tensor, dim: int, *rest: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
@@ -43,7 +49,7 @@ def log_softmax(input: Tensor, dim: int, *rest: Any, dtype: torch.dtype | None =
     if t is None:
         return log_p
     t = t.to(log_p.dtype)
-    return forward_ad.make_dual(log_p, t - (log_p.exp() * t).sum(dim, keepdim=True))
+    return make_dual(log_p, t - (log_p.exp() * t).sum(dim, keepdim=True))
 
 
 def _dtype(rest: tuple[Any, ...], dtype: torch.dtype | None) -> torch.dtype | None:
@@ -59,7 +65,7 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) 
     if t is None:
         return result
     tangent = ((x - value).exp() * t).sum(dim, keepdim=keepdim)
-    return forward_ad.make_dual(result, tangent)
+    return make_dual(result, tangent)
 
 
 def scaled_dot_product_attention(
@@ -120,7 +126,9 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, written out."""
-    return _channel_norm(input, (0, *range(2, input.ndim)), running_mean, running_var, weight, bias, training, momentum, eps)
+    return _channel_norm(
+        input, (0, *range(2, input.ndim)), running_mean, running_var, weight, bias, training, momentum, eps
+    )
 
 
 def instance_norm(
@@ -157,7 +165,9 @@ def _channel_norm(
             count = math.prod(x.shape[d] for d in dims)
             with torch.no_grad():
                 new_mean = forward_ad.unpack_dual(mean).primal.mean((0, *range(2, x.ndim)))
-                new_var = forward_ad.unpack_dual(variance).primal.mean((0, *range(2, x.ndim))) * count / max(count - 1, 1)
+                new_var = (
+                    forward_ad.unpack_dual(variance).primal.mean((0, *range(2, x.ndim))) * count / max(count - 1, 1)
+                )
                 running_mean.lerp_(new_mean.to(running_mean.dtype), momentum)
                 running_var.lerp_(new_var.to(running_var.dtype), momentum)
     else:
@@ -168,9 +178,7 @@ def _channel_norm(
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax), softmax),
-    **dict.fromkeys(
-        (F.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax), log_softmax
-    ),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax), log_softmax),
     **dict.fromkeys((torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp), logsumexp),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
     F.batch_norm: batch_norm,

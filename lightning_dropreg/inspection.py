@@ -67,7 +67,9 @@ def check_finite(values: Mapping[str, Tensor | None], closure: Closure, where: s
         cause = f"the activations are not finite from site {broken[0]} on"
     elif watch.largest:
         site, size = max(watch.largest, key=lambda pair: pair[1])
-        cause = f"the activations are finite at every site; the largest is {size:.3g}, at site {site.name} ({site.kind})"
+        cause = (
+            f"the activations are finite at every site; the largest is {size:.3g}, at site {site.name} ({site.kind})"
+        )
     else:
         cause = "no site was reached when the step was repeated"
     raise NonFinitePenaltyError(

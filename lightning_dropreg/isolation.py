@@ -137,7 +137,7 @@ def _modules(root: nn.Module | None) -> list[nn.Module]:
         elif type(value) is dict:
             stack.extend(value.values())
         elif type(value) in {list, tuple}:
-            stack.extend(value)  # type: ignore[call-overload]
+            stack.extend(value)  # type: ignore[arg-type]
     return list(found.values())
 
 

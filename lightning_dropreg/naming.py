@@ -16,6 +16,9 @@ def name_caller() -> str:
 
     The stack of Python frames holds the modules that are running as the ``self`` of their ``forward``s; the outermost
     of them knows the innermost one's path.
+
+    Returns:
+        For example ``"encoder.2"`` or ``"encoder (model.py:17)"``.
     """
     frame = sys._getframe(1)
     modules: list[nn.Module] = []

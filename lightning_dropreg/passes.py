@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_dropreg.dual import REPLACEMENTS
+from lightning_dropreg.dual import REPLACEMENTS, make_dual
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, NoDropoutSiteError
 from lightning_dropreg.interception import Interception, Rule
 from lightning_dropreg.losses import RECOGNIZED, Loss
@@ -64,7 +64,7 @@ class Tangent:
         """See `lightning_dropreg.interception.Rule`."""
         primal, tangent = forward_ad.unpack_dual(h)
         push = (primal * self.directions.draw(site, h)).to(h.dtype)
-        return forward_ad.make_dual(primal, push if tangent is None else tangent + push)
+        return make_dual(primal, push if tangent is None else tangent + push)
 
 
 class Tap:
@@ -111,9 +111,10 @@ class Drop:
         return self.again(len(self.sites) - 1, h)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.RepeatableRule`; every site has a seed of its own, so no mask need be kept."""
+        """See `lightning_dropreg.interception.RepeatableRule`."""
         site = self.sites[index]
         keep = torch.empty(site.mask_shape, dtype=h.dtype, device=h.device)
+        # a seed for every site, so that no mask need be kept
         keep.bernoulli_(1 - site.p, generator=KeyedGenerators(fold_key(self.key, index)).on(h.device))
         return h * keep.div_(1 - site.p)
 
@@ -197,9 +198,13 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
 
     Walks the autograd graph from the returned loss, not entering the elements of recognized losses: usually that is
     the user's reduction and nothing else. A dropout site found on the way is acted on by something unknown.
+
+    Raises:
+        LossNotRecognizedError: If there is such a part, or no recognized loss in it at all.
     """
     elements = {recorded.elements.grad_fn for recorded in interception.losses}
     sites = {node: site for node, site in zip(interception.site_nodes, interception.sites, strict=True) if node}
+    names = ", ".join(recorded.name for recorded in interception.losses)
     found, seen, stack = False, set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
@@ -211,7 +216,7 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
         elif node in sites:
             raise LossNotRecognizedError(
                 f"A part of the returned loss depends on the dropout site {sites[node]} by a way that does not lead "
-                f"through a recognized loss function (found: {', '.join(one.name for one in interception.losses)}), so its "
+                f"through a recognized loss function (found: {names}), so its "
                 f"curvature is unknown and the penalty would miss it.{_refused(interception)} Compute that part with "
                 "a loss function of torch.nn.functional that this package knows, make it known with "
                 "lightning_dropreg.recognize, or leave it out of the returned loss."
@@ -220,7 +225,7 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
             stack.extend(next_node for next_node, _ in node.next_functions)
     if not found:
         raise LossNotRecognizedError(
-            f"{', '.join(one.name for one in interception.losses)} was computed, but the returned loss does not depend on "
+            f"{names} was computed, but the returned loss does not depend on "
             "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
         )
 

@@ -17,8 +17,8 @@ def draw_rows(batch: Any, fraction: float, dim: int, key: int) -> Tensor:
     """Draw ``fraction`` of the rows without replacement, at least one.
 
     Args:
-        batch: Any nest of dicts, lists and tuples with tensors in it; the first tensor that has dimension `dim` says how
-            many rows there are.
+        batch: Any nest of dicts, lists and tuples with tensors in it; the first tensor that has dimension `dim` says
+            how many rows there are.
         fraction: In ``(0, 1]``.
         dim: The dimension along which the rows lie.
         key: Seed.
@@ -39,13 +39,22 @@ def draw_rows(batch: Any, fraction: float, dim: int, key: int) -> Tensor:
             generator = torch.Generator().manual_seed(key)
             return torch.randperm(count, generator=generator)[: max(1, round(fraction * count))].sort().values
     raise InvalidArgumentError(
-        f"batch_fraction needs a batch with rows along dimension batch_dim={dim}, but the batch ({type(batch).__name__}) "
+        f"batch_fraction needs a batch with rows along dimension batch_dim={dim}, but the {type(batch).__name__} "
         "holds no tensor with that dimension. Set batch_dim, or batch_fraction=None."
     )
 
 
 def select_rows(batch: Any, rows: Tensor, dim: int, count: int) -> Any:
     """Take `rows` of every tensor in `batch` that has `count` of them along `dim`; leave the rest alone.
+
+    Args:
+        batch: Any nest of dicts, lists and tuples.
+        rows: Indices.
+        dim: The dimension along which the rows lie.
+        count: Number of rows in the batch.
+
+    Returns:
+        A batch of the same structure.
 
     Example:
         >>> select_rows((torch.arange(4), "label"), torch.tensor([1, 3]), 0, 4)

@@ -18,8 +18,8 @@ from lightning_dropreg.errors import InconsistentPassesError, InvalidArgumentErr
 __all__ = ["Directions", "Site", "fold_key"]
 
 _SAME_EVERY_TIME = (
-    "The training step must do the same thing every time it is called with the same batch; what it decides at random must "
-    "be drawn from torch's, numpy's or Python's global random state, which is put back between passes."
+    "The training step must do the same thing every time it is called with the same batch; what it decides at random "
+    "must be drawn from torch's, numpy's or Python's global random state, which is put back between passes."
 )
 _MASK64 = (1 << 64) - 1
 

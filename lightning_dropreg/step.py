@@ -222,8 +222,9 @@ class Plan:
         if not self.noise_in_loss or self.noise is None:
             return StepResult(loss, loss)
         if self.noise.source == "dropout":
-            # Section 3.1 with two of the k draws instead of two more. Adding a(g1 - g2) to the mean (1/k) sum g_j changes
-            # the sum of squared coefficients, 1/k, by 2 a^2 and by a cross term 2a/k - 2a/k = 0: the same covariance.
+            # Section 3.1 with two of the k draws instead of two more. Adding a(g1 - g2) to the mean (1/k) sum g_j
+            # changes the sum of squared coefficients, 1/k, by 2 a^2 and by a cross term 2a/k - 2a/k = 0: the covariance
+            # is that of two more.
             noise = self._scaled(losses[0] - losses[1])
         else:
             noise = self.extra(runner, key)

@@ -26,7 +26,13 @@ class Classifier(L.LightningModule):
 
     def __init__(self, p=0.4, lr=0.1, dtype=torch.float64, norm=False):
         super().__init__()
-        layers = [nn.Linear(4, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(p), nn.Linear(8, 3)]
+        layers = [
+            nn.Linear(4, 8),
+            nn.BatchNorm1d(8) if norm else nn.Identity(),
+            nn.Tanh(),
+            nn.Dropout(p),
+            nn.Linear(8, 3),
+        ]
         self.net = nn.Sequential(*layers).to(dtype)
         self.lr = lr
         self.gradients = []

@@ -1,6 +1,6 @@
 """Small float64 networks whose dropout sites can also be driven by hand.
 
-``net(x)`` uses dropout as anybody would; ``net(x, factors)`` multiplies the sites' activations by given factors instead.
+``net(x)`` uses dropout as anybody would; ``net(x, factors)`` multiplies the sites' activations by given factors.
 """
 
 import math
@@ -62,7 +62,11 @@ class LSTM(Net):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = nn.LSTM(2, 3, batch_first=True), nn.LSTM(3, 2, batch_first=True), nn.Linear(2, self.outputs)
+        self.a, self.b, self.c = (
+            nn.LSTM(2, 3, batch_first=True),
+            nn.LSTM(3, 2, batch_first=True),
+            nn.Linear(2, self.outputs),
+        )
 
     def mask_shapes(self):
         return [(2, 3, 2), (2, 3, 3), (2, 3, 2)]

@@ -196,7 +196,7 @@ def test_batch_fraction_of_one_gives_the_whole_batch():
 
 
 def test_batch_fraction_is_unbiased_and_keeps_the_noise():
-    """Over 300 keys the mean penalty on a third of the rows, and the mean squared noise, within three standard errors."""
+    """Over 300 keys, the mean penalty on a third of the rows and the mean squared noise: three standard errors."""
     torch.set_default_dtype(torch.float64)
     from lightning_dropreg.callbacks.session import _Batch
     from lightning_dropreg.step import Estimation, NoiseSettings, PenaltySettings, Plan
@@ -213,7 +213,9 @@ def test_batch_fraction_is_unbiased_and_keeps_the_noise():
             with runner.isolation:
                 result = plan.run(runner, key, 0)
             gradients = torch.autograd.grad(result.noise, list(module.parameters()), allow_unused=True)
-            values.append(torch.stack([result.penalty.detach(), sum(g.square().sum() for g in gradients if g is not None)]))
+            values.append(
+                torch.stack([result.penalty.detach(), sum(g.square().sum() for g in gradients if g is not None)])
+            )
         return torch.stack(values)
 
     whole, third = sample(None), sample(1 / 3)

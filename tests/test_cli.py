@@ -90,9 +90,7 @@ def test_a_run_can_be_repeated_from_its_own_record_and_evaluated(capsys):
     record = "runs/quickstart/version_0/config.yaml"
     assert main(["fit", "--config", record]) == 0
     assert main([*fit, "--trainer.logger.version=1"]) == 0  # into a directory that is not empty
-    first, second = (
-        Path(f"runs/quickstart/version_{i}/metrics.csv").read_text().splitlines()[:2] for i in (0, 1)
-    )
+    first, second = (Path(f"runs/quickstart/version_{i}/metrics.csv").read_text().splitlines()[:2] for i in (0, 1))
     assert first == second
     [checkpoint] = Path("runs/quickstart/version_0/checkpoints").glob("*.ckpt")
     for command in ("validate", "test", "predict"):
@@ -149,9 +147,7 @@ def test_a_file_changes_its_base(capsys):
     assert [site["drop_prob"] for site in printed_json(capsys)] == [0.25] * 4
 
 
-@pytest.mark.parametrize(
-    ("base", "message"), [("gone.yaml", "no file gone.yaml"), ("loop.yaml", "its own base")]
-)
+@pytest.mark.parametrize(("base", "message"), [("gone.yaml", "no file gone.yaml"), ("loop.yaml", "its own base")])
 def test_a_base_that_cannot_be(base, message, capsys):
     Path("loop.yaml").write_text(f"base: {base}\n")
     assert main(["fit", "--config", "loop.yaml"]) == 1

@@ -2,8 +2,8 @@
 
 The statistical tests draw with fixed seeds and ask the mean to lie within three standard errors; if a first sample does
 not, a second, independent one of four times the size must. A right implementation fails a comparison with probability
-0.0027 ** 2, and any of the 220 in this file with probability 0.002. That forward mode is right to the last digit is shown by
-the test over all directions, which is not statistical.
+0.0027 ** 2, and any of the 220 in this file with probability 0.002. That forward mode is right to the last digit is
+shown by the test over all directions, which is not statistical.
 """
 
 import math
@@ -128,9 +128,7 @@ def test_antithetic_error_falls_as_the_square_of_the_step(loss, curvature):
 
     def penalty(estimator, step=0.1):
         generator = torch.Generator().manual_seed(3)
-        value = explicit_penalty(
-            closure, estimator=estimator, curvature=curvature, step_size=step, generator=generator
-        )
+        value = explicit_penalty(closure, estimator=estimator, curvature=curvature, step_size=step, generator=generator)
         return torch.cat([value.detach()[None], flat_gradient(value, net)])
 
     truth = penalty("forward")

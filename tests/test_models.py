@@ -64,9 +64,7 @@ def test_the_state_is_carried_and_detached():
     first = model.training_step(one, 0)
     second = model.training_step(two, 1)
     _, state = model(one[0])
-    torch.testing.assert_close(
-        second, F.cross_entropy(model(two[0], state)[0].flatten(0, 1), two[1].flatten())
-    )
+    torch.testing.assert_close(second, F.cross_entropy(model(two[0], state)[0].flatten(0, 1), two[1].flatten()))
     second.backward()  # and not through the first window, whose graph is gone
     first.backward()
     assert all(not h.requires_grad for pair in model._train_state for h in pair)
@@ -120,9 +118,7 @@ def test_the_initial_weights_depend_on_the_seed_alone():
     assert all(a.equal(b) for a, b in zip(weights(0.0), weights(0.5), strict=True))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"drop_prob": 1.0}, {"drop_prob": -0.1}, {"vocab_size": 1}, {"num_layers": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"drop_prob": 1.0}, {"drop_prob": -0.1}, {"vocab_size": 1}, {"num_layers": 0}])
 def test_arguments_out_of_range(wrong):
     with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
         LSTMLanguageModel(**{**SIZES, **wrong})

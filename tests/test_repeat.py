@@ -86,7 +86,7 @@ def test_hidden_state_attribute_advances_once(callbacks):
     options = {"loader": make_loader(24, 12), "make": Recurrent, "model_options": {}}
     model = train(callbacks, **options)
     assert model.history == [0, 1]
-    whole = [start for start in Recurrent.starts_of_batch[1]]
+    whole = Recurrent.starts_of_batch[1]
     assert all(torch.equal(start, whole[0]) for start in whole)  # every run of a batch starts from the same state
 
 

@@ -80,6 +80,9 @@ class RegularizerCallback(Callback):
     def plan(self, trainer: Trainer) -> Plan:
         """Make one plan of all the regularizers in `trainer`.
 
+        Returns:
+            The plan.
+
         Raises:
             CompositionError: If they do not make sense together.
         """
@@ -88,16 +91,16 @@ class RegularizerCallback(Callback):
             same = [callback for callback in companions if isinstance(callback, kind)]
             if len(same) > 1:
                 raise CompositionError(
-                    f"The Trainer has {len(same)} callbacks of type {kind.__name__}; the effect would count that often. "
-                    "Keep one (a mixin on the module brings one too)."
+                    f"The Trainer has {len(same)} callbacks of type {kind.__name__}; the effect would count that "
+                    "often. Keep one (a mixin on the module brings one too)."
                 )
         draws = [callback.k for callback in companions if callback.k is not None]
         penalties = [callback.penalty for callback in companions if callback.penalty is not None]
         noises = [callback.noise for callback in companions if callback.noise is not None]
         if draws and penalties:
             raise CompositionError(
-                "MiniBatchDropout and ExplicitPenalty are both in the Trainer: dropout has the explicit effect, and the "
-                "penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), or "
+                "MiniBatchDropout and ExplicitPenalty are both in the Trainer: dropout has the explicit effect, and "
+                "the penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), or "
                 "ExplicitPenalty with ImplicitNoise (Algorithm 2)."
             )
         return Plan(
@@ -108,7 +111,8 @@ class RegularizerCallback(Callback):
 
     @staticmethod
     def _companions(trainer: Trainer) -> list[RegularizerCallback]:
-        return [callback for callback in trainer.callbacks if isinstance(callback, RegularizerCallback)]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, RegularizerCallback)]
 
     def _leads(self, trainer: Trainer) -> bool:
         return self._companions(trainer)[0] is self
@@ -122,6 +126,9 @@ class RegularizerCallback(Callback):
 def check_strength(strength: float) -> float:
     """Refuse a negative or non-finite strength.
 
+    Returns:
+        The strength.
+
     Raises:
         InvalidArgumentError: If it is one.
     """
@@ -132,10 +139,11 @@ def check_strength(strength: float) -> float:
     return float(strength)
 
 
-def estimation(
-    estimator: str, step_size: float, batch_fraction: float | None, batch_dim: int, mask: str
-) -> Estimation:
+def estimation(estimator: str, step_size: float, batch_fraction: float | None, batch_dim: int, mask: str) -> Estimation:
     """Check and collect what penalty and noise have in common.
+
+    Returns:
+        The settings.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.

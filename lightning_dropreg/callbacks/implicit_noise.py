@@ -25,11 +25,12 @@ class ImplicitNoise(RegularizerCallback):
         source: ``"taylor"`` for ``xi_approx`` (4.6), ``"dropout"`` for the difference of two dropout gradients, scaled
             to the covariance of one.
         injection: ``"after_backward"`` computes the noise and adds it to the gradients in ``on_after_backward``;
-            ``"loss"`` adds a scalar with that gradient to the loss; ``"auto"`` takes the cheaper. The gradient is the same.
+            ``"loss"`` adds a scalar with that gradient to the loss; ``"auto"`` takes the cheaper. The gradient is the
+            same.
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; for ``source="taylor"``.
         step_size: Step of the antithetic pair, in ``(0, 1]``.
-        batch_fraction: Fraction of the rows on which the noise is drawn, see `ExplicitPenalty`; it is scaled so that its
-            covariance stays that of the whole batch.
+        batch_fraction: Fraction of the rows on which the noise is drawn, see `ExplicitPenalty`; it is scaled so that
+            its covariance stays that of the whole batch.
         batch_dim: Dimension of the rows in the tensors of a batch.
         mask: ``"as_model"`` or ``"elementwise"``.
 

@@ -59,15 +59,15 @@ class Session:
         problems = []
         if not self.module.automatic_optimization:
             problems.append(
-                "it optimizes manually (automatic_optimization=False), so its training_step cannot be repeated without "
-                "stepping its optimizers several times. Use automatic optimization, or call the functions of "
+                "it optimizes manually (automatic_optimization=False), so its training_step cannot be repeated "
+                "without stepping its optimizers several times. Use automatic optimization, or call the functions of "
                 "lightning_dropreg.functional inside the step."
             )
         compiled = [name or "the module itself" for name, child in self.module.named_modules() if _is_compiled(child)]
         if compiled:
             problems.append(
-                f"{', '.join(compiled)} is compiled by torch.compile, and dropout inside a compiled graph cannot be seen. "
-                "Train it uncompiled."
+                f"{', '.join(compiled)} is compiled by torch.compile, and dropout inside a compiled graph cannot be "
+                "seen. Train it uncompiled."
             )
         if "dataloader_iter" in inspect.signature(self.module.training_step).parameters:
             problems.append(
@@ -77,12 +77,13 @@ class Session:
             self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
         ):
             problems.append(
-                f"its strategy is {type(self.trainer.strategy).__name__}, with which gradients cannot be changed after the "
-                "backward pass. Use ImplicitNoise(injection='loss')."
+                f"its strategy is {type(self.trainer.strategy).__name__}, with which gradients cannot be changed after "
+                "the backward pass. Use ImplicitNoise(injection='loss')."
             )
         if problems:
             raise UnsupportedModuleError(
-                f"{type(self.module).__name__} cannot be trained with this package's callbacks: " + " Also, ".join(problems)
+                f"{type(self.module).__name__} cannot be trained with this package's callbacks: "
+                + " Also, ".join(problems)
             )
 
     def install(self) -> None:
@@ -170,7 +171,7 @@ class Session:
         factor = 1.0 / trainer.accumulate_grad_batches
         scaler = getattr(plugin, "scaler", None)
         scaled = scalar * factor if scaler is None else scaler.scale(scalar * factor)
-        gradients = list(torch.autograd.grad(scaled, parameters, allow_unused=True))
+        gradients: list[Tensor | None] = list(torch.autograd.grad(scaled, parameters, allow_unused=True))
         if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
             gradients = self._reduced(parameters, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -229,7 +230,7 @@ class Session:
             self.module.log(f"dropreg/{name}", value, on_step=True, on_epoch=False, batch_size=1)
 
     def _is_logging_step(self) -> bool:
-        every = self.trainer.log_every_n_steps
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.trainer.global_step % every == every - 1 or self.trainer.global_step == 0)
 
 
@@ -335,4 +336,5 @@ def _is_compiled(module: nn.Module) -> bool:
 def _norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return norm

@@ -19,11 +19,14 @@ def antithetic(
     r"""Estimate loss, penalty and noise by central differences over all dropout sites at once.
 
     With site factors ``1 + eps r`` in one pass and ``1 - eps r`` in the other, the directional derivative of the
-    outputs is ``u = (z+ - z-) / 2 eps``, the noise is ``s = (L+ - L-) / 2 eps`` and the loss ``(L+ + L-) / 2``, all with
-    errors ``O(eps^2)``. Since the sites' directions are independent, ``E[u u^T] = sum_i c_i J_i diag(h_i^2) J_i^T``, and
-    ``1/2 u^T H u`` is an unbiased estimate of the penalty (4.4).
+    outputs is ``u = (z+ - z-) / 2 eps``, the noise is ``s = (L+ - L-) / 2 eps`` and the loss ``(L+ + L-) / 2``, all
+    with errors ``O(eps^2)``. Since the sites' directions are independent, ``E[u u^T] = sum_i c_i J_i diag(h_i^2)
+    J_i^T``, and ``1/2 u^T H u`` is an unbiased estimate of the penalty (4.4).
 
-    See `lightning_dropreg.estimators.base.Estimator` for arguments and result.
+    See `lightning_dropreg.estimators.base.Estimator` for the arguments.
+
+    Returns:
+        Loss, penalty and noise.
     """
     directions = Directions(key, mask)
     record = curvature is not None

@@ -26,7 +26,10 @@ def double_backward(
     ``1/2 sum_i c_i || (J_i^T v) * h_i ||^2`` is an unbiased estimate of the penalty (4.4). The noise needs no estimate:
     its scalar is ``sum_i <dL/dt_i, r_i>`` with ``t_i`` the relative change of ``h_i``. The loss is exact.
 
-    See `lightning_dropreg.estimators.base.Estimator` for arguments and result.
+    See `lightning_dropreg.estimators.base.Estimator` for the arguments.
+
+    Returns:
+        Loss, penalty and noise.
     """
     tap = Tap(Directions(key, mask), draw=noise)
     done = run_pass(closure, tap, record_losses=curvature is not None)
@@ -61,11 +64,7 @@ def noise_scalar(loss: Tensor, tap: Tap) -> Tensor:
 
 
 def tap_gradients(values: Sequence[Tensor], tap: Tap, vectors: Sequence[Tensor] | None) -> list[Tensor]:
-    """Differentiate `values` (times `vectors`) in the taps, keeping the graph.
-
-    Raises:
-        UnsupportedOperationError: If an operation of the model cannot be differentiated twice.
-    """
+    """Differentiate `values` (times `vectors`) in the taps, keeping the graph."""
     gradients = torch.autograd.grad(
         list(values), tap.taps, None if vectors is None else list(vectors), create_graph=True, allow_unused=True
     )
@@ -94,11 +93,12 @@ def check_twice_differentiable(gradients: Sequence[Tensor], values: Sequence[Ten
         torch.autograd.grad([g.sum() for g in gradients if g.requires_grad], inputs, allow_unused=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-    custom = {node.name() for node in _nodes(values) if isinstance(node, torch.autograd.function.BackwardCFunction)}
+    kind = torch.autograd.function.BackwardCFunction
+    custom = {type(node).__name__ for node in _nodes(values) if isinstance(node, kind)}
     also = f" Custom autograd functions in the model: {', '.join(sorted(custom))}." if custom else ""
     raise UnsupportedOperationError(
-        f"The model has an operation that cannot be differentiated twice, which this estimator needs: {reason}.{also} Use "
-        "estimator='antithetic', which needs only one backward. (Attention: torch.nn.attention.sdpa_kernel("
+        f"The model has an operation that cannot be differentiated twice, which this estimator needs: {reason}.{also} "
+        "Use estimator='antithetic', which needs only one backward. (Attention: torch.nn.attention.sdpa_kernel("
         "SDPBackend.MATH) around the forward has a double backward; so have RNNs with cuDNN switched off.)"
     )
 

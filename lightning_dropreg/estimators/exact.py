@@ -19,7 +19,10 @@ def exact(closure: Closure, *, curvature: str | None, noise: bool, step_size: fl
 
     Costs one backward pass for each entry of the outputs, and the memory of all of them: for small problems. ``M`` is
     found by differentiating the loss twice, not from a closed form. See
-    `lightning_dropreg.estimators.base.Estimator` for arguments and result.
+    `lightning_dropreg.estimators.base.Estimator` for the arguments.
+
+    Returns:
+        Loss, penalty and noise.
     """
     tap = Tap(Directions(key, mask), draw=noise)
     done = run_pass(closure, tap, record_losses=curvature is not None)

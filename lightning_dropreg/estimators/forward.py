@@ -21,7 +21,10 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
     """Estimate loss, penalty and noise from the tangents of outputs and loss.
 
     Each site's activation ``h`` carries the tangent ``h r``; the outputs' tangent is then ``u = sum_i J_i (h_i r_i)``
-    and the loss's tangent the noise ``s``. See `lightning_dropreg.estimators.base.Estimator` for arguments and result.
+    and the loss's tangent the noise ``s``. See `lightning_dropreg.estimators.base.Estimator` for the arguments.
+
+    Returns:
+        Loss, penalty and noise.
 
     Raises:
         UnsupportedOperationError: If an operation of the model has no forward-mode formula.
@@ -33,7 +36,8 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
         except NotImplementedError as error:
             raise UnsupportedOperationError(
                 f"The model has an operation without a forward-mode derivative, which estimator='forward' needs: "
-                f"{_place(error)} ({str(error).splitlines()[0]}). Use estimator='antithetic', which needs only a backward."
+                f"{_place(error)} ({str(error).splitlines()[0]}). Use estimator='antithetic', which needs only a "
+                "backward."
             ) from error
         loss, slope = _split(done.loss)
         penalty = None

@@ -85,6 +85,9 @@ def fused(
 def _probabilities(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """Softmax over the keys that a query sees; zeros for a query that sees none, as fused attention has it.
 
+    Returns:
+        Probabilities, in the shape of `scores`.
+
     Raises:
         InvalidArgumentError: If there are two masks, which torch refuses too.
     """

@@ -29,6 +29,9 @@ def channel_mask(input: Tensor, unbatched_ndim: int | None) -> tuple[int, ...]:
     Args:
         input: ``(N, C, ...)``, or ``(C, ...)`` if it has `unbatched_ndim` dimensions.
         unbatched_ndim: Number of dimensions of an input without batch dimension; None where torch knows no such input.
+
+    Returns:
+        The shape, with as many dimensions as `input`.
     """
     own = 1 if input.ndim == unbatched_ndim else 2
     return tuple(input.shape[:own]) + (1,) * (input.ndim - own)

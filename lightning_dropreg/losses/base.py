@@ -49,7 +49,7 @@ class Loss(ABC):
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
         """Return ``v`` of shape ``(T, C)`` with ``E[v_t v_t^T] = w_t H_t(z_t)`` over random `signs` ``(T, C)``."""
 
-    def check(self) -> None:  # noqa: B027 - most losses suppose nothing
+    def check(self) -> None:  # noqa: B027
         """Raise if the values are not what the curvature supposes; reads values, so the device is waited for."""
 
 

@@ -54,8 +54,8 @@ def _check_log_probabilities(name: str, z: Tensor) -> None:
     if total.numel() and bool((total.abs() > tolerance).any()):
         raise LossNotRecognizedError(
             f"The input of {name} is not made of log-probabilities over its classes (they sum to "
-            f"{float(total.exp().flatten()[0]):.3g}), so its curvature in the logits is unknown. Apply log_softmax over "
-            "the classes, or use cross_entropy."
+            f"{float(total.exp().flatten()[0]):.3g}), so its curvature in the logits is unknown. Apply log_softmax "
+            "over the classes, or use cross_entropy."
         )
 
 
@@ -186,7 +186,7 @@ def _categorical(
         if soft:
             smooth = labels * (1 - label_smoothing) + label_smoothing / classes
             return -(log_p * (smooth * class_weights)).sum(-1)
-        hard = F.nll_loss(log_p, labels, weight, ignore_index=ignore_index, reduction="none")
+        hard = F.nll_loss(log_p, labels, class_weights, ignore_index=ignore_index, reduction="none")
         if not label_smoothing:
             return hard
         return (1 - label_smoothing) * hard - label_smoothing / classes * (log_p @ class_weights) * counted

@@ -35,6 +35,9 @@ class HessianLoss(Loss):
     def hessian_form(self, z: Tensor, u: Tensor, weights: Tensor) -> Tensor:
         """See `Loss`: a Hessian-vector product.
 
+        Returns:
+            A scalar.
+
         Raises:
             UnsupportedOperationError: If the loss cannot be differentiated twice.
         """
@@ -128,6 +131,9 @@ def is_registered(func: Callable[..., Any]) -> bool:
 
 def describe(func: Callable[..., Any], output: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Loss]:
     """Compute and describe a loss made known by `recognize`.
+
+    Returns:
+        Its elements, and the description.
 
     Raises:
         InvalidArgumentError: If it does not return one element per example.

@@ -160,6 +160,9 @@ def l1_loss(
 
     It is 0 almost everywhere, but dropout does raise the expected loss, by what happens at the kink. A penalty of 0
     would be wrong, so this curvature is refused; those that need no Hessian are not.
+
+    Returns:
+        The reduced loss and its description.
     """
     outputs, labels, shape = _residual("l1_loss", input, target)
     weights = None if weight is None else outputs_last(weight.expand(shape))
@@ -209,6 +212,9 @@ def binary_cross_entropy(
     """`torch.nn.functional.binary_cross_entropy`: the outputs are the logits ``log p - log(1 - p)`` of its input.
 
     The penalty is that of the same model written with logits. As torch does, each logarithm is bounded below by -100.
+
+    Returns:
+        The reduced loss and its description.
     """
     refuse_trained("binary_cross_entropy", target)
     p = outputs_last(input)
@@ -302,6 +308,9 @@ def gaussian_nll_loss(
 
     A variance that is trained is an output as well: then every element has the two outputs ``(mean, var)`` and its full
     ``2 x 2`` Hessian, which is not always positive.
+
+    Returns:
+        The reduced loss and its description.
     """
     refuse_trained("gaussian_nll_loss", target)
     checked = F.gaussian_nll_loss(input.detach(), target, _detached(var), full, eps, "none")  # torch's own checks
