@@ -7,6 +7,8 @@ LightningModule, and `functional` is the same without Lightning.
 
 from lightning_dropreg import errors, functional
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
+from lightning_dropreg.handlers.attention import attention_dropout
+from lightning_dropreg.handlers.custom import drop
 from lightning_dropreg.losses import recognize
 from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, MiniBatchDropoutMixin
 
@@ -17,6 +19,8 @@ __all__ = [
     "ImplicitNoiseMixin",
     "MiniBatchDropout",
     "MiniBatchDropoutMixin",
+    "attention_dropout",
+    "drop",
     "errors",
     "functional",
     "recognize",

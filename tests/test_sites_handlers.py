@@ -15,11 +15,12 @@ from agreement import check_agreement, check_pair, gradients, run
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from lightning_dropreg import attention_dropout, drop
 from lightning_dropreg.dual import REPLACEMENTS
+from lightning_dropreg.errors import InvalidArgumentError, UnsupportedSiteError
 from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.functional import explicit_penalty, find_sites, implicit_noise, plain_loss
+from lightning_dropreg.functional import dropout_loss, explicit_penalty, find_sites, implicit_noise, plain_loss
 from lightning_dropreg.handlers import HANDLERS
-from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.interception import Interception
 
 
@@ -338,6 +339,114 @@ def test_alpha_dropout_in_every_estimator(module, inplace):
     closure = lambda: F.cross_entropy(net(x), y)
     check_agreement(closure, list(net.parameters()))
     assert net[2].eval()(x) is x
+
+
+# --- stochastic depth, and dropout of one's own -------------------------------------------------------------------
+
+
+def of_timm(x, p):
+    def drop_path(x, drop_prob=0.0, training=False, scale_by_keep=True):
+        keep_prob = 1 - drop_prob
+        random_tensor = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
+        if keep_prob > 0.0 and scale_by_keep:
+            random_tensor.div_(keep_prob)
+        return x * random_tensor
+
+    return drop_path(x, p)
+
+
+def of_torchvision(x, p):
+    def stochastic_depth(input, p, mode):
+        survival_rate = 1.0 - p
+        size = [input.shape[0]] + [1] * (input.ndim - 1)
+        noise = torch.empty(size, dtype=input.dtype, device=input.device)
+        noise = noise.bernoulli_(survival_rate)
+        if survival_rate > 0.0:
+            noise.div_(survival_rate)
+        return input * noise
+
+    return stochastic_depth(x, p, "row")
+
+
+def of_transformers(x, p):
+    def drop_path(input, drop_prob=0.0, training=False):
+        keep_prob = 1 - drop_prob
+        shape = (input.shape[0],) + (1,) * (input.ndim - 1)
+        random_tensor = keep_prob + torch.rand(shape, dtype=input.dtype, device=input.device)
+        random_tensor.floor_()  # binarize
+        return input.div(keep_prob) * random_tensor
+
+    return drop_path(x, p)
+
+
+def of_efficientnet(x, p):
+    def drop_connect(inputs, p, training):
+        keep_prob = 1 - p
+        random_tensor = keep_prob
+        random_tensor += torch.rand([inputs.shape[0], 1], dtype=inputs.dtype, device=inputs.device)
+        binary_tensor = torch.floor(random_tensor)
+        return inputs / keep_prob * binary_tensor
+
+    return drop_connect(x, p, True)
+
+
+@pytest.mark.parametrize("function", [of_timm, of_torchvision, of_transformers, of_efficientnet])
+def test_stochastic_depth(function):
+    a, b = nn.Linear(2, 3), nn.Linear(3, 3)
+    x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+
+    def closure(function=function):
+        h = torch.tanh(a(x))
+        return F.cross_entropy(b(h + function(h * 2, 0.3)), y)
+
+    def by_hand():
+        return closure(lambda h, p: drop(h, p, (4, 1)))
+
+    parameters = [*a.parameters(), *b.parameters()]
+    ours, theirs = run("exact", closure), run("exact", by_hand)
+    for one, other in ((ours.penalty, theirs.penalty), (ours.noise, theirs.noise)):
+        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(gradients(one, parameters), gradients(other, parameters))
+    check_agreement(closure, parameters)
+    draws = [dropout_loss(c, k=2, generator=torch.Generator().manual_seed(4)) for c in (closure, by_hand)]
+    torch.testing.assert_close(*draws)
+    (site,) = find_sites(closure)
+    assert (site.kind, site.mask_shape) == ("stochastic_depth", (4, 1))
+
+
+def test_other_drawings_are_left_alone():
+    net, x = nn.Linear(3, 3), torch.randn(4, 3)
+
+    def closure():
+        augmented = x * torch.empty(4, 3).bernoulli_(0.5) + torch.floor(x) + torch.floor(x.clone()).floor_()
+        return F.mse_loss(net(augmented), x)
+
+    assert find_sites(closure) == []
+
+    def drop_path(x):
+        return x * torch.floor(0.3 + torch.rand(4, 1))
+
+    with pytest.raises(UnsupportedSiteError, match="keep probability is not where"):
+        find_sites(lambda: F.mse_loss(net(drop_path(x)), x))
+
+
+def test_dropout_of_ones_own():
+    net = nn.Linear(3, 2)
+    x, y = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
+    mine = lambda: F.mse_loss(net(drop(x, 0.3, (4, 1, 3))), y)
+    torchs = lambda: F.mse_loss(net(F.dropout1d(x.transpose(1, 2), 0.3).transpose(1, 2)), y)
+    parameters = list(net.parameters())
+    a, b = run("exact", mine), run("exact", torchs)
+    torch.testing.assert_close(a.penalty, b.penalty)
+    torch.testing.assert_close(gradients(a.penalty, parameters), gradients(b.penalty, parameters))
+    check_agreement(mine, parameters)
+    dropped = drop(torch.ones(1000, 3), 0.3, (1000, 1))
+    assert {round(v, 6) for v in dropped.unique().tolist()} == {0.0, round(1 / 0.7, 6)}
+    assert ((dropped == 0).all(1) | (dropped > 0).all(1)).all()
+    with pytest.raises(InvalidArgumentError, match="does not fit"):
+        drop(x, 0.3, (4, 2, 3))
+    # DropConnect: weights are dropped from
+    assert len(find_sites(lambda: F.mse_loss(F.linear(x, drop(net.weight, 0.2), net.bias), y))) == 1
 
 
 # --- one module, several calls; in place ------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_dropreg.handlers import alpha, attention, composite, dropout, recurrent
+from lightning_dropreg.handlers import alpha, attention, composite, custom, dropout, recurrent, stochastic_depth
 
 __all__ = ["HANDLERS"]
 
@@ -20,4 +20,6 @@ HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **alpha.HANDLERS,
     **recurrent.HANDLERS,
     **attention.HANDLERS,
+    **stochastic_depth.HANDLERS,
+    **custom.HANDLERS,
 }
