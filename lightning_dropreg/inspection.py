@@ -73,6 +73,6 @@ def check_finite(values: Mapping[str, Tensor | None], closure: Closure, where: s
     else:
         cause = "no site was reached when the step was repeated"
     raise NonFinitePenaltyError(
-        f"The {' and the '.join(bad)} became non-finite at {where}: {cause}, and the loss without dropout is {loss:.4g}."
-        " Lower the learning rate or the strength, clip gradients, or use a smaller step_size."
+        f"The {' and the '.join(bad)} became non-finite at {where}: {cause}, and the loss without dropout is "
+        f"{loss:.4g}. Lower the learning rate or the strength, clip gradients, or use a smaller step_size."
     )

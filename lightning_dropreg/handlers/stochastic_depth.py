@@ -3,8 +3,8 @@
 There is no function of torch to intercept, only the drawing of the mask: ``bernoulli_(keep)`` (torchvision, timm) or
 ``floor(keep + uniform)`` (transformers, efficientnet_pytorch). What is drawn is multiplied to a branch and divided by
 ``keep``. So the mask itself is a site: it is ``keep (1 + eta)``, dropout of the constant ``keep``, and whatever is
-done with it linearly follows. Drawings are taken for such a mask only within functions that are known by name to be stochastic
-depth; others (data augmentation, sampling) are left alone.
+done with it linearly follows. Drawings are taken for such a mask only within functions and modules that are known by
+name to be stochastic depth; others (data augmentation, sampling) are left alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _KEEP = ("keep_prob", "survival_rate", "survival_prob")
 def _caller() -> dict[str, Any] | None:
     """The variables of the function that draws, if it is stochastic depth."""
     frame = sys._getframe(3)  # _caller, handler, __torch_function__
-    return dict(frame.f_locals) if frame.f_code.co_name in _FUNCTIONS else None
+    name, variables = frame.f_code.co_name, frame.f_locals
+    if name == "forward":
+        name = type(variables.get("self")).__name__
+    return dict(variables) if name in _FUNCTIONS or name.endswith(("DropPath", "StochasticDepth")) else None
 
 
 def _mask(mode: Interception, like: Tensor, keep: float) -> Tensor:
