@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg.errors import NonFinitePenaltyError
+from lightning_dropreg.naming import name_caller
 from lightning_dropreg.passes import Closure, Off, Pass, Tap, run_pass
 from lightning_dropreg.sites import Directions, Site
 
@@ -26,10 +30,61 @@ def inspect_step(closure: Closure, need_losses: bool) -> Pass:
     Returns:
         The pass, its sites named.
     """
-    done = run_pass(closure, Tap(Directions(0)), record_losses=need_losses, name_sites=True, written_out=False)
+    with _RandomnessWatch() as watch:
+        done = run_pass(closure, Tap(Directions(0)), record_losses=need_losses, name_sites=True, written_out=False)
     for loss in done.losses:
         loss.check()
+    # stochastic depth may draw first and be known for what it is a line later
+    known = {_without_line(site.name) for site in done.sites if site.kind == "stochastic_depth"}
+    unknown = [f"{what} in {place}" for what, place in watch.found if _without_line(place) not in known]
+    if unknown:
+        warnings.warn(
+            f"The step draws random numbers that are no dropout this package knows: {'; '.join(unknown)}. They stay "
+            "as they are and are the same in passes that are compared. If that is a dropout written by hand, let it "
+            "call lightning_dropreg.drop, or its effect is neither penalized nor turned into noise.",
+            stacklevel=2,
+        )
     return done
+
+
+class _RandomnessWatch(TorchFunctionMode):
+    """Notes what draws from the global random states of torch, once everything known is replaced.
+
+    Attributes:
+        found: The functions, and where each was called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[tuple[str, str], None] = {}
+        self._state = _random_state()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`; what drew since the last call was something that torch does not show to modes."""
+        self._note(f"something before {getattr(func, '__name__', func)}")
+        result = func(*args, **(kwargs or {}))
+        self._note(str(getattr(func, "__name__", func)))
+        return result
+
+    def _note(self, what: str) -> None:
+        state = _random_state()
+        if state != self._state:
+            self._state = state
+            self.found[what, name_caller()] = None
+
+
+def _without_line(name: str) -> str:
+    return name.rsplit(":", 1)[0]
+
+
+def _random_state() -> tuple[bytes, ...]:
+    """The states of torch's global generators, in a form that can be compared."""
+    states = [torch.default_generator.get_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return tuple(state.numpy().tobytes() for state in states)
 
 
 class _Watch(Off):

@@ -8,7 +8,12 @@ from torch import nn
 
 __all__ = ["name_caller"]
 
-_OURS = ("lightning_dropreg.interception", "lightning_dropreg.handlers", "lightning_dropreg.naming")
+_OURS = (
+    "lightning_dropreg.interception",
+    "lightning_dropreg.handlers",
+    "lightning_dropreg.naming",
+    "lightning_dropreg.inspection",
+)
 
 
 def name_caller() -> str:

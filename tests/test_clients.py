@@ -1,7 +1,7 @@
 """Models that people train, unmodified, at tiny size with random weights.
 
-For each: the sites against a list written by hand from its source, one step of Algorithm 2 and one of ``DROPOUT_4`` by a
-Trainer, and with strength 0 the loss of the model with its dropout switched off.
+For each: the sites against a list written by hand from its source, one step of Algorithm 2 and one of ``DROPOUT_4`` by
+a Trainer, and with strength 0 the loss of the model with its dropout switched off.
 """
 
 import copy
@@ -121,7 +121,8 @@ def bert(attention="sdpa"):
         (f"{layer}.output.dropout", "dropout", 0.1),
         ("dropout", "dropout", 0.3),
     ]
-    batch = {"input_ids": tokens(4, 6), "attention_mask": (tokens(4, 6) > 2).long(), "labels": torch.tensor([0, 1, 2, 0])}
+    mask = (tokens(4, 6) > 2).long()
+    batch = {"input_ids": tokens(4, 6), "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 0])}
     return huggingface(transformers.BertForSequenceClassification(config), batch, sites)
 
 
@@ -171,8 +172,9 @@ def efficientnet():
     arguments = ["r1_k3_s11_e1_i4_o4_se0.25", "r2_k3_s11_e2_i4_o4_se0.25"]
     blocks = package.utils.BlockDecoder.decode(arguments)
     parameters = package.utils.efficientnet(
-        width_coefficient=0.1, depth_coefficient=1.0, image_size=8, dropout_rate=0.3, drop_connect_rate=0.2, num_classes=3
-    )[1]
+        width_coefficient=0.1, depth_coefficient=1.0, image_size=8, dropout_rate=0.3, drop_connect_rate=0.2,
+        num_classes=3,
+    )[1]  # fmt: skip
     net = package.EfficientNet(blocks, parameters)
     batch = (torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
     # of three blocks, only the repeated one has a residual connection: the package compares the stride [1] with 1
@@ -251,7 +253,7 @@ def test_sites(client):
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("callbacks", ["algorithm 2", "dropout_4", "algorithm 4"])
-def test_one_step(client, callbacks):
+def test_one_step(client, callbacks, recwarn):
     module, batch, _ = make(client)
     before = [p.detach().clone() for p in module.parameters()]
     trainer = fit(module, batch, {
@@ -260,6 +262,7 @@ def test_one_step(client, callbacks):
         "algorithm 4": lambda: [dr.MiniBatchDropout(4), dr.ImplicitNoise()],
     }[callbacks]())  # fmt: skip
     assert trainer.global_step == 1
+    assert not any("random numbers" in str(warning.message) for warning in recwarn)
     after = list(module.parameters())
     assert all(p.isfinite().all() for p in after)
     assert any((p != q).any() for p, q in zip(after, before))

@@ -21,6 +21,7 @@ from lightning_dropreg.errors import InvalidArgumentError, UnsupportedSiteError
 from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.functional import dropout_loss, explicit_penalty, find_sites, implicit_noise, plain_loss
 from lightning_dropreg.handlers import HANDLERS
+from lightning_dropreg.inspection import inspect_step
 from lightning_dropreg.interception import Interception
 
 
@@ -447,6 +448,36 @@ def test_dropout_of_ones_own():
         drop(x, 0.3, (4, 2, 3))
     # DropConnect: weights are dropped from
     assert len(find_sites(lambda: F.mse_loss(F.linear(x, drop(net.weight, 0.2), net.bias), y))) == 1
+
+
+def by_hand(x):
+    return x * (torch.rand(4, 3) > 0.5) * 2
+
+
+def by_an_operation_that_modes_do_not_see(x):
+    return torch.ops.aten.native_dropout.default(x, 0.5, True)[0]
+
+
+@pytest.mark.parametrize("function", [by_hand, by_an_operation_that_modes_do_not_see])
+def test_randomness_that_is_not_understood_is_told(function):
+    net, x = nn.Linear(3, 3), torch.randn(4, 3)
+    closure = lambda: F.mse_loss(F.dropout(net(function(x)), 0.3), x)
+    with pytest.warns(UserWarning, match=r"draws random numbers.*test_sites_handlers\.py.*lightning_dropreg\.drop"):
+        inspect_step(closure, need_losses=True)
+
+
+@pytest.mark.parametrize("function", [of_timm, of_torchvision, of_transformers, of_efficientnet])
+def test_stochastic_depth_is_not_told(function, recwarn):
+    net, x = nn.Linear(3, 3), torch.randn(4, 3)
+    inspect_step(lambda: F.mse_loss(function(net(x), 0.3), x), need_losses=True)
+    assert [w for w in recwarn if "random" in str(w.message)] == []
+
+
+def test_understood_randomness_is_not_told(recwarn):
+    net = nn.Sequential(nn.LSTM(3, 3, 2, dropout=0.3))
+    attention, x = nn.TransformerEncoderLayer(3, 1, 3, 0.2), torch.randn(4, 2, 3)
+    inspect_step(lambda: F.mse_loss(F.alpha_dropout(net(attention(drop(x, 0.1)))[0], 0.3, True), x), need_losses=True)
+    assert [w for w in recwarn if "random" in str(w.message)] == []
 
 
 # --- one module, several calls; in place ------------------------------------------------------------------------
