@@ -1,11 +1,13 @@
 """The command and the configurations that ship with it."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_dropreg.cli import COMMANDS, main
@@ -20,8 +22,14 @@ BRIEF += ["--trainer.max_epochs=1", "--model.embedding_dim=12", "--model.hidden_
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Runs write below the current directory."""
+    """Runs write below the current directory, and a command sets threads and log levels for its process."""
     monkeypatch.chdir(tmp_path)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before = torch.get_num_threads(), [logger.level for logger in loggers]
+    yield
+    torch.set_num_threads(before[0])
+    for logger, level in zip(loggers, before[1], strict=True):
+        logger.setLevel(level)
 
 
 def printed_json(capsys: pytest.CaptureFixture[str]) -> object:
@@ -57,19 +65,11 @@ def test_every_shipped_configuration_trains(config, capsys):
     assert all(row in out for row in ("best val_ppl", "test_ppl", "wall-clock", "per step", "logs"))
 
 
-def test_the_three_quickstart_runs_differ_in_nothing_but_the_method():
+def test_the_three_quickstart_runs_differ_in_nothing_but_the_method(capsys):
     def resolved(name: str) -> dict[str, object]:
-        command = [
-            sys.executable,
-            "-m",
-            "lightning_dropreg",
-            "fit",
-            "--config",
-            str(CONFIGS / name),
-            "--print_config",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        config = yaml.safe_load(done.stdout)
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(CONFIGS / name), "--print_config"])
+        config = yaml.safe_load(capsys.readouterr().out)
         config["trainer"]["logger"]["init_args"].pop("name")
         return config
 
@@ -154,6 +154,16 @@ def test_a_base_that_cannot_be(base, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_misspelt_key_in_a_file(capsys):
+    Path("typo.yaml").write_text(Path(QUICKSTART).read_text().replace("drop_prob", "dropp_prob"))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "typo.yaml"])
+    message = capsys.readouterr().err
+    assert "lightning_dropreg.models.LSTMLanguageModel" in message
+    assert "'dropp_prob' is not accepted" in message
+    assert len(message.splitlines()) < 6
+
+
 @pytest.mark.parametrize("option", ["--model.drop_probability=0.3", "--trainer.max_epoch=3", "--dropp=0.3"])
 def test_a_misspelt_key_is_named_in_a_short_message(option, capsys):
     with pytest.raises(SystemExit) as done:
@@ -169,6 +179,13 @@ def test_an_error_of_this_package_is_printed_without_a_traceback(capsys):
     message = capsys.readouterr().err
     assert "drop_prob=1.5 (in [0, 1))" in message
     assert "Traceback" not in message
+
+
+def test_a_checkpoint_that_does_not_fit(capsys):
+    torch.save({"state_dict": {}}, "empty.ckpt")
+    for path, message in (("gone.ckpt", "no such file"), ("empty.ckpt", "does not fit")):
+        assert main(["inspect", "--config", QUICKSTART, "--ckpt_path", path]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_unknown_command(capsys):

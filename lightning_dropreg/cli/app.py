@@ -128,7 +128,7 @@ class DropregCLI(LightningCLI):
         """Say what became of the predictions."""
         batches = self.trainer.predict_loop.predictions
         get_console().print(
-            f"{len(batches)} batches predicted. To keep the predictions, give the trainer a BasePredictionWriter callback.",
+            f"{len(batches)} batches predicted; a BasePredictionWriter callback would keep them.",
             highlight=False,
         )
 

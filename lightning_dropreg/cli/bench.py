@@ -62,9 +62,7 @@ class Timing:
             The ratio.
         """
         pairs = zip(self.rounds, reference.rounds, strict=True)
-        return statistics.median(
-            statistics.median(mine) / statistics.median(theirs) for mine, theirs in pairs
-        )
+        return statistics.median(statistics.median(mine) / statistics.median(theirs) for mine, theirs in pairs)
 
 
 class _Stopwatch(Callback):
@@ -72,9 +70,7 @@ class _Stopwatch(Callback):
         self.ms: list[float] = []
         self._start = 0.0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = self._now(pl_module)
 
     def on_train_batch_end(
@@ -117,13 +113,9 @@ def main(args: Sequence[str]) -> None:
 
 def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="Rounds; in each, every method runs once.")
-    parser.add_argument(
-        "--steps", type=int, default=10, help="Timed steps of each method in a round, at least 2."
-    )
+    parser.add_argument("--steps", type=int, default=10, help="Timed steps of each method in a round, at least 2.")
     parser.add_argument("--warmup", type=int, default=3, help="Steps before them that are not timed.")
-    parser.add_argument(
-        "--threads", type=int | None, default=None, help="Threads of torch; its own choice by default."
-    )
+    parser.add_argument("--threads", type=int | None, default=None, help="Threads of torch; its own choice by default.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
 
@@ -167,9 +159,7 @@ def _batches(cli: DropregCLI, count: int) -> DataLoader[Any]:
 
     class Reader(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            if not isinstance(trainer.train_dataloader, Iterable) or isinstance(
-                trainer.train_dataloader, dict
-            ):
+            if not isinstance(trainer.train_dataloader, Iterable) or isinstance(trainer.train_dataloader, dict):
                 raise InvalidArgumentError("bench needs one training data loader, not a collection of them.")
             seen.extend(islice(trainer.train_dataloader, count))
 

@@ -51,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run fit with each configuration file in turn and print one table of results.",
         epilog="Options after -- go to every run:  dropreg compare a.yaml b.yaml -- --seed_everything 2",
     )
-    parser.add_argument(
-        "configs", nargs="+", metavar="FILE", help="Configuration file; the first is the reference."
-    )
+    parser.add_argument("configs", nargs="+", metavar="FILE", help="Configuration file; the first is the reference.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     return parser
 

@@ -12,6 +12,9 @@ from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["ConfigParser", "LayeredConfigFile"]
 
+# What jsonargparse says about its own types, around what it says about the mistake.
+_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+
 
 class LayeredConfigFile(ActionConfigFile):
     """A configuration file whose key ``base`` may name another file that it changes.
@@ -55,12 +58,15 @@ class ConfigParser(LightningArgumentParser):
     """Lightning's parser, except that an error is not buried under a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with status 2.
+        """Print the message and exit with status 2 (an inner parser raises).
 
         Args:
             message: What is wrong.
             ex: The cause.
         """
+        if not self.exit_on_error:  # the parser of a class within: the outer one says where, and exits
+            super().error(message, ex)
         prog = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
-        sys.stderr.write(f"{prog}: {message}\n(all options: {prog} --help)\n")
+        told = "\n".join(line for line in message.splitlines() if not line.lstrip(" -").startswith(_NOISE))
+        sys.stderr.write(f"{prog}: {told}\n(all options: {prog} --help)\n")
         self.exit(2)

@@ -62,18 +62,12 @@ def main(args: Sequence[str]) -> None:
         numbers = ("", "") if row.problem else (f"{row.mean:.5f}", f"{row.error:.5f}")
         table.add_row(row.name, *numbers, row.problem)
     get_console().print(table)
-    get_console().print(
-        f"{draws} draws each. R_approx is the second-order part of the true effect.", highlight=False
-    )
+    get_console().print(f"{draws} draws each. R_approx is the second-order part of the true effect.", highlight=False)
 
 
 def _add_options(parser: LightningArgumentParser) -> None:
-    parser.add_argument(
-        "--draws", type=int, default=32, help="Draws of the noise for each estimate, at least 2."
-    )
-    parser.add_argument(
-        "--curvature", choices=list(CURVATURES), default="loss_hessian", help="Curvature in R_approx."
-    )
+    parser.add_argument("--draws", type=int, default=32, help="Draws of the noise for each estimate, at least 2.")
+    parser.add_argument("--curvature", choices=list(CURVATURES), default="loss_hessian", help="Curvature in R_approx.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
 

@@ -51,9 +51,7 @@ def _as_dict(site: Site) -> dict[str, object]:
 def _print(sites: Sequence[Site], model: LightningModule) -> None:
     name = type(model).__name__
     if not sites:
-        get_console().print(
-            f"No dropout with a positive drop probability is reached in {name}.training_step."
-        )
+        get_console().print(f"No dropout with a positive drop probability is reached in {name}.training_step.")
         return
     table = Table(title=f"{len(sites)} dropout sites in {name}.training_step", title_justify="left")
     for heading in ("site", "drop prob.", "shape", "mask shape", "kind"):

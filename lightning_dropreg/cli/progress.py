@@ -5,8 +5,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn, RichProgressBarTheme
+from lightning.pytorch.callbacks.progress.rich_progress import (
+    CustomTimeColumn,
+    ProcessingSpeedColumn,
+    RichProgressBarTheme,
+)
 from rich import get_console
+from rich.progress import BarColumn, TimeRemainingColumn
 
 __all__ = ["FitProgress"]
 
@@ -18,6 +23,8 @@ SHOWN = {
     "val loss": ("val_loss",),
 }
 _REFRESH_PER_SECOND = 5
+_BAR_WIDTH = 8
+_WIDE = (CustomTimeColumn, ProcessingSpeedColumn)
 
 
 class FitProgress(RichProgressBar):
@@ -38,7 +45,7 @@ class FitProgress(RichProgressBar):
         self._read_at = 0.0
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """Leave out the speed: with it, the metrics would not fit into 80 columns.
+        """Keep the columns before the metrics short, so that all fits into a terminal of 80 characters.
 
         Args:
             trainer: The trainer.
@@ -46,11 +53,11 @@ class FitProgress(RichProgressBar):
         Returns:
             The columns before the metrics.
         """
-        return [
-            column
-            for column in super().configure_columns(trainer)
-            if not isinstance(column, ProcessingSpeedColumn)
-        ]
+        kept = [c for c in super().configure_columns(trainer) if not isinstance(c, _WIDE)]
+        for column in kept:
+            if isinstance(column, BarColumn):
+                column.bar_width = _BAR_WIDTH
+        return [*kept, TimeRemainingColumn(compact=True, elapsed_when_finished=True)]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return what the bar shows, read anew only as often as the bar is drawn.

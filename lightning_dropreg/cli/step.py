@@ -1,6 +1,7 @@
 """One training step of a configured model, to be looked at instead of taken."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,16 +41,12 @@ class _Look(Callback):
         self._look = look
         self.seen: list[Any] = []
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         named = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
 
         def closure() -> Tensor:
             with trainer.precision_plugin.train_step_context():
-                output: Any = (
-                    pl_module.training_step(batch, batch_idx) if named else pl_module.training_step(batch)
-                )
+                output: Any = pl_module.training_step(batch, batch_idx) if named else pl_module.training_step(batch)
             loss = output["loss"] if isinstance(output, dict) else output
             if not isinstance(loss, Tensor):
                 raise InvalidArgumentError(
@@ -89,7 +86,16 @@ def load_weights(cli: DropregCLI) -> None:
 
     Args:
         cli: The configured command.
+
+    Raises:
+        InvalidArgumentError: If the file is not there, or its weights do not fit the model.
     """
     path = cli.config.get("ckpt_path")
-    if path:
+    if not path:
+        return
+    if not Path(path).is_file():
+        raise InvalidArgumentError(f"--ckpt_path {path}: there is no such file.")
+    try:
         cli.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    except (RuntimeError, KeyError) as error:
+        raise InvalidArgumentError(f"--ckpt_path {path} does not fit the configured model: {error}") from error

@@ -57,9 +57,7 @@ class FitSummary(Callback):
         self._fit_start = time.monotonic()
         self._step_seconds = 0.0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the step's clock.
 
         Args:
@@ -118,7 +116,7 @@ class FitSummary(Callback):
 
 
 def print_result(result: FitResult, console: Console) -> None:
-    """Print a result as a table.
+    """Print a result as a table, and below it the paths, unbroken so that they can be copied.
 
     Args:
         result: The result.
@@ -126,18 +124,16 @@ def print_result(result: FitResult, console: Console) -> None:
     """
     table = Table(title="Result", title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column()
     if result.metric:
-        table.add_row(
-            f"best {result.metric}", f"{result.best:.2f}  (epoch {result.best_epoch} of {result.epochs})"
-        )
+        table.add_row(f"best {result.metric}", f"{result.best:.2f}  (epoch {result.best_epoch} of {result.epochs})")
     for name, value in result.test.items():
-        table.add_row(f"{name}, best checkpoint" if result.checkpoint else name, f"{value:.2f}")
+        table.add_row(name, f"{value:.2f}" + ("  (best checkpoint)" if result.checkpoint else ""))
     table.add_row("wall-clock", f"{result.seconds:.1f} s")
     table.add_row("per step", f"{result.ms_per_step:.1f} ms  ({result.steps} steps)")
     if result.penalty is not None:
         table.add_row("penalty, last step", f"{result.penalty:.4f}")
-    for name, path in (("best checkpoint", result.checkpoint), ("logs", result.log_dir)):
-        if path:
-            table.add_row(name, path)
     console.print(table)
+    for name, path in (("checkpoint", result.checkpoint), ("logs", result.log_dir)):
+        if path:
+            console.print(f"{name + ':':<11} {path}", highlight=False, soft_wrap=True)

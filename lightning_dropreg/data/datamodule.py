@@ -55,11 +55,7 @@ class LanguageModelingData(LightningDataModule):
             "num_workers": 0,
         }
         given = locals()
-        wrong = [
-            f"{name}={given[name]} (at least {floor})"
-            for name, floor in floors.items()
-            if given[name] < floor
-        ]
+        wrong = [f"{name}={given[name]} (at least {floor})" for name, floor in floors.items() if given[name] < floor]
         if wrong:
             raise InvalidArgumentError(f"LanguageModelingData: out of range: {', '.join(wrong)}.")
         self.corpus = corpus if corpus is not None else PythonManual()
@@ -107,7 +103,5 @@ class LanguageModelingData(LightningDataModule):
         windows = StreamWindows(self._streams[split], batch_size, self.window, shard)
         # Rows are shared out above. This sampler does nothing, but in its absence Lightning would deal
         # consecutive windows out to different processes and break the carried state.
-        in_order: DistributedSampler[object] = DistributedSampler(
-            windows, num_replicas=1, rank=0, shuffle=False
-        )
+        in_order: DistributedSampler[object] = DistributedSampler(windows, num_replicas=1, rank=0, shuffle=False)
         return DataLoader(windows, batch_size=None, sampler=in_order, num_workers=self.num_workers)

@@ -73,11 +73,7 @@ class LSTMLanguageModel(LightningModule):
         super().__init__()
         floors = {"vocab_size": 2, "embedding_dim": 1, "hidden_dim": 1, "num_layers": 1}
         given = locals()
-        wrong = [
-            f"{name}={given[name]} (at least {floor})"
-            for name, floor in floors.items()
-            if given[name] < floor
-        ]
+        wrong = [f"{name}={given[name]} (at least {floor})" for name, floor in floors.items() if given[name] < floor]
         if not 0 <= drop_prob < 1:
             wrong.append(f"drop_prob={drop_prob} (in [0, 1))")
         if init_range <= 0:
