@@ -1,5 +1,7 @@
 """Every recognized loss: torch's value, and the penalty of the whole loss's Hessian by automatic differentiation."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from agreement import check_agreement, gradients, run
 from torch import nn
 
 from lightning_dropreg import recognize
+from lightning_dropreg.curvature import matrix
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, UnsupportedOperationError
 from lightning_dropreg.functional import explicit_penalty, plain_loss
 from lightning_dropreg.inspection import inspect_step
@@ -121,6 +124,40 @@ def test_value_is_torchs(name, reduction):
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), z), torch.autograd.grad(theirs.sum(), z))
     with Interception(lambda site, h: h):
         torch.testing.assert_close(LOSSES[name](z, reduction), theirs)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_forms_and_factors_are_those_of_the_hessian(name):
+    """Written in closed form they are what differentiating the loss twice gives; over all signs, no statistics."""
+    z, weights = torch.randn(T, C, requires_grad=True), None
+    with Interception(lambda site, h: h, record_losses=True) as mode:
+        LOSSES[name](z, "sum")
+    (loss,) = mode.losses
+    weights = loss.per_element(fixed(*loss.elements.shape))
+    hessians, u = matrix("loss_hessian", loss, weights), torch.randn_like(loss.outputs)
+    expected = torch.einsum("tc,tcd,td->", u, hessians, u)
+    torch.testing.assert_close(loss.hessian_form(loss.outputs, u, weights), expected)
+    # a direction that depends on the outputs is no part of what is differentiated
+    bent = loss.outputs * u.sin()
+    torch.testing.assert_close(
+        loss.hessian_form(loss.outputs, bent, weights), torch.einsum("tc,tcd,td->", bent, hessians, bent)
+    )
+    if name in NO_ROOT:
+        return
+    patterns = list(itertools.product([-1.0, 1.0], repeat=loss.outputs.shape[-1]))
+    vectors = [loss.hessian_factor(loss.outputs, weights, torch.tensor(p).expand_as(loss.outputs)) for p in patterns]
+    covariance = sum(torch.einsum("tc,td->tcd", v, v) for v in vectors) / len(patterns)
+    torch.testing.assert_close(covariance, hessians)
+
+
+@pytest.mark.parametrize("name", ["huber", "kl_div", "bce_with_logits"])
+def test_identity_counts_an_example_as_the_loss_does(name):
+    """``1/2 sum_t w_t |u_t|^2 / C`` with ``w_t = 1/T`` for the mean over examples and 1 for the sum."""
+    model, values = Model(name, "mean"), []
+    for model.reduction in ("mean", "sum"):
+        values.append(explicit_penalty(model.closure, estimator="exact", curvature="identity"))
+    ratio = values[1] / values[0]
+    torch.testing.assert_close(ratio, torch.tensor(float(T)))
 
 
 @pytest.mark.parametrize("name", LOSSES)

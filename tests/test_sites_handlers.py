@@ -182,11 +182,12 @@ ATTENTION = {
 def test_fused_attention(name):
     options = ATTENTION[name]
     w = torch.randn(3, 2, 2).requires_grad_()
-    x, y = torch.randn(2, 2, 3, 2), torch.randn(2, 2, 4, 2)
-    target = torch.randn(2, 2, 3, 2)
+    heads = 4 if options.get("gqa") else 2
+    x, y = torch.randn(2, heads, 3, 2), torch.randn(2, heads, 4, 2)
+    target = torch.randn(2, heads, 3, 2)
 
     def inputs():
-        keys = y[:, :1] if options.get("gqa") else y
+        keys = y[:, :2] if options.get("gqa") else y
         return x @ w[0], keys @ w[1], keys @ w[2]
 
     def closure():
@@ -200,7 +201,7 @@ def test_fused_attention(name):
     check_pair(closure, by_hand, [w])
     check_agreement(closure, [w])
     (site,) = find_sites(closure)
-    assert (site.kind, site.shape, site.p) == ("attention", (2, 2, 3, 4), 0.25)
+    assert (site.kind, site.shape, site.p) == ("attention", (2, heads, 3, 4), 0.25)
 
 
 def test_fused_attention_of_a_query_that_sees_nothing():
@@ -499,6 +500,19 @@ def test_one_module_called_several_times(inplace):
     check_agreement(closure, parameters)
     noise = implicit_noise(closure)
     assert noise.isfinite()
+
+
+def test_every_site_has_masks_of_its_own():
+    x = torch.ones(1000, requires_grad=True)
+    masks = []
+
+    def closure():
+        masks.extend((F.dropout(x, 0.5) > 0).double() for _ in range(2))
+        return x.sum()
+
+    dropout_loss(closure, k=2)
+    agreements = [(a == b).double().mean() for a, b in itertools.combinations(masks, 2)]
+    assert all(0.4 < agreement < 0.6 for agreement in agreements)
 
 
 def test_sign_patterns_give_the_exact_penalty():
