@@ -33,7 +33,7 @@ class Isolation:
 
     The first run is the one whose random numbers count. Module state is that of the first run; with ``mean=True``,
     attributes that are floating-point tensors (a hidden state, a metric) become the mean of all runs': for an
-    antithetic pair that is the state of the model without dropout up to second order, as the paper's experiments have it.
+    antithetic pair that is the state of the model without dropout up to second order, as in the paper's experiments.
 
     Args:
         module: The module whose state is kept: buffers, and attributes that are tensors, numbers, plain containers of
