@@ -19,11 +19,14 @@ itself (`matrix`, by automatic differentiation of the loss alone: the oracle for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_dropreg.errors import LossNotRecognizedError
 from lightning_dropreg.losses import Loss
+from lightning_dropreg.losses.base import root
 from lightning_dropreg.sites import noise_dtype
 
 __all__ = ["CURVATURES", "element_weights", "factor", "matrix", "quadratic_form"]
@@ -43,14 +46,39 @@ def element_weights(total: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
 
     Returns:
         For each loss the weights in the shape of its `Loss.per_element`; zeros for a loss that `total` does not use.
+
+    Raises:
+        LossNotRecognizedError: If `total` is not linear in the elements, so that they have no fixed weights.
     """
     gradients = torch.autograd.grad(
         total, [loss.elements for loss in losses], retain_graph=True, create_graph=True, allow_unused=True
     )
+    if _reaches(
+        [g for g in gradients if g is not None and g.requires_grad], {loss.elements.grad_fn for loss in losses}
+    ):
+        raise LossNotRecognizedError(
+            f"The returned loss is not a weighted sum of the elements of {', '.join(loss.name for loss in losses)} "
+            "(a power, a root or a focal factor, say), so it has curvature that these do not know. Make it known "
+            "as a whole with lightning_dropreg.recognize, or use ImplicitNoise, which needs no curvature."
+        )
     return [
         loss.per_element(torch.zeros_like(loss.elements) if gradient is None else gradient)
         for loss, gradient in zip(losses, gradients, strict=True)
     ]
+
+
+def _reaches(values: Sequence[Tensor], nodes: set[Any]) -> bool:
+    """Whether the autograd graph of `values` contains one of `nodes`."""
+    seen: set[Any] = set()
+    stack = [value.grad_fn for value in values]
+    while stack:
+        node = stack.pop()
+        if node in nodes and node is not None:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(next_node for next_node, _ in node.next_functions)
+    return False
 
 
 def quadratic_form(curvature: str, loss: Loss, z: Tensor, u: Tensor, slope: Tensor, weights: Tensor) -> Tensor:
@@ -93,9 +121,10 @@ def factor(curvature: str, loss: Loss, weights: Tensor, generator: torch.Generat
         return loss.hessian_factor(z, weights, signs)
     example_weights = loss.example_weights(weights)
     if curvature == "identity":
-        return (example_weights / z.shape[-1]).sqrt().unsqueeze(-1) * signs
+        return root(loss.name, example_weights / z.shape[-1]).unsqueeze(-1) * signs
     gradient = _gradient(loss, weights)
-    return _divide(gradient, example_weights.sqrt().unsqueeze(-1)) * signs[:, :1]
+    # where an example has no weight its gradient is 0 too
+    return gradient / root(loss.name, example_weights).unsqueeze(-1) * signs[:, :1]
 
 
 def matrix(curvature: str, loss: Loss, weights: Tensor) -> Tensor:

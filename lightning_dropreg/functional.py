@@ -224,6 +224,7 @@ def _estimate(
     module: nn.Module | None,
 ) -> Estimate:
     check_estimation(estimator, step_size, mask)
+    key = draw_key(generator)  # before the random state is remembered, or the first pass would start from another one
     with Isolation(module, mean=True) as isolation:
         return ESTIMATORS[estimator](
             lambda: isolation.run(closure),
@@ -231,7 +232,7 @@ def _estimate(
             noise=noise,
             step_size=step_size,
             mask=mask,
-            key=draw_key(generator),
+            key=key,
         )
 
 

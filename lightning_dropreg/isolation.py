@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,15 +23,17 @@ T = TypeVar("T")
 
 # Attributes that every nn.Module has: structure and hooks, not state (buffers are looked at by themselves).
 _STRUCTURE = frozenset(nn.Module().__dict__)
-_CONTAINERS = (list, dict, set, tuple)
+# Longer containers are data (a vocabulary): what is added to them is undone, what is in them is not looked at.
+_SMALL = 256
+_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
 
 
 class Isolation:
     """Gives every run of a step the same random and module state, and settles what state is left in the end.
 
-    The first run is the one whose random numbers count. Module state is that of the first run or, with ``mean=True``,
-    the mean of all runs' floating-point states: for an antithetic pair that is the state of the model without dropout
-    up to second order, as the paper's experiments have it.
+    The first run is the one whose random numbers count. Module state is that of the first run; with ``mean=True``,
+    attributes that are floating-point tensors (a hidden state, a metric) become the mean of all runs': for an
+    antithetic pair that is the state of the model without dropout up to second order, as in the paper's experiments.
 
     Args:
         module: The module whose state is kept: buffers, and attributes that are tensors, numbers, plain containers of
@@ -60,7 +63,7 @@ class Isolation:
     def __enter__(self) -> Isolation:
         """Remember the state in which every run starts."""
         self._original = self._current()
-        self._start = [state.fresh() for state in self._original]
+        self._start = _fresh(self._original)
         self._start_random = _RandomState()
         return self
 
@@ -80,7 +83,7 @@ class Isolation:
         """
         if not (trace and self._untouched):
             # the first run that counts works on the objects themselves, the others on copies
-            self._install(self._original if trace and not self._ends else [state.fresh() for state in self._start])
+            self._install(self._original if trace and not self._ends else _fresh(self._start))
             assert self._start_random is not None
             self._start_random.restore()
         self._untouched = False
@@ -94,8 +97,10 @@ class Isolation:
     def settle(self) -> None:
         """Put the state that one step leaves in place: nothing has happened if no run counted."""
         if self._ends:
-            means = [_ModuleState.mean(list(states)) for states in zip(*self._ends, strict=True)]
-            self._install(means if self._mean and len(self._ends) > 1 else self._ends[0])
+            memo: dict[tuple[int, ...], Any] = {}
+            if self._mean and len(self._ends) > 1:
+                self._ends = [[_ModuleState.mean(list(ends), memo) for ends in zip(*self._ends, strict=True)]]
+            self._install(self._ends[0])
         else:
             self._install(self._original)
         random_state = self._end_random or self._start_random
@@ -120,24 +125,28 @@ class Isolation:
             state.install(module)
 
 
+def _fresh(states: list[_ModuleState]) -> list[_ModuleState]:
+    memo: dict[int, Any] = {}
+    return [state.fresh(memo) for state in states]
+
+
 def _modules(root: nn.Module | None) -> list[nn.Module]:
     """All modules below `root`, those in plain containers (a list of metrics, say) included."""
     if root is None:
         return []
     found: dict[int, nn.Module] = {}
-    stack: list[object] = [root]
+    seen: set[int] = set()
+    stack: list[Any] = [root]
     while stack:
         value = stack.pop()
         if isinstance(value, nn.Module):
             for module in value.modules():
-                if id(module) in found:
-                    continue
-                found[id(module)] = module
-                stack.extend(v for k, v in module.__dict__.items() if k not in _STRUCTURE)
-        elif type(value) is dict:
-            stack.extend(value.values())
-        elif type(value) in {list, tuple}:
-            stack.extend(value)  # type: ignore[arg-type]
+                if id(module) not in found:
+                    found[id(module)] = module
+                    stack.extend(v for k, v in module.__dict__.items() if k not in _STRUCTURE)
+        elif type(value) in {dict, list, tuple} and len(value) <= _SMALL and id(value) not in seen:
+            seen.add(id(value))
+            stack.extend(value.values() if type(value) is dict else value)
     return list(found.values())
 
 
@@ -154,20 +163,25 @@ class _ModuleState:
         attributes = {k: v for k, v in module.__dict__.items() if k not in _STRUCTURE}
         return cls(dict(module._buffers), attributes)
 
-    def fresh(self) -> _ModuleState:
-        """A copy that changes in place do not reach."""
+    def fresh(self, memo: dict[int, Any]) -> _ModuleState:
+        """A copy that changes in place do not reach; `memo` keeps what is shared between modules shared."""
         return _ModuleState(
-            {k: _copy(v) for k, v in self.buffers.items()}, {k: _copy(v) for k, v in self.attributes.items()}
+            {k: _copy(v, memo) for k, v in self.buffers.items()},
+            {k: _copy(v, memo) for k, v in self.attributes.items()},
         )
 
     @classmethod
-    def mean(cls, states: list[_ModuleState]) -> _ModuleState:
-        """The mean of floating-point tensors, the first state for the rest."""
+    def mean(cls, states: list[_ModuleState], memo: dict[tuple[int, ...], Any]) -> _ModuleState:
+        """The mean of attributes that are floating-point tensors, the first state for the rest.
+
+        Buffers stay those of the first run, the very objects: others hold on to them (DDP, to broadcast them).
+
+        Returns:
+            The state to leave.
+        """
         first = states[0]
-        return cls(
-            {k: _mean([s.buffers.get(k) for s in states]) for k in first.buffers},
-            {k: _mean([s.attributes.get(k) for s in states]) for k in first.attributes},
-        )
+        attributes = {k: _mean([s.attributes.get(k) for s in states], memo) for k in first.attributes}
+        return cls(first.buffers, attributes)
 
     def install(self, module: nn.Module) -> None:
         """Make this the state of `module`; nothing is written in place, so autograd graphs stay valid."""
@@ -178,48 +192,71 @@ class _ModuleState:
         module.__dict__.update(self.attributes)
 
 
-def _copy(value: Any) -> Any:
-    """Copy tensors and plain containers; everything else is shared."""
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict) and type(value).__module__ in {"builtins", "collections"}
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy tensors, arrays and plain containers; everything else is shared."""
+    if type(value) in _ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)][1]
+    copied = value
     if isinstance(value, Tensor):
         # parameters and other leaves that are trained are not state of a batch
-        return value if value.is_leaf and value.requires_grad else value.clone()
-    if type(value) in {list, set}:
-        return type(value)(_copy(v) for v in value)
-    if isinstance(value, dict) and type(value).__module__ in {"builtins", "collections"}:
+        copied = value if value.is_leaf and value.requires_grad else value.clone()
+    elif isinstance(value, (list, set, deque)) or _is_dict(value):
+        copied = value.copy() if type(value).__module__ in {"builtins", "collections"} else value
+        memo[id(value)] = (value, copied)  # before its contents, where it holds itself
+        if copied is not value and len(value) <= _SMALL and not isinstance(value, set):
+            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
+                copied[k] = _copy(v, memo)
+    elif isinstance(value, tuple) and len(value) <= _SMALL:
+        items = [_copy(v, memo) for v in value]
+        if any(a is not b for a, b in zip(items, value, strict=True)):
+            copied = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    elif type(value).__module__ == "numpy" and hasattr(value, "copy"):
         copied = value.copy()
-        for k, v in value.items():
-            copied[k] = _copy(v)
-        return copied
-    if isinstance(value, tuple) and any(isinstance(v, (Tensor, *_CONTAINERS)) for v in value):
-        return type(value)(*map(_copy, value)) if hasattr(value, "_fields") else type(value)(map(_copy, value))
-    return value
+    memo[id(value)] = (value, copied)  # the original too, so that its id stays its own
+    return copied
 
 
-def _mean(values: list[Any]) -> Any:
+def _mean(values: list[Any], memo: dict[tuple[int, ...], Any]) -> Any:
     """The mean of tensors within equal containers; the first value where that makes no sense."""
     first = values[0]
-    if any(v is first for v in values[1:]):
+    key = tuple(map(id, values))
+    if type(first) in _ATOMS or any(type(v) is not type(first) or v is first for v in values[1:]):
         return first
-    if any(type(v) is not type(first) for v in values):
-        return first
+    if key not in memo:
+        memo[key] = (values, first)  # where a container holds itself
+        memo[key] = (values, _mean_of_distinct(values, memo))
+    return memo[key][1]
+
+
+def _mean_of_distinct(values: list[Any], memo: dict[tuple[int, ...], Any]) -> Any:
+    first = values[0]
     if isinstance(first, Tensor):
-        same = all(v.shape == first.shape for v in values)
-        if not (same and first.is_floating_point()) or (first.is_leaf and first.requires_grad):
-            return first
-        return sum(values[1:], first) / len(values)
-    if isinstance(first, dict) and type(first).__module__ in {"builtins", "collections"}:
+        same = first.is_floating_point() and all(v.shape == first.shape for v in values)
+        trained = first.is_leaf and first.requires_grad
+        return sum(values[1:], first) / len(values) if same and not trained else first
+    if not (_is_dict(first) or isinstance(first, (list, tuple))) or len(first) > _SMALL:
+        return first
+    if any(len(v) != len(first) for v in values):
+        return first
+    if isinstance(first, dict):
         if any(v.keys() != first.keys() for v in values):
             return first
-        merged = first.copy()
         for k in first:
-            merged[k] = _mean([v[k] for v in values])
-        return merged
-    if isinstance(first, (list, tuple)) and all(len(v) == len(first) for v in values):
-        merged_items = [_mean(list(column)) for column in zip(*values, strict=True)]
-        if hasattr(first, "_fields"):
-            return type(first)(*merged_items)
-        return type(first)(merged_items) if type(first) in {list, tuple} else first
-    return first
+            first[k] = _mean([v[k] for v in values], memo)
+        return first
+    items = [_mean(list(column), memo) for column in zip(*values, strict=True)]
+    if isinstance(first, list):
+        first[:] = items
+        return first
+    if all(a is b for a, b in zip(items, first, strict=True)):
+        return first
+    return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
 
 
 class _RandomState:

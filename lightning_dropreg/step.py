@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -94,8 +94,8 @@ class BatchRunner(Protocol):
     def aside(self) -> Tensor:
         """Run on the whole batch, leaving no trace."""
 
-    def rows(self, fraction: float, dim: int, key: int) -> Callable[[], Tensor]:
-        """Return what runs on a random fraction of the rows, leaving no trace; the rows are those of `key`."""
+    def rows(self, fraction: float, dim: int, key: int) -> tuple[Callable[[], Tensor], float]:
+        """Return what runs on random rows, those of `key`, leaving no trace, and the fraction they really are."""
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,7 @@ class Plan:
         return self._scaled(_known(_estimate(runner, self.noise.estimation, None, True, key, False).noise))
 
     def _scaled(self, scalar: Tensor) -> Tensor:
-        assert self.noise is not None
-        # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all
-        fraction = self.noise.estimation.batch_fraction if self.noise.source == "taylor" else None
-        return self.noise_scale * math.sqrt(1.0 if fraction is None else fraction) * scalar
+        return self.noise_scale * scalar
 
     def _dropout_k(self, runner: BatchRunner, key: int, k: int) -> StepResult:
         losses = [run_pass(runner.whole, Drop(fold_key(key, j))).loss for j in range(k)]
@@ -239,13 +236,16 @@ class Plan:
 def _estimate(
     runner: BatchRunner, estimation: Estimation, curvature: str | None, noise: bool, key: int, counts: bool
 ) -> Estimate:
+    closure, fraction = runner.whole if counts else runner.aside, 1.0
     if estimation.batch_fraction is not None:
-        closure = runner.rows(estimation.batch_fraction, estimation.batch_dim, fold_key(key, -1))
-    else:
-        closure = runner.whole if counts else runner.aside
-    return ESTIMATORS[estimation.estimator](
+        closure, fraction = runner.rows(estimation.batch_fraction, estimation.batch_dim, fold_key(key, -1))
+    estimate = ESTIMATORS[estimation.estimator](
         closure, curvature=curvature, noise=noise, step_size=estimation.step_size, mask=estimation.mask, key=key
     )
+    if estimate.noise is None:
+        return estimate
+    # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all
+    return replace(estimate, noise=math.sqrt(fraction) * estimate.noise)
 
 
 def _known(value: Tensor | None) -> Tensor:

@@ -30,9 +30,7 @@ def check_agreement(closure, parameters):
             gradients(a.noise, parameters), gradients(one.noise, parameters), rtol=1e-4, atol=1e-6
         )
     torch.testing.assert_close(a.penalty, f.penalty, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(
-        gradients(a.penalty, parameters), gradients(f.penalty, parameters), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(gradients(a.penalty, parameters), gradients(f.penalty, parameters), rtol=1e-4, atol=1e-6)
     # the estimators that draw have the exact value as their mean
     for name in ("forward", "double_backward"):
         sample = torch.stack([run(name, closure, key=k).penalty.detach() for k in range(60)])

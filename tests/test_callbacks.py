@@ -382,3 +382,67 @@ def test_resume_continues_bit_for_bit(tmp_path, callbacks):
     resumed = Classifier()
     make_trainer(make(), max_epochs=2).fit(resumed, make_loader(), ckpt_path=tmp_path / "one.ckpt")
     assert [torch.equal(a, b) for a, b in zip(whole.gradients[4:], resumed.gradients)] == [True] * 4
+
+
+def test_seeds_are_those_of_the_run_not_of_the_callback():
+    callback = dr.ImplicitNoise()
+    first, second = train([callback], seed=1), train([callback], seed=2)
+    assert same(first, train([dr.ImplicitNoise()], seed=1))
+    assert same(second, train([dr.ImplicitNoise()], seed=2))
+
+
+def test_micro_batches_have_noise_of_their_own_without_batch_idx():
+    keys = []
+
+    class NoIndex(Classifier):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    from lightning_dropreg.callbacks import session
+
+    class Spy(session._Batch):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            keys.append(kwargs["key"])
+
+    original, session._Batch = session._Batch, Spy
+    try:
+        train([dr.ImplicitNoise()], make=NoIndex, accumulate_grad_batches=4)
+    finally:
+        session._Batch = original
+    assert len(set(keys)) == 5  # the look at the first step, and four micro-batches
+
+
+def test_sparse_gradients():
+    class Sparse(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(3, 4, sparse=True, dtype=torch.float64)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0] + self.embedding(batch[1]), batch[1]), batch_idx)
+
+        def on_before_optimizer_step(self, optimizer):
+            assert self.embedding.weight.grad.is_sparse
+
+    for callbacks in ([dr.ExplicitPenalty(), dr.ImplicitNoise()], [dr.MiniBatchDropout(2), dr.ImplicitNoise()]):
+        train(callbacks, make=Sparse, log_every_n_steps=1)
+
+
+def test_noise_on_rows_is_scaled_by_the_fraction_that_was_drawn():
+    from lightning_dropreg.step import Estimation, NoiseSettings, Plan
+
+    class Runner:
+        def whole(self):
+            return F.mse_loss(F.dropout(torch.ones(1, 1, requires_grad=True), 0.5), torch.zeros(1, 1))
+
+        aside = whole
+
+        def rows(self, fraction, dim, key):
+            return self.whole, 0.25
+
+    noise = []
+    for fraction in (None, 0.1):
+        plan = Plan(noise=NoiseSettings(1.0, "taylor", "loss", Estimation("antithetic", 0.1, "as_model", fraction, 0)))
+        noise.append(plan.run(Runner(), 0, 0).noise)
+    torch.testing.assert_close(noise[1], noise[0] / 2)

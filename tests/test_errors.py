@@ -256,3 +256,38 @@ def test_step_that_does_something_else_every_time():
 def test_every_error_is_one_of_ours():
     for name in errors.__all__:
         assert issubclass(getattr(errors, name), errors.DropregError)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda z: F.mse_loss(z, torch.zeros(5, 2)).sqrt(), lambda z: F.mse_loss(z, z * 0) ** 2]
+)
+@pytest.mark.parametrize("estimator", ["antithetic", "forward", "double_backward", "exact"])
+def test_loss_that_is_no_weighted_sum(loss, estimator):
+    with pytest.raises(errors.LossNotRecognizedError, match="weighted sum"):
+        explicit_penalty(closure_of(loss), estimator=estimator)
+
+
+@pytest.mark.parametrize("curvature", ["loss_hessian", "identity", "loss_jacobian"])
+def test_learned_loss_weight_has_the_right_gradient(curvature):
+    net, scale = (
+        nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 2)).double(),
+        nn.Parameter(torch.zeros(())),
+    )
+    x, y = torch.randn(4, 3).double(), torch.tensor([0, 1, -100, 1])
+    closure = lambda: (-scale).exp().double() * F.cross_entropy(net(x), y) + scale
+    values = [explicit_penalty(closure, curvature=curvature, estimator=e) for e in ("exact", "double_backward")]
+    for value in values:
+        (gradient,) = torch.autograd.grad(value, scale)
+        torch.testing.assert_close(gradient.double(), -value.detach())  # R is proportional to exp(-s)
+
+
+def test_parameters_changed_in_the_step():
+    class Averaging(Classifier):
+        def training_step(self, batch, batch_idx):
+            self.net[4].bias.data.mul_(0.9)
+            with torch.no_grad():
+                self.net[4].weight.mul_(0.9)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(errors.UnsupportedModuleError, match=r"net\.4\.weight.*on_train_batch_end"):
+        train([dr.ExplicitPenalty()], make=Averaging)

@@ -198,3 +198,98 @@ def test_runs_aside_leave_nothing():
     assert module.items == [1]
     assert module.count is original  # the first run that counts works on the objects themselves
     assert original == 1
+
+
+def test_randomness_of_the_step_with_the_default_generator():
+    """The key is drawn before the random state that both passes start from."""
+    torch.set_default_dtype(torch.float64)
+    net = torch.nn.Sequential(torch.nn.Dropout(0.3), torch.nn.Linear(4, 3))
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    draws = []
+
+    def closure():
+        draws.append(torch.randn(()).item())
+        return F.cross_entropy(net(x + 0.3 * draws[-1]), y)
+
+    explicit_penalty(closure)
+    dr.functional.implicit_noise(closure)
+    assert draws[0] == draws[1] != draws[2] == draws[3]
+
+
+def test_a_batch_changed_in_place_is_whole_again_in_every_run(callbacks):
+    class Changing(Classifier):
+        def training_step(self, batch, batch_idx):
+            x = batch.pop("x")
+            x.sub_(1.0)
+            return super().training_step((x, batch["y"]), batch_idx)
+
+    class Careful(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"] - 1.0, batch["y"]), batch_idx)
+
+    def loader():
+        x, y = make_loader().dataset.tensors
+        batches = [{"x": x[i : i + 6].clone(), "y": y[i : i + 6]} for i in range(0, 24, 6)]
+        return torch.utils.data.DataLoader(batches, batch_size=None)
+
+    models = [train(callbacks, make=make, loader=loader()) for make in (Changing, Careful)]
+    assert all(torch.equal(a, b) for a, b in zip(models[0].gradients, models[1].gradients))
+
+
+def test_what_is_shared_between_modules_stays_shared(callbacks):
+    class Layer(torch.nn.Module):
+        def __init__(self, aux, counter):
+            super().__init__()
+            self.aux = aux
+            self.register_buffer("counter", counter)
+
+        def forward(self, h):
+            self.counter += 1
+            self.aux.append(h.detach().mean())
+            return h
+
+    class Sharing(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.aux = []
+            self.register_buffer("counter", torch.zeros(()))
+            self.layer = Layer(self.aux, self.counter)
+
+        def training_step(self, batch, batch_idx):
+            self.aux.clear()
+            self.layer(batch[0])
+            Sharing.lengths.append((len(self.aux), self.counter.item() == self.layer.counter.item()))
+            return super().training_step(batch, batch_idx)
+
+    Sharing.lengths = []
+    model = train(callbacks, make=Sharing)
+    assert set(Sharing.lengths) == {(1, True)}
+    assert model.counter is model.layer.counter
+    assert model.aux is model.layer.aux
+    assert model.counter == 4
+
+
+def test_long_containers_and_cycles_are_left_alone():
+    module = torch.nn.Module()
+    module.vocabulary = {str(i): i for i in range(1000)}
+    module.cycle = {}
+    module.cycle["self"] = module.cycle
+    with Isolation(module, mean=True) as isolation:
+        for _ in range(2):
+            isolation.run(lambda: module.vocabulary.update(new=1))
+    assert len(module.vocabulary) == 1001
+    assert module.cycle["self"] is module.cycle
+
+
+def test_validation_step_may_call_the_training_step():
+    class Validating(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+    import lightning as L
+    from conftest import make_trainer
+
+    L.seed_everything(0)
+    trainer = make_trainer([dr.ExplicitPenalty()])
+    trainer.fit(Validating(), make_loader(), make_loader())
+    assert "val_loss" in trainer.callback_metrics

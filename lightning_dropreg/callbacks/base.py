@@ -27,7 +27,8 @@ class RegularizerCallback(Callback):
 
     def __init__(self) -> None:
         self._session: Session | None = None
-        self._seed: int | None = None
+        self._loaded_seed: int | None = None
+        self._used_seed: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the composition of callbacks."""
@@ -37,9 +38,9 @@ class RegularizerCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap the module's training step."""
         if self._leads(trainer):
-            self._session = Session(trainer, pl_module, self.plan(trainer), self._seed)
+            self._session = Session(trainer, pl_module, self.plan(trainer), self._loaded_seed)
             self._session.check()
-            self._seed = self._session.seed
+            self._used_seed = self._session.seed
             self._session.install()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,16 +67,14 @@ class RegularizerCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the seed, so that a resumed run draws the noise that an uninterrupted one would have drawn."""
-        if self._session is not None:
-            checkpoint["lightning_dropreg"] = {"version": STATE_VERSION, "seed": self._session.seed}
+        if self._used_seed is not None:  # after fit too, for Trainer.save_checkpoint
+            checkpoint["lightning_dropreg"] = {"version": STATE_VERSION, "seed": self._used_seed}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the seed."""
         state = checkpoint.get("lightning_dropreg")
         if state is not None:
-            self._seed = state["seed"]
-            if self._session is not None:
-                self._session.seed = state["seed"]
+            self._loaded_seed = state["seed"]
 
     def plan(self, trainer: Trainer) -> Plan:
         """Make one plan of all the regularizers in `trainer`.
@@ -118,6 +117,7 @@ class RegularizerCallback(Callback):
         return self._companions(trainer)[0] is self
 
     def _end(self) -> None:
+        self._loaded_seed = None  # another fit draws other noise
         if self._session is not None:
             self._session.remove()
             self._session = None

@@ -17,6 +17,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
@@ -45,6 +46,7 @@ class Session:
         self.plan = plan
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         self._inspected = False
+        self._copies = False
         self._had_own_step = False
         self._own_step: Any = None
         self._installed = False
@@ -98,7 +100,9 @@ class Session:
 
         @functools.wraps(original)
         def training_step(self: LightningModule, *args: Any, **kwargs: Any) -> Any:
-            if self is not session.module or not session._installed:
+            # a copy of the module, or a validation step that calls the training step, wants the user's own
+            training = session.trainer.training and torch.is_grad_enabled()
+            if self is not session.module or not session._installed or not training:
                 return original(self, *args, **kwargs)
             return session.training_step(functools.partial(original, self), args, kwargs)
 
@@ -131,15 +135,16 @@ class Session:
             self._inspect(original, args, kwargs)
         if self.plan.untouched:
             return original(*args, **kwargs)
-        batch_idx = kwargs.get("batch_idx", args[1] if len(args) > 1 else 0)
         step = self.trainer.global_step
+        batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx  # a step need not take it as an argument
         batch = _Batch(
             original,
             args,
             kwargs,
             self.module,
             mean=self.plan.k is None,
-            key=fold_key(self.seed, self.trainer.global_rank, step, int(batch_idx)),
+            key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
+            copies=self._copies,
         )
         try:
             with batch.isolation:
@@ -200,13 +205,21 @@ class Session:
 
     def _inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
-        batch = _Batch(original, args, kwargs, self.module, mean=False, key=0)
+        batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
+        versions = {name: parameter._version for name, parameter in self.module.named_parameters()}
         try:
             with batch.isolation:
                 inspect_step(batch.aside, self.plan.penalty is not None)
         except _SkippedError:
             return  # nothing to see in this batch; look at the next one
         self._inspected = True
+        self._copies = batch.modified
+        changed = [name for name, p in self.module.named_parameters() if p._version != versions.get(name, p._version)]
+        if changed and not self.plan.untouched:
+            raise UnsupportedModuleError(
+                f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
+                "Change them in on_train_batch_end (a moving average, say)."
+            )
 
     def _check_finite(self, batch: _Batch, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -249,12 +262,15 @@ class _Batch:
         module: LightningModule,
         mean: bool,
         key: int,
+        copies: bool = False,
     ) -> None:
         self.original = original
         self.args = args
         self.kwargs = kwargs
         self.module = module
         self.key = key
+        self.copies = copies
+        self.modified = False
         self.isolation = Isolation(module, mean=mean)
         self.logs = LogCollector(module)
         self.output: Any = None
@@ -267,7 +283,7 @@ class _Batch:
         """See `lightning_dropreg.step.BatchRunner`."""
         return self._run(self.original, self.args, trace=False)
 
-    def rows(self, fraction: float, dim: int, key: int) -> Callable[[], Tensor]:
+    def rows(self, fraction: float, dim: int, key: int) -> tuple[Callable[[], Tensor], float]:
         """See `lightning_dropreg.step.BatchRunner`."""
         batch = self.args[0]
         rows = draw_rows(batch, fraction, dim, key)
@@ -280,15 +296,23 @@ class _Batch:
                 hook(rows, dim)
             return self.original(*args, **kwargs)
 
-        return lambda: self._run(on_rows, args, trace=False)
+        return lambda: self._run(on_rows, args, trace=False), len(rows) / count
 
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
+        # every run gets containers of its own, and tensors where the step was seen to change them
+        args, kwargs = tree_map(lambda leaf: leaf, (args, self.kwargs))
+        if self.copies:
+            args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        tensors = _tensors((args, kwargs))
+        versions = [tensor._version for tensor in tensors]
+
         def collecting() -> Any:
             # inside the isolation, which would otherwise keep the collector as the module's attribute
             with self.logs.run(keep=trace):
-                return step(*args, **self.kwargs)
+                return step(*args, **kwargs)
 
         output = self.isolation.run(collecting, trace)
+        self.modified = self.modified or any(t._version != v for t, v in zip(tensors, versions, strict=True))
         if output is None:
             raise _SkippedError
         if trace and self.output is None:
@@ -297,8 +321,6 @@ class _Batch:
 
 
 def _tensors(batch: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_flatten
-
     return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
 
 
@@ -336,5 +358,6 @@ def _is_compiled(module: nn.Module) -> bool:
 def _norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
+    tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
     return norm

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,7 +30,7 @@ class FitResult:
     seconds: float = 0.0
     """Wall-clock of the fit, validation included."""
     ms_per_step: float = math.nan
-    """Mean milliseconds from the start to the end of a training batch."""
+    """Median milliseconds from the start to the end of a training batch."""
     penalty: float | None = None
     """Explicit penalty at the last step."""
     checkpoint: str = ""
@@ -44,7 +45,7 @@ class FitSummary(Callback):
     def __init__(self) -> None:
         self.result = FitResult()
         self._fit_start = self._step_start = 0.0
-        self._step_seconds = 0.0
+        self._step_seconds: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock.
@@ -55,7 +56,7 @@ class FitSummary(Callback):
         """
         self.result = FitResult(log_dir=trainer.log_dir or "")
         self._fit_start = time.monotonic()
-        self._step_seconds = 0.0
+        self._step_seconds = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the step's clock.
@@ -80,8 +81,7 @@ class FitSummary(Callback):
             batch: Unused.
             batch_idx: Unused.
         """
-        self._step_seconds += time.monotonic() - self._step_start
-        self.result.steps += 1
+        self._step_seconds.append(time.monotonic() - self._step_start)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best value of the validation metric.
@@ -108,7 +108,8 @@ class FitSummary(Callback):
         result = self.result
         result.seconds = time.monotonic() - self._fit_start
         result.epochs = trainer.current_epoch
-        result.ms_per_step = 1000 * self._step_seconds / result.steps if result.steps else math.nan
+        result.steps = len(self._step_seconds)
+        result.ms_per_step = 1000 * median(self._step_seconds) if result.steps else math.nan
         if "dropreg/explicit_penalty" in trainer.callback_metrics:
             result.penalty = float(trainer.callback_metrics["dropreg/explicit_penalty"])
         if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
@@ -130,7 +131,7 @@ def print_result(result: FitResult, console: Console) -> None:
     for name, value in result.test.items():
         table.add_row(name, f"{value:.2f}" + ("  (best checkpoint)" if result.checkpoint else ""))
     table.add_row("wall-clock", f"{result.seconds:.1f} s")
-    table.add_row("per step", f"{result.ms_per_step:.1f} ms  ({result.steps} steps)")
+    table.add_row("per step", f"{result.ms_per_step:.1f} ms  (median of {result.steps})")
     if result.penalty is not None:
         table.add_row("penalty, last step", f"{result.penalty:.4f}")
     console.print(table)

@@ -1,5 +1,6 @@
 """From lines to token numbers, with torchtext's ``Field``, tokenizers and ``Vocab``."""
 
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,7 +63,8 @@ class TextEncoder:
         vocab = self._field.vocab
         # Not vocab.stoi[...]: a defaultdict, it grows by every unknown word it is asked for.
         numbers = (vocab[token] for line in self._tokens(split) for token in line)
-        return torch.tensor(list(numbers), dtype=torch.int64)
+        # 8 bytes a token all along, where a list would take 36: corpora of 100 million tokens fit.
+        return torch.frombuffer(array("q", numbers), dtype=torch.int64)
 
     def _tokens(self, split: Split) -> Iterator[list[str]]:
         empty = True

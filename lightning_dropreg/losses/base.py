@@ -61,7 +61,7 @@ class PerOutputLoss(Loss):
         outputs: See `Loss`.
         elements: See `Loss`.
         function: See `Loss`.
-        mean: Whether one example's loss is the mean of its elements (``reduction="mean"``) or their sum.
+        mean: Whether one example's loss is the mean of its elements, or (``reduction="sum"``) their sum.
     """
 
     def __init__(

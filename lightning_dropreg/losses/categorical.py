@@ -253,7 +253,7 @@ def kl_div(
         elements,
         lambda z: divergence(log_softmax(z, -1)),
         probabilities,
-        reduction == "mean",
+        reduction != "sum",
     )
     if outputs.device.type == "cpu":
         loss.check()

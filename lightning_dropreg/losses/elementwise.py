@@ -70,7 +70,7 @@ def _loss(
 ) -> tuple[Tensor, Loss]:
     """Compute and describe a loss whose elements have `shape`, reduced by `reduction`."""
     elements = function(outputs).reshape(shape)
-    loss = ElementwiseLoss(name, outputs, elements, function, second_derivative, reduction == "mean")
+    loss = ElementwiseLoss(name, outputs, elements, function, second_derivative, reduction != "sum")
     count = float(max(elements.numel(), 1)) if denominator is None else denominator
     return reduced(elements, reduction, count), loss
 
@@ -177,7 +177,7 @@ def l1_loss(
 
     elements = distance(outputs).reshape(shape)
     reduction = reduction_of(size_average, reduce, reduction)
-    loss = ElementwiseLoss("l1_loss", outputs, elements, refuse, refuse, reduction == "mean")
+    loss = ElementwiseLoss("l1_loss", outputs, elements, refuse, refuse, reduction != "sum")
     count = float(max(elements.numel(), 1)) if weights is None else weights.sum()
     return reduced(elements, reduction, count), loss
 
