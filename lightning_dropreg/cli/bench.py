@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich import get_console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -216,7 +217,7 @@ def _print(timings: Sequence[Timing], machine: dict[str, str | int], options: An
         table.add_column(heading, justify="right")
     for timing in timings:
         if timing.problem:
-            table.add_row(timing.method, "", "", timing.problem)
+            table.add_row(timing.method, "", "", escape(timing.problem))
             continue
         low, median, high = timing.quantiles()
         ratio = _ratio(timing, timings)

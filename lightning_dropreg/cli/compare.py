@@ -34,7 +34,7 @@ def main(args: Sequence[str]) -> None:
             results[config] = DropregCLI(["fit", "--config", config, *args[cut + 1 :]]).fit_summary.result
         except DropregError as error:  # the other runs may have taken hours
             problems[config] = error
-            get_console().print(f"failed: {error}", highlight=False)
+            get_console().print(f"failed: {error}", highlight=False, markup=False)
     if not results:
         raise InvalidArgumentError("every run failed, as said above.")
     if options.json:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from rich import get_console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -53,16 +54,18 @@ def main(args: Sequence[str]) -> None:
         print(json.dumps([row._asdict() for row in rows], indent=2))
         return
     where = f"checkpoint {cli.config['ckpt_path']}" if cli.config["ckpt_path"] else "the initial weights"
-    table = Table(title=f"Explicit effect of dropout on one batch, at {where}", title_justify="left")
+    table = Table(title="Explicit effect of dropout on one batch", title_justify="left")
     table.add_column("")
     table.add_column("mean", justify="right")
     table.add_column("± std. error", justify="right")
     table.add_column("note", overflow="fold")
     for row in rows:
         numbers = ("", "") if row.problem else (f"{row.mean:.5f}", f"{row.error:.5f}")
-        table.add_row(row.name, *numbers, row.problem)
+        table.add_row(row.name, *numbers, escape(row.problem))
     get_console().print(table)
-    get_console().print(f"{draws} draws each. R_approx is the second-order part of the true effect.", highlight=False)
+    get_console().print(
+        f"At {where}; {draws} draws each. R_approx is the second-order part of the true effect.", highlight=False
+    )
 
 
 def _add_options(parser: LightningArgumentParser) -> None:
@@ -87,7 +90,7 @@ def _diagnose(model: LightningModule, closure: Callable[[], Tensor], draws: int,
                 )
             ).item()
 
-        rows = [_row("true: E[loss(dropout)] - loss", true_effect, draws)]
+        rows = [_row("true: mean loss with dropout - loss", true_effect, draws)]
         rows += [_row(f"R_approx, {name}", partial(estimate, name), draws) for name in ESTIMATORS]
     return rows
 
