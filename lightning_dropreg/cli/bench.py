@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -104,8 +105,9 @@ def main(args: Sequence[str]) -> None:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     load_weights(cli)
-    timings = _measure(cli, options["repeats"], options["steps"], options["warmup"])
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # as meant
     machine = describe_machine(cli.model)
+    timings = _measure(cli, options["repeats"], options["steps"], options["warmup"])
     if options["json"]:
         print(json.dumps({"machine": machine, "timings": [_as_dict(t, timings) for t in timings]}, indent=2))
     else:

@@ -18,12 +18,14 @@ def describe_machine(model: nn.Module) -> dict[str, str | int]:
         model: The model that was timed.
 
     Returns:
-        Processor, cores, threads, versions and the number of parameters.
+        Processor, cores, threads, load (processes running or waiting: what else the machine had to do),
+        versions and the number of parameters.
     """
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "python": platform.python_version(),
         "torch": torch.__version__,
