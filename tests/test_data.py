@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,16 @@ def test_shards_are_disjoint_and_cover_the_rows():
     shards = [StreamWindows(stream, batch_size=2, window=5, shard=(rank, 2)) for rank in range(2)]
     for index in range(len(whole)):
         assert torch.cat([shard[index][0] for shard in shards]).equal(whole[index][0])
+
+
+def test_each_process_reads_rows_of_its_own():
+    def rows(rank: int, processes: int, batch_size: int) -> torch.Tensor:
+        data = LanguageModelingData(numbers(400), batch_size=batch_size, window=4)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=processes)
+        data.setup("fit")
+        return torch.cat([text for text, _ in data.train_dataloader()], dim=1)
+
+    assert torch.cat([rows(0, 2, 3), rows(1, 2, 3)]).equal(rows(0, 1, 6))
 
 
 def test_a_stream_too_short_for_the_batch():

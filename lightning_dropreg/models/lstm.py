@@ -215,7 +215,7 @@ class LSTMLanguageModel(LightningModule):
         logits, self._eval_state = self(text, self._eval_state)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
         metric.update(logits, target)
-        self.log(f"{stage}_loss", loss, batch_size=target.numel())
+        self.log(f"{stage}_loss", loss, batch_size=target.numel(), sync_dist=True)
         self.log(f"{stage}_ppl", metric, prog_bar=True)
 
 
