@@ -26,10 +26,10 @@ from torch import Tensor
 
 from lightning_dropreg.errors import LossNotRecognizedError
 from lightning_dropreg.losses import Loss
-from lightning_dropreg.losses.base import root
+from lightning_dropreg.losses.base import midpoint_and_slope, root
 from lightning_dropreg.sites import noise_dtype
 
-__all__ = ["CURVATURES", "element_weights", "factor", "matrix", "quadratic_form"]
+__all__ = ["CURVATURES", "element_weights", "factor", "matrix", "pair_quadratic_form", "quadratic_form"]
 
 CURVATURES = ("loss_hessian", "identity", "loss_jacobian")
 
@@ -98,7 +98,35 @@ def quadratic_form(curvature: str, loss: Loss, z: Tensor, u: Tensor, slope: Tens
     if curvature == "loss_hessian":
         return loss.hessian_form(z, u, weights)
     if curvature == "identity":
-        return (loss.example_weights(weights) * u.square().mean(-1)).sum()
+        return _identity_form(loss, u, weights)
+    return _jacobian_form(loss, slope, weights)
+
+
+def pair_quadratic_form(curvature: str, plus: Loss, minus: Loss, weights: Tensor, step: float) -> Tensor:
+    """`quadratic_form` by central differences between the two passes of an antithetic pair.
+
+    Args:
+        curvature: One of `CURVATURES`.
+        plus: The loss in the pass with ``+ step``.
+        minus: The loss in the pass with ``- step``.
+        weights: Weights of the elements, shape of `Loss.per_element`.
+        step: The step, positive.
+
+    Returns:
+        Scalar, differentiable in the outputs and elements of both passes and in `weights`.
+    """
+    if curvature == "loss_hessian":
+        return plus.pair_hessian_form(plus.outputs, minus.outputs, weights, step)
+    if curvature == "identity":
+        return _identity_form(plus, midpoint_and_slope(plus.outputs, minus.outputs, step)[1], weights)
+    return _jacobian_form(plus, plus.per_element(plus.elements - minus.elements) / (2 * step), weights)
+
+
+def _identity_form(loss: Loss, u: Tensor, weights: Tensor) -> Tensor:
+    return (loss.example_weights(weights) * u.square().mean(-1)).sum()
+
+
+def _jacobian_form(loss: Loss, slope: Tensor, weights: Tensor) -> Tensor:
     # an example of several elements has one loss, and the slope of that is what is squared
     return _divide(loss.example_sum(weights * slope).square(), loss.example_weights(weights)).sum()
 

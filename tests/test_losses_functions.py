@@ -126,6 +126,29 @@ def test_value_is_torchs(name, reduction):
         torch.testing.assert_close(LOSSES[name](z, reduction), theirs)
 
 
+def assert_pair_form_and_its_gradient(loss, weights, hessians):
+    """For an antithetic pair too; the gradient in both outputs is that of the Hessian, differentiated."""
+    step, z = 0.25, loss.outputs.detach()
+    u = torch.randn_like(z)
+    pair = [(z + sign * step * u).requires_grad_() for sign in (1, -1)]
+    value = loss.pair_hessian_form(*pair, weights, step)
+    torch.testing.assert_close(value, torch.einsum("tc,tcd,td->", u, hessians, u))
+
+    def by_definition(plus, minus):
+        z, u = (plus + minus) / 2, (plus - minus) / (2 * step)
+        with torch.enable_grad():
+            total = (weights.detach() * loss.per_element(loss.function(z))).sum()
+            (slope,) = torch.autograd.grad(total, z, create_graph=True)
+            if not slope.requires_grad:
+                return (0 * slope * u * u).sum() + 0 * z.sum()
+            (product,) = torch.autograd.grad((slope * u).sum(), z, create_graph=True)
+            return (product * u).sum() if product.requires_grad or u.requires_grad else 0 * z.sum()
+
+    # `u` inside product is differentiated through as well: twice u^T H, once each side
+    expected = torch.autograd.grad(by_definition(*pair), pair)
+    torch.testing.assert_close(torch.autograd.grad(value, pair), expected)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_forms_and_factors_are_those_of_the_hessian(name):
     """Written in closed form they are what differentiating the loss twice gives; over all signs, no statistics."""
@@ -142,6 +165,7 @@ def test_forms_and_factors_are_those_of_the_hessian(name):
     torch.testing.assert_close(
         loss.hessian_form(loss.outputs, bent, weights), torch.einsum("tc,tcd,td->", bent, hessians, bent)
     )
+    assert_pair_form_and_its_gradient(loss, weights, hessians.detach())
     if name in NO_ROOT:
         return
     patterns = list(itertools.product([-1.0, 1.0], repeat=loss.outputs.shape[-1]))

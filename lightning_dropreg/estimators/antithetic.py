@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_dropreg.curvature import element_weights, quadratic_form
+from lightning_dropreg.curvature import element_weights, pair_quadratic_form
 from lightning_dropreg.errors import InconsistentPassesError
 from lightning_dropreg.estimators.base import Estimate
 from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
-from lightning_dropreg.sites import Directions, noise_dtype
+from lightning_dropreg.sites import Directions
 
 __all__ = ["antithetic"]
 
@@ -47,11 +47,7 @@ def _penalty(curvature: str, plus: Pass, minus: Pass, step_size: float) -> Tenso
     weights_plus = element_weights(plus.loss, plus.losses)
     weights_minus = element_weights(minus.loss, minus.losses)
     for a, b, w_a, w_b in zip(plus.losses, minus.losses, weights_plus, weights_minus, strict=True):
-        dtype = noise_dtype(a.outputs.dtype)  # a difference of half-precision numbers needs more digits than they have
-        z_a, z_b = a.outputs.to(dtype), b.outputs.to(dtype)
-        z, u = (z_a + z_b) / 2, (z_a - z_b) / (2 * step_size)
-        slope = a.per_element(a.elements - b.elements) / (2 * step_size)
-        penalty = penalty + quadratic_form(curvature, a, z, u, slope, (w_a + w_b) / 2) / 2
+        penalty = penalty + pair_quadratic_form(curvature, a, b, (w_a + w_b) / 2, step_size) / 2
     return penalty
 
 

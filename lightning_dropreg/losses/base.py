@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.errors import LossNotRecognizedError, UnsupportedOperationError
+from lightning_dropreg.sites import noise_dtype
 
-__all__ = ["Loss", "PerOutputLoss", "classes_last", "outputs_last", "reduced", "reduction_of", "refuse_trained", "root"]
+__all__ = [
+    "Loss",
+    "PerOutputLoss",
+    "classes_last",
+    "midpoint_and_slope",
+    "outputs_last",
+    "reduced",
+    "reduction_of",
+    "refuse_trained",
+    "root",
+]
 
 
 class Loss(ABC):
@@ -44,6 +55,10 @@ class Loss(ABC):
     @abstractmethod
     def hessian_form(self, z: Tensor, u: Tensor, weights: Tensor) -> Tensor:
         """Return ``sum_t w_t u_t^T H_t(z_t) u_t``, a scalar, differentiable in `z` and `u`."""
+
+    def pair_hessian_form(self, plus: Tensor, minus: Tensor, weights: Tensor, step: float) -> Tensor:
+        """Return `hessian_form` for an antithetic pair: ``z`` is the mean, ``u`` the central difference."""
+        return self.hessian_form(*midpoint_and_slope(plus, minus, step), weights)
 
     @abstractmethod
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
@@ -81,6 +96,13 @@ class PerOutputLoss(Loss):
     def example_sum(self, values: Tensor) -> Tensor:
         """See `Loss`."""
         return values.sum(-1)
+
+
+def midpoint_and_slope(plus: Tensor, minus: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Mean and central difference of the outputs of an antithetic pair, in float32 at least."""
+    dtype = noise_dtype(plus.dtype)  # a difference of half-precision numbers needs more digits than they have
+    plus, minus = plus.to(dtype), minus.to(dtype)
+    return (plus + minus) / 2, (plus - minus) / (2 * step)
 
 
 def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:

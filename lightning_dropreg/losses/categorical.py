@@ -23,16 +23,10 @@ from lightning_dropreg.losses.base import (
     refuse_trained,
     root,
 )
+from lightning_dropreg.losses.softmax import pair_variance, variance
 from lightning_dropreg.sites import noise_dtype
 
 __all__ = ["CategoricalLoss", "DivergenceLoss", "cross_entropy", "kl_div", "nll_loss"]
-
-
-def softmax_form(z: Tensor, u: Tensor, scale: Tensor) -> Tensor:
-    """Return ``sum_t s_t Var_{y ~ softmax(z_t)}(u_ty)``."""
-    p = z.softmax(-1)
-    deviation = u - (p * u).sum(-1, keepdim=True)
-    return ((p * deviation.square()).sum(-1) * scale).sum()
 
 
 def softmax_factor(name: str, z: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
@@ -99,7 +93,11 @@ class CategoricalLoss(Loss):
 
     def hessian_form(self, z: Tensor, u: Tensor, weights: Tensor) -> Tensor:
         """See `Loss`: ``sum_t w_t s_t Var_{y ~ softmax(z_t)}(u_ty)``."""
-        return softmax_form(z, u, weights * self.scale)
+        return variance(z, u, weights * self.scale)
+
+    def pair_hessian_form(self, plus: Tensor, minus: Tensor, weights: Tensor, step: float) -> Tensor:
+        """See `Loss`."""
+        return pair_variance(plus, minus, weights * self.scale, step)
 
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
         """See `Loss`."""
@@ -140,7 +138,11 @@ class DivergenceLoss(PerOutputLoss):
 
     def hessian_form(self, z: Tensor, u: Tensor, weights: Tensor) -> Tensor:
         """See `Loss`."""
-        return softmax_form(z, u, (weights * self.labels).sum(-1))
+        return variance(z, u, (weights * self.labels).sum(-1))
+
+    def pair_hessian_form(self, plus: Tensor, minus: Tensor, weights: Tensor, step: float) -> Tensor:
+        """See `Loss`."""
+        return pair_variance(plus, minus, (weights * self.labels).sum(-1), step)
 
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
         """See `Loss`."""

@@ -1,0 +1,90 @@
+"""The variance that softmax curvature is: ``u^T (diag(p) - p p^T) u = Var_{y ~ p}(u_y)``.
+
+With a large vocabulary the outputs are the largest tensors of a model, and a formula of ten operations on them costs
+more than the rest of the penalty. Here the value and its gradient are computed together, a few rows at a time that
+stay in the cache: the only tensors as large as the outputs are the two gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_dropreg.sites import noise_dtype
+
+__all__ = ["pair_variance", "variance"]
+
+_ON_CPU = 1 << 18  # elements at a time: 1 MiB of float32 for each intermediate result
+_ON_DEVICE = 1 << 24
+
+
+def variance(z: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+    """Return ``sum_t s_t Var_{y ~ softmax(z_t)}(u_ty)``.
+
+    Args:
+        z: Logits, ``(T, C)``.
+        u: Their directional derivative, ``(T, C)``.
+        scale: ``s``, ``(T,)``.
+
+    Returns:
+        Scalar, once differentiable in all three.
+    """
+    value: Tensor = _Variance.apply(z, u, scale, None)  # type: ignore[no-untyped-call]
+    return value
+
+
+def pair_variance(plus: Tensor, minus: Tensor, scale: Tensor, step: float) -> Tensor:
+    """Return `variance` at ``z = (plus + minus) / 2`` with ``u = (plus - minus) / (2 step)``.
+
+    Args:
+        plus: Logits of one pass, ``(T, C)``.
+        minus: Logits of the opposite pass, ``(T, C)``.
+        scale: ``s``, ``(T,)``.
+        step: Step of the passes, positive.
+
+    Returns:
+        Scalar, once differentiable in the tensors; float32 at least, half-precision logits are converted row by row.
+    """
+    value: Tensor = _Variance.apply(plus, minus, scale, step)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Variance(torch.autograd.Function):
+    """With ``m = E[u]``, ``d = u - m`` and ``V = E[d^2]``: ``dV/du = 2 p d`` and ``dV/dz = p (d^2 - V)``."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, step: float | None) -> Tensor:
+        dtype = noise_dtype(a.dtype)
+        grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
+        values = torch.empty(scale.shape, dtype=dtype, device=a.device)
+        rows = max(1, (_ON_CPU if a.device.type == "cpu" else _ON_DEVICE) // max(1, a.shape[-1]))
+        for start in range(0, len(a), rows):
+            part = slice(start, start + rows)
+            z, u = a[part].to(dtype), b[part].to(dtype)
+            if step is not None:
+                z, u = (z + u).mul_(0.5), (z - u).mul_(0.5 / step)
+            p = z.softmax(-1)
+            d = u - (p * u).sum(-1, keepdim=True)
+            pd = p * d
+            v = (pd * d).sum(-1, keepdim=True)
+            values[part] = v.squeeze(-1)
+            weight = scale[part].to(dtype).unsqueeze(-1)
+            by_z = d.mul_(pd).sub_(p.mul_(v)).mul_(weight)
+            by_u = pd.mul_(2 * weight)
+            if step is None:
+                grad_a[part], grad_b[part] = by_z, by_u
+            else:
+                by_z, by_u = by_z.mul_(0.5), by_u.mul_(0.5 / step)
+                torch.add(by_z, by_u, out=p)
+                grad_a[part], grad_b[part] = p, by_z.sub_(by_u)
+        ctx.save_for_backward(grad_a, grad_b, values)
+        return (values * scale).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_a, grad_b, values = ctx.saved_tensors
+        return grad_a * grad, grad_b * grad, values * grad, None
