@@ -27,7 +27,7 @@ from torch import Tensor
 from lightning_dropreg.errors import LossNotRecognizedError
 from lightning_dropreg.losses import Loss
 from lightning_dropreg.losses.base import midpoint_and_slope, root
-from lightning_dropreg.sites import noise_dtype
+from lightning_dropreg.sites import noise_dtype, random_signs
 
 __all__ = ["CURVATURES", "element_weights", "factor", "matrix", "pair_quadratic_form", "quadratic_form"]
 
@@ -144,7 +144,7 @@ def factor(curvature: str, loss: Loss, weights: Tensor, generator: torch.Generat
         Tensor ``(T, C)``, differentiable in the outputs.
     """
     z = loss.outputs.to(noise_dtype(loss.outputs.dtype))
-    signs = torch.empty_like(z).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    signs = random_signs(z.shape, z.dtype, generator)
     if curvature == "loss_hessian":
         return loss.hessian_factor(z, weights, signs)
     example_weights = loss.example_weights(weights)

