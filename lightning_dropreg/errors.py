@@ -4,7 +4,9 @@ Everything derives from `DropregError`, so ``except DropregError`` catches whate
 """
 
 __all__ = [
+    "CheckpointSettingsError",
     "CompositionError",
+    "DivergenceError",
     "DropregError",
     "InconsistentPassesError",
     "InvalidArgumentError",
@@ -55,3 +57,11 @@ class CompositionError(DropregError):
 
 class UnsupportedModuleError(DropregError):
     """A LightningModule or Trainer is set up in a way that a callback cannot work with."""
+
+
+class CheckpointSettingsError(DropregError):
+    """A run is to be resumed from a checkpoint that was written with other settings."""
+
+
+class DivergenceError(DropregError):
+    """Penalty or noise stayed far above the loss or the gradient; see `lightning_dropreg.DivergenceDetector`."""

@@ -18,13 +18,18 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.logs import LogCollector
+from lightning_dropreg.callbacks.ranks import mean_over_ranks, unsupported_strategy
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.inspection import check_finite, inspect_step
 from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.precision import bfloat16_step_size
+from lightning_dropreg.reduction import check_mean_over_rows
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import Plan, StepResult
@@ -47,6 +52,8 @@ class Session:
         self.module = module
         self.plan = plan
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+        if trainer.world_size > 1:  # without seed_everything every process has a seed of its own, and one is saved
+            self.seed = trainer.strategy.broadcast(self.seed)
         self._inspected = False
         self._copies = False
         self._had_own_step = False
@@ -78,13 +85,7 @@ class Session:
             problems.append(
                 "its training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx)."
             )
-        if self.plan.noise_after_backward and not isinstance(
-            self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
-        ):
-            problems.append(
-                f"its strategy is {type(self.trainer.strategy).__name__}, with which gradients cannot be changed after "
-                "the backward pass. Use ImplicitNoise(injection='loss')."
-            )
+        problems += unsupported_strategy(self.trainer.strategy, self.plan)
         if problems:
             raise UnsupportedModuleError(
                 f"{type(self.module).__name__} cannot be trained with this package's callbacks: "
@@ -183,7 +184,7 @@ class Session:
             return
         parameters = self._parameters()
         if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
-            gradients = self._reduced(parameters, gradients)
+            gradients = mean_over_ranks(trainer.strategy, parameters, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -208,19 +209,15 @@ class Session:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return None if scaler is None else scaler.scale
 
-    def log_gradient_norm(self) -> None:
+    def log_gradient_norm(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradients with which the optimizer will step (before clipping)."""
-        norm = _norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if any(isinstance(gradient, DTensor) for gradient in gradients) and not self._is_logging_step():
+            return  # the norm of what lies on other ranks takes a collective
+        norm, scaler = _norm(gradients), self._scaler()
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            norm = norm / scaler(torch.ones_like(norm))  # a fused optimizer unscales in its own step
         self._log_values({"grad_norm": norm})
-
-    def _reduced(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Average over ranks in one fused operation."""
-        flat = torch.cat(
-            [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, gradients, strict=True)]
-        )
-        flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
-        pieces = flat.split([p.numel() for p in parameters])
-        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
 
     def _inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
@@ -228,17 +225,32 @@ class Session:
         versions = {name: parameter._version for name, parameter in self.module.named_parameters()}
         try:
             with batch.isolation:
-                inspect_step(batch.aside, self.plan.penalty is not None)
+                sites = inspect_step(batch.aside, self.plan.penalty is not None).sites
+                self._check_rows(batch)
         except _SkippedError:
             return  # nothing to see in this batch; look at the next one
         self._inspected = True
         self._copies = batch.modified
+        if self._in_bfloat16():
+            self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, sites))
         changed = [name for name, p in self.module.named_parameters() if p._version != versions.get(name, p._version)]
         if changed and not self.plan.untouched:
             raise UnsupportedModuleError(
                 f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
                 "Change them in on_train_batch_end (a moving average, say)."
             )
+
+    def _check_rows(self, batch: _Batch) -> None:
+        """Refuse a loss for which some of the rows do not stand for all."""
+        for dim in self.plan.row_dims:
+            halves = batch.halves(dim)
+            if halves is not None:
+                first, second, fraction = halves
+                check_mean_over_rows(batch.aside().item(), first().item(), second().item(), fraction)
+
+    def _in_bfloat16(self) -> bool:
+        precision = str(self.trainer.precision)
+        return precision.startswith("bf16") or any(p.dtype == torch.bfloat16 for p in self.module.parameters())
 
     def _check_finite(self, batch: _Batch, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -307,9 +319,24 @@ class _Batch:
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Callable[[], Tensor], float]:
         """See `lightning_dropreg.step.BatchRunner`."""
+        rows = draw_rows(self.args[0], fraction, dim, key)
+        count = self._row_count(dim)
+        return self._on_rows(rows, dim, count), len(rows) / count
+
+    def halves(self, dim: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], float] | None:
+        """Return what runs on a random half of the rows, on the others, and the first's fraction; None if one row."""
+        count = self._row_count(dim)
+        if count < 2:
+            return None
+        rows = draw_rows(self.args[0], 0.5, dim, self.key)
+        others = torch.tensor(sorted(set(range(count)) - set(rows.tolist())))
+        return self._on_rows(rows, dim, count), self._on_rows(others, dim, count), len(rows) / count
+
+    def _row_count(self, dim: int) -> int:
+        return next((leaf.shape[dim] for leaf in _tensors(self.args[0]) if leaf.ndim > dim), 0)
+
+    def _on_rows(self, rows: Tensor, dim: int, count: int) -> Callable[[], Tensor]:
         batch = self.args[0]
-        rows = draw_rows(batch, fraction, dim, key)
-        count = next(leaf.shape[dim] for leaf in _tensors(batch) if leaf.ndim > dim)
         args = (select_rows(batch, rows, dim, count), *self.args[1:])
 
         def on_rows(*args: Any, **kwargs: Any) -> Any:
@@ -318,7 +345,7 @@ class _Batch:
                 hook(rows, dim)
             return self.original(*args, **kwargs)
 
-        return lambda: self._run(on_rows, args, trace=False), len(rows) / count
+        return lambda: self._run(on_rows, args, trace=False)
 
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
         # every run gets containers of its own, and tensors where the step was seen to change them
@@ -383,4 +410,4 @@ def _norm(tensors: list[Tensor]) -> Tensor:
         return torch.zeros(())
     tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
