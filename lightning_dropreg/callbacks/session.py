@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.callbacks.ranks import mean_over_ranks, unsupported_strategy
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
@@ -61,6 +62,11 @@ class Session:
         self._installed = False
         self._batch: _Batch | None = None
         self._later: list[Tensor | None] | None = None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
+        self._gradient_norm: Tensor | None = None
+        # what FSDP2 shards has gradients only in the one backward of the whole
+        self._whole_parameters = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is trained.
@@ -149,18 +155,19 @@ class Session:
             mean=self.plan.k is None,
             key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
             copies=self._copies,
-            releases=isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
+            releases=self._whole_parameters,
             scaler=self._scaler(),
         )
         try:
             with batch.isolation:
-                result = self.plan.run(batch, batch.key, step, measure_noise=self._is_logging_step())
+                result = self.plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
                 self._check_finite(batch, result)
         except _SkippedError:
             batch.logs.replay()
             return None
         batch.logs.replay()
         self._log(result)
+        self._show(result)
         if result.later is not None:
             self._later = self._gradients(result.later, retain_graph=True)
         elif self.plan.noise_after_backward:
@@ -182,6 +189,7 @@ class Session:
             gradients = self._gradients(scalar)
         if gradients is None:
             return
+        self._show_noise(gradients)
         parameters = self._parameters()
         if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
             gradients = mean_over_ranks(trainer.strategy, parameters, gradients)
@@ -192,9 +200,36 @@ class Session:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-        norm = _norm([g for g in gradients if g is not None]) * trainer.accumulate_grad_batches
+        norm = _norm_of(gradients) * trainer.accumulate_grad_batches
         scaler = self._scaler()
         self._log_values({"noise_norm": norm if scaler is None else norm / scaler(torch.ones_like(norm))})
+
+    def _due(self) -> list[DivergenceDetector]:
+        return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
+
+    def _measures_noise(self) -> bool:
+        return self._whole_parameters and (self._is_logging_step() or bool(self._due()))
+
+    def _show(self, result: StepResult) -> None:
+        """Let the detectors see penalty, loss, noise and gradient of a step that they check."""
+        detectors = self._due()
+        penalty = self.plan.penalty_at(self.trainer.global_step)
+        if penalty is not None and result.penalty is not None:
+            for detector in detectors:
+                detector.see_penalty(penalty.strength * penalty.every_n_steps * result.penalty, result.loss)
+        if not detectors or not self.plan.noise_scale or not self._whole_parameters:
+            return
+        # the noise that comes after the backward will be seen there
+        plain = result.total if result.noise is None else result.total - result.noise
+        self._gradient_norm = _norm_of(self._gradients(plain, retain_graph=True))
+        if result.noise is not None:
+            self._show_noise(self._gradients(result.noise, retain_graph=True))
+
+    def _show_noise(self, gradients: list[Tensor | None]) -> None:
+        if self._gradient_norm is not None:
+            for detector in self._due():
+                detector.see_noise(_norm_of(gradients), self._gradient_norm)
+        self._gradient_norm = None
 
     def _gradients(self, scalar: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
         """Differentiate in the parameters, treating `scalar` exactly as Lightning treats the loss."""
@@ -262,10 +297,11 @@ class Session:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
-        if result.noise is not None and result.noise.requires_grad and self._is_logging_step():
+        measured = self._whole_parameters and self._is_logging_step()
+        if result.noise is not None and result.noise.requires_grad and measured:
             # one more backward, so only where somebody reads it
             gradients = torch.autograd.grad(result.noise, self._parameters(), retain_graph=True, allow_unused=True)
-            values["noise_norm"] = _norm([g for g in gradients if g is not None])
+            values["noise_norm"] = _norm_of(list(gradients))
         self._log_values(values)
 
     def _log_values(self, values: Mapping[str, Tensor]) -> None:
@@ -403,6 +439,10 @@ def _is_compiled(module: nn.Module) -> bool:
         or getattr(module, "_compiled_call_impl", None) is not None
         or getattr(module, "_compiler_ctx", None) is not None
     )
+
+
+def _norm_of(gradients: list[Tensor | None]) -> Tensor:
+    return _norm([gradient for gradient in gradients if gradient is not None])
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
