@@ -73,12 +73,12 @@ def fit_until_the_fault(callbacks, fault, in_pass, **options):
 def test_a_fault_in_any_pass_leaves_the_state_of_a_lightning_run(method):
     """The second step has begun: its state and random numbers are those of the run without dropout that fails there."""
     faults = ZeroDivisionError(), KeyboardInterrupt(), OutOfMemory("CUDA out of memory.")
-    passes = (1,) if method in {"forward", "double backward"} else (1, 2)
+    passes = {"forward": (1,), "double backward": (1,), "rows": (1, 2, 3)}.get(method, (1, 2))
     _, *expected = fit_until_the_fault([], faults[0], 1, p=0.0)
     for fault, in_pass in itertools.product(faults, passes):
         model, *left = fit_until_the_fault(METHODS[method](), fault, in_pass)
-        if method == "rows" and in_pass == 1:
-            assert left[0] == [1, 1, 1]  # a pass aside comes first: the step has not begun
+        if method == "rows" and in_pass < 3:
+            assert left[0] == [1, 1, 1]  # the passes on some of the rows come first: the step has not begun
         else:
             assert left == expected
     Fragile.passes = 100  # no more faults
