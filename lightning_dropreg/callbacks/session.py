@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.logs import LogCollector
-from lightning_dropreg.callbacks.ranks import mean_over_ranks, unsupported_strategy
+from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks, unsupported_strategy
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.inspection import check_finite, inspect_step
@@ -66,7 +65,7 @@ class Session:
         self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
         self._gradient_norm: Tensor | None = None
         # what FSDP2 shards has gradients only in the one backward of the whole
-        self._whole_parameters = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        self._whole_parameters = has_whole_parameters(trainer.strategy)
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is trained.
@@ -192,7 +191,7 @@ class Session:
         self._show_noise(gradients)
         parameters = self._parameters()
         if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
-            gradients = mean_over_ranks(trainer.strategy, parameters, gradients)
+            gradients = mean_over_ranks(parameters, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
