@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.logs import LogCollector
-from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.inspection import check_finite, inspect_step
 from lightning_dropreg.isolation import Isolation
@@ -316,7 +316,18 @@ class _Batch:
             hook = getattr(self.module, "select_rows", None)
             if hook is not None:
                 hook(rows, dim)
-            return self.original(*args, **kwargs)
+            try:
+                return self.original(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                if isinstance(error, DropregError) or hook is not None or len(rows) == count:
+                    raise
+                raise UnsupportedModuleError(
+                    f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
+                    f"({str(error).splitlines()[0]}). If the module carries a state with a row for every row of the "
+                    "batch (a hidden state, a memory), let it define select_rows(self, rows, dim), which cuts that "
+                    "state down to the given rows; it is put back afterwards. Otherwise set batch_dim, or "
+                    "batch_fraction=None."
+                ) from error
 
         return lambda: self._run(on_rows, args, trace=False), len(rows) / count
 
