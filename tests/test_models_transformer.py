@@ -27,7 +27,7 @@ def test_no_word_sees_the_future():
 
 def test_sites_and_estimators():
     model, text = tiny(), torch.randint(11, (3, 6))
-    closure = lambda: F.cross_entropy(model(text).flatten(0, 1), text.flatten())  # noqa: E731
+    closure = lambda: F.cross_entropy(model(text).flatten(0, 1), text.flatten())
     assert len(dr.functional.find_sites(closure)) == 1 + 2 * 4
     values = []
     for estimator in ("antithetic", "forward"):
