@@ -1,13 +1,15 @@
 """The LightningDataModule for language modelling."""
 
+import os
+
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from lightning_dropreg.data.corpus import Corpus, Split
 from lightning_dropreg.data.encoding import TextEncoder
 from lightning_dropreg.data.python_manual import PythonManual
-from lightning_dropreg.data.windows import StreamWindows
+from lightning_dropreg.data.windows import InOrder, StreamWindows, WindowLoader
 from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["LanguageModelingData"]
@@ -30,6 +32,9 @@ class LanguageModelingData(LightningDataModule):
             of the training split. The model must be built for as many.
         min_freq: Words of the training split rarer than this become ``<unk>``, at least 1.
         num_workers: Worker processes of each data loader. The text is in memory: 0 is fastest.
+        jitter: Whether training windows have random lengths around `window` (see
+            `lightning_dropreg.data.windows.jittered_ends`), drawn from the run's seed and the epoch; `window` must be
+            at least 10. Give the model the same `window`, which scales its steps by the length.
 
     Raises:
         InvalidArgumentError: If an argument is outside its range.
@@ -44,12 +49,13 @@ class LanguageModelingData(LightningDataModule):
         vocab_size: int = 10_000,
         min_freq: int = 1,
         num_workers: int = 0,
+        jitter: bool = False,
     ) -> None:
         super().__init__()
         floors = {
             "batch_size": 1,
             "eval_batch_size": 1,
-            "window": 1,
+            "window": 10 if jitter else 1,
             "vocab_size": 3,
             "min_freq": 1,
             "num_workers": 0,
@@ -65,6 +71,7 @@ class LanguageModelingData(LightningDataModule):
         self.vocab_size = vocab_size
         self.min_freq = min_freq
         self.num_workers = num_workers
+        self.jitter = jitter
         self.encoder: TextEncoder
         """Tokenizer and vocabulary; exists after `setup`."""
         self._streams: dict[Split, Tensor] = {}
@@ -84,7 +91,9 @@ class LanguageModelingData(LightningDataModule):
 
     def train_dataloader(self) -> _Batches:
         """Return the consecutive batches of the training split."""
-        return self._batches("train", self.batch_size)
+        # the same cuts in all processes, which average their gradients window by window
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.jitter else None
+        return self._batches("train", self.batch_size, seed)
 
     def val_dataloader(self) -> _Batches:
         """Return the consecutive batches of the validation split."""
@@ -98,10 +107,8 @@ class LanguageModelingData(LightningDataModule):
         """Return the consecutive batches of the test split."""
         return self.test_dataloader()
 
-    def _batches(self, split: Split, batch_size: int) -> _Batches:
+    def _batches(self, split: Split, batch_size: int, jitter: int | None = None) -> _Batches:
         shard = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        windows = StreamWindows(self._streams[split], batch_size, self.window, shard)
-        # Rows are shared out above. This sampler does nothing, but in its absence Lightning would deal
-        # consecutive windows out to different processes and break the carried state.
-        in_order: DistributedSampler[object] = DistributedSampler(windows, num_replicas=1, rank=0, shuffle=False)
-        return DataLoader(windows, batch_size=None, sampler=in_order, num_workers=self.num_workers)
+        windows = StreamWindows(self._streams[split], batch_size, self.window, shard, jitter)
+        make = WindowLoader if split == "train" else DataLoader
+        return make(windows, batch_size=None, sampler=InOrder(windows), num_workers=self.num_workers)
