@@ -70,4 +70,5 @@ class StreamWindows(Dataset[tuple[Tensor, Tensor]]):
             raise IndexError(index)
         start = index * self._window
         stop = min(start + self._window, self._rows.shape[1] - 1)
-        return self._rows[:, start:stop], self._rows[:, start + 1 : stop + 1]
+        # streams are int32 to save memory; an embedding and a loss take int64
+        return self._rows[:, start:stop].long(), self._rows[:, start + 1 : stop + 1].long()
