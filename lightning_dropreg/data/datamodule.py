@@ -120,11 +120,12 @@ class LanguageModelingData(LightningDataModule):
         trained = self._trained_with
         if not trained or not hasattr(self, "encoder") or trained["vocabulary"] == self.encoder.digest():
             return
+        order = ", others or in another order" if trained["words"] == len(self.encoder) else ""
         raise VocabularyMismatchError(
             f"The checkpoint was trained with a vocabulary of {trained['words']} words, but "
-            f"{type(self.corpus).__name__} gives {len(self.encoder)} (vocab_size={self.vocab_size}, min_freq={self.min_freq})"
-            + (", others or in another order" if trained["words"] == len(self.encoder) else "")
-            + ". Give the corpus and the options of the training run, or start without the checkpoint."
+            f"{type(self.corpus).__name__} gives {len(self.encoder)}{order} (vocab_size={self.vocab_size}, "
+            f"min_freq={self.min_freq}). Give the corpus and the options of the training run, or start without the "
+            "checkpoint."
         )
 
     def _read(self, stage: str) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -24,12 +23,12 @@ class TokenCache:
         folder: Where the files are; made when the first is written. None keeps nothing.
 
     Example:
-        >>> cache = TokenCache(Path(tempfile.mkdtemp()))
-        >>> cache.save("train", "key of text and options", torch.arange(3))
-        >>> cache.load("train", "key of text and options")
-        tensor([0, 1, 2])
-        >>> cache.load("train", "another key") is None
-        True
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     cache = TokenCache(Path(folder))
+        ...     cache.save("train", "key of text and options", torch.arange(3))
+        ...     cache.load("train", "key of text and options"), cache.load("train", "another key")
+        (tensor([0, 1, 2]), None)
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -69,13 +68,12 @@ class TokenCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # another process may read or write the same file: it must be there as a whole or not at all
-            handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-            os.close(handle)
+            partial = self._path(name, key).with_suffix(f".{os.getpid()}.partial")
             try:
                 torch.save({"key": key, "digest": digest_of(values), "values": values}, partial)
                 os.replace(partial, self._path(name, key))
             finally:
-                Path(partial).unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
             if values.numel() >= _WORTH_A_WARNING:
                 rank_zero_warn(
