@@ -5,15 +5,18 @@ Everything derives from `DropregError`, so ``except DropregError`` catches whate
 
 __all__ = [
     "CompositionError",
+    "CorpusNotFoundError",
     "DropregError",
     "InconsistentPassesError",
     "InvalidArgumentError",
     "LossNotRecognizedError",
     "NoDropoutSiteError",
     "NonFinitePenaltyError",
+    "UnreadableTextError",
     "UnsupportedModuleError",
     "UnsupportedOperationError",
     "UnsupportedSiteError",
+    "VocabularyMismatchError",
 ]
 
 
@@ -55,3 +58,15 @@ class CompositionError(DropregError):
 
 class UnsupportedModuleError(DropregError):
     """A LightningModule or Trainer is set up in a way that a callback cannot work with."""
+
+
+class CorpusNotFoundError(DropregError, FileNotFoundError):
+    """The files of a text corpus are not where they are looked for."""
+
+
+class UnreadableTextError(DropregError, ValueError):
+    """A file that should hold text is damaged, in another encoding, or no text."""
+
+
+class VocabularyMismatchError(DropregError, ValueError):
+    """A checkpoint was trained with other words than the data has."""

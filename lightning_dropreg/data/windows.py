@@ -104,7 +104,8 @@ class StreamWindows(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(index, int) and not 0 <= index < len(self):
             raise IndexError(index)
         start, stop = self._first[index] if isinstance(index, int) else index
-        return self._rows[:, start:stop], self._rows[:, start + 1 : stop + 1]
+        # streams are int32 to save memory; an embedding and a loss take int64
+        return self._rows[:, start:stop].long(), self._rows[:, start + 1 : stop + 1].long()
 
 
 def jittered_ends(length: int, window: int, key: int) -> list[int]:
