@@ -181,17 +181,15 @@ class RecurrentLanguageModel(LightningModule):
             )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Remember the length of the window.
+        """Start an epoch without a past, and remember the length of the window.
 
         Args:
             batch: Words and the words after them, each of shape ``(batch, time)``.
-            batch_idx: Unused.
+            batch_idx: Number of the batch in the epoch.
         """
+        if batch_idx == 0:  # not on_train_epoch_start, which a run resumed between two epochs does not call
+            self._train_state = None
         self._length = batch[0].shape[1]
-
-    def on_train_epoch_start(self) -> None:
-        """Start the epoch without a past."""
-        self._train_state = None
 
     def on_validation_epoch_start(self) -> None:
         """Start the epoch without a past."""
