@@ -14,10 +14,11 @@ from lightning_dropreg.cli import COMMANDS, main
 from lightning_dropreg.cli.bench import METHODS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHIPPED = sorted(CONFIGS.glob("*.yaml"))  # those in folders have tests of their own
+SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("bench/*.yaml")])  # the others have tests of their own
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
-BRIEF = [f"--trainer.limit_{split}_batches=2" for split in ("train", "val", "test", "predict")]
-BRIEF += ["--trainer.max_epochs=1", "--model.embedding_dim=12", "--model.hidden_dim=12"]
+TWO = [f"--trainer.limit_{split}_batches=2" for split in ("train", "val", "test", "predict")]
+TWO += ["--trainer.max_epochs=1"]
+BRIEF = [*TWO, "--model.embedding_dim=12", "--model.hidden_dim=12"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,8 @@ def test_the_module_is_the_command():
 
 @pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_configuration_trains(config, capsys):
-    assert main(["fit", "--config", str(config), *BRIEF]) == 0
+    small = [*TWO, "--model.width=8"] if config.stem == "transformer" else BRIEF
+    assert main(["fit", "--config", str(config), *small]) == 0
     out = capsys.readouterr().out
     [log_dir] = Path("runs").glob("*/version_0")
     assert (log_dir / "metrics.csv").is_file()
@@ -108,14 +110,33 @@ def test_inspect_lists_the_sites(capsys):
     assert "No dropout" in capsys.readouterr().out
 
 
-def test_bench_times_every_method(capsys):
+def test_bench_measures_every_method(capsys):
     brief = ["--repeats=2", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
     assert main(["bench", "--config", QUICKSTART, *brief, "--json"]) == 0
     report = printed_json(capsys)
-    assert [timing["method"] for timing in report["timings"]] == list(METHODS)
-    assert all(len(ms) == 2 for timing in report["timings"] for ms in timing["rounds"])
-    assert all(timing["ratio"] > 0 and not timing["problem"] for timing in report["timings"])
+    costs = {cost["method"]: cost for cost in report["costs"]}
+    assert list(costs) == list(METHODS)
+    assert all(len(ms) == 2 for cost in costs.values() for ms in cost["rounds"])
+    assert all(cost["ratio_to_dropout"] > 0 and not cost["problem"] for cost in costs.values())
     assert {"cpu", "cores", "torch", "lightning"} <= report["machine"].keys()
+    passes = {name: (cost["forwards"], cost["backwards"]) for name, cost in costs.items()}
+    assert passes["dropout"] == passes["R_approx, every 4 steps"] == (1, 1)
+    assert passes["Algorithm 2"] == passes["R_approx"] == (2, 2)
+    assert passes["Algorithm 2, after_backward"] == (2, 4)
+    assert passes["Algorithm 2, low_memory"] == (3, 2)
+    assert passes["MiniBatchDropout(k=16)"] == (16, 16)
+
+
+def test_bench_measures_memory_and_some_methods(capsys):
+    brief = ["--repeats=1", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
+    methods = '--methods=["Algorithm 2"]'
+    assert main(["bench", "--config", QUICKSTART, *brief, methods, "--memory"]) == 0
+    out = capsys.readouterr().out
+    assert "MiB" in out
+    assert "Algorithm 2" in out
+    assert "R_approx" not in out
+    assert main(["bench", "--config", QUICKSTART, "--methods=[magic]"]) == 1
+    assert "magic" in capsys.readouterr().err
 
 
 def test_bench_needs_enough_batches(capsys):

@@ -32,6 +32,8 @@ class ExplicitPenalty(RegularizerCallback):
         batch_dim: Dimension of the rows in the tensors of a batch.
         every_n_steps: The penalty acts in every n-th optimizer step, with n times the strength.
         mask: ``"as_model"`` or ``"elementwise"``.
+        low_memory: With ``estimator="antithetic"``: keep one autograd graph at a time instead of two, for one more
+            forward pass (about 1.2 times the time).
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
@@ -54,6 +56,7 @@ class ExplicitPenalty(RegularizerCallback):
         batch_dim: int = 0,
         every_n_steps: int = 1,
         mask: str = "as_model",
+        low_memory: bool = False,
     ) -> None:
         super().__init__()
         if curvature not in CURVATURES:
@@ -63,5 +66,5 @@ class ExplicitPenalty(RegularizerCallback):
             strength=check_strength(strength),
             curvature=curvature,
             every_n_steps=every_n_steps,
-            estimation=estimation(estimator, step_size, batch_fraction, batch_dim, mask),
+            estimation=estimation(estimator, step_size, batch_fraction, batch_dim, mask, low_memory),
         )

@@ -33,6 +33,8 @@ class ImplicitNoise(RegularizerCallback):
             its covariance stays that of the whole batch.
         batch_dim: Dimension of the rows in the tensors of a batch.
         mask: ``"as_model"`` or ``"elementwise"``.
+        low_memory: With ``estimator="antithetic"``: keep one autograd graph at a time instead of two, for one more
+            forward pass (about 1.2 times the time).
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
@@ -56,6 +58,7 @@ class ImplicitNoise(RegularizerCallback):
         batch_fraction: float | None = None,
         batch_dim: int = 0,
         mask: str = "as_model",
+        low_memory: bool = False,
     ) -> None:
         super().__init__()
         if source not in SOURCES:
@@ -66,5 +69,5 @@ class ImplicitNoise(RegularizerCallback):
             strength=check_strength(strength),
             source=source,
             injection=injection,
-            estimation=estimation(estimator, step_size, batch_fraction, batch_dim, mask),
+            estimation=estimation(estimator, step_size, batch_fraction, batch_dim, mask, low_memory),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_dropreg.callbacks.base import RegularizerCallback
+from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
 
 __all__ = ["MiniBatchDropout"]
@@ -16,16 +17,22 @@ class MiniBatchDropout(RegularizerCallback):
 
     Args:
         k: Number of draws, at least 1; 1 leaves the run as it is.
+        low_memory: Differentiate every draw before the next one is made, so that memory does not grow with `k`. The
+            gradient reaches the parameters in the one backward of the Trainer as always, but cannot be differentiated
+            again (an optimizer that needs ``create_graph=True``): False is for those.
 
     Raises:
-        InvalidArgumentError: If ``k < 1``.
+        InvalidArgumentError: If ``k < 1``, or `low_memory` is no bool.
 
     Example:
         >>> MiniBatchDropout(k=8).k
         8
     """
 
-    def __init__(self, k: int = 4) -> None:
+    def __init__(self, k: int = 4, low_memory: bool = True) -> None:
         super().__init__()
         check_count("k", k)
+        if not isinstance(low_memory, bool):
+            raise InvalidArgumentError(f"low_memory={low_memory!r} must be True or False.")
         self.k = k
+        self.low_memory = low_memory

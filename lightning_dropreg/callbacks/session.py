@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.logs import LogCollector
-from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.inspection import check_finite, inspect_step
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.rows import draw_rows, select_rows
@@ -51,6 +53,7 @@ class Session:
         self._own_step: Any = None
         self._installed = False
         self._batch: _Batch | None = None
+        self._later: list[Tensor | None] | None = None
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is trained.
@@ -118,7 +121,7 @@ class Session:
         else:
             self.module.__dict__.pop("training_step", None)
         self._installed = False
-        self._batch = None
+        self._batch = self._later = None
 
     def training_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's ``training_step`` as often as the plan asks and return one output.
@@ -145,17 +148,21 @@ class Session:
             mean=self.plan.k is None,
             key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
             copies=self._copies,
+            releases=isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
+            scaler=self._scaler(),
         )
         try:
             with batch.isolation:
-                result = self.plan.run(batch, batch.key, step)
+                result = self.plan.run(batch, batch.key, step, measure_noise=self._is_logging_step())
                 self._check_finite(batch, result)
         except _SkippedError:
             batch.logs.replay()
             return None
         batch.logs.replay()
         self._log(result)
-        if self.plan.noise_after_backward:
+        if result.later is not None:
+            self._later = self._gradients(result.later, retain_graph=True)
+        elif self.plan.noise_after_backward:
             self._batch = batch  # its state before the step is what the noise's own passes start from
         return _with_loss(batch.output, result.total)
 
@@ -166,17 +173,15 @@ class Session:
         averaged with the rest; after the last one they are already the average over ranks, and so must be the noise.
         """
         batch, self._batch = self._batch, None
-        if batch is None:
+        gradients, self._later = self._later, None
+        trainer = self.trainer
+        if batch is not None:
+            with batch.isolation.aside(), trainer.precision_plugin.train_step_context(), torch.enable_grad():
+                scalar = self.plan.extra(batch, batch.key)
+            gradients = self._gradients(scalar)
+        if gradients is None:
             return
-        trainer, plugin = self.trainer, self.trainer.precision_plugin
-        with batch.isolation.aside(), plugin.train_step_context(), torch.enable_grad():
-            scalar = self.plan.extra(batch, batch.key)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        # exactly as Lightning treats the loss itself
-        factor = 1.0 / trainer.accumulate_grad_batches
-        scaler = getattr(plugin, "scaler", None)
-        scaled = scalar * factor if scaler is None else scaler.scale(scalar * factor)
-        gradients: list[Tensor | None] = list(torch.autograd.grad(scaled, parameters, allow_unused=True))
+        parameters = self._parameters()
         if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
             gradients = self._reduced(parameters, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -186,8 +191,22 @@ class Session:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-        norm = _norm([g for g in gradients if g is not None]) / factor
-        self._log_values({"noise_norm": norm if scaler is None else norm / scaler.get_scale()})
+        norm = _norm([g for g in gradients if g is not None]) * trainer.accumulate_grad_batches
+        scaler = self._scaler()
+        self._log_values({"noise_norm": norm if scaler is None else norm / scaler(torch.ones_like(norm))})
+
+    def _gradients(self, scalar: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
+        """Differentiate in the parameters, treating `scalar` exactly as Lightning treats the loss."""
+        scalar, scaler = scalar / self.trainer.accumulate_grad_batches, self._scaler()
+        scaled = scalar if scaler is None else scaler(scalar)
+        return list(torch.autograd.grad(scaled, self._parameters(), retain_graph=retain_graph, allow_unused=True))
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def _scaler(self) -> Scaler | None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return None if scaler is None else scaler.scale
 
     def log_gradient_norm(self) -> None:
         """Log the norm of the gradients with which the optimizer will step (before clipping)."""
@@ -231,10 +250,9 @@ class Session:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
-        if result.noise is not None and self._is_logging_step():
+        if result.noise is not None and result.noise.requires_grad and self._is_logging_step():
             # one more backward, so only where somebody reads it
-            parameters = [p for p in self.module.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(result.noise, parameters, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(result.noise, self._parameters(), retain_graph=True, allow_unused=True)
             values["noise_norm"] = _norm([g for g in gradients if g is not None])
         self._log_values(values)
 
@@ -263,6 +281,8 @@ class _Batch:
         mean: bool,
         key: int,
         copies: bool = False,
+        releases: bool = False,
+        scaler: Scaler | None = None,
     ) -> None:
         self.original = original
         self.args = args
@@ -270,6 +290,8 @@ class _Batch:
         self.module = module
         self.key = key
         self.copies = copies
+        self.releases = releases
+        self.scaler = scaler
         self.modified = False
         self.isolation = Isolation(module, mean=mean)
         self.logs = LogCollector(module)
@@ -294,7 +316,18 @@ class _Batch:
             hook = getattr(self.module, "select_rows", None)
             if hook is not None:
                 hook(rows, dim)
-            return self.original(*args, **kwargs)
+            try:
+                return self.original(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                if isinstance(error, DropregError) or hook is not None or len(rows) == count:
+                    raise
+                raise UnsupportedModuleError(
+                    f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
+                    f"({str(error).splitlines()[0]}). If the module carries a state with a row for every row of the "
+                    "batch (a hidden state, a memory), let it define select_rows(self, rows, dim), which cuts that "
+                    "state down to the given rows; it is put back afterwards. Otherwise set batch_dim, or "
+                    "batch_fraction=None."
+                ) from error
 
         return lambda: self._run(on_rows, args, trace=False), len(rows) / count
 
@@ -316,7 +349,8 @@ class _Batch:
         if output is None:
             raise _SkippedError
         if trace and self.output is None:
-            self.output = output
+            # as Lightning would after the backward; a graph in it would live as long as the batch
+            self.output = apply_to_collection(output, Tensor, Tensor.detach)
         return _loss_of(output)
 
 

@@ -2,5 +2,6 @@
 
 from lightning_dropreg.models.lstm import LSTMLanguageModel
 from lightning_dropreg.models.qrnn import QRNNLanguageModel
+from lightning_dropreg.models.transformer import TransformerLanguageModel
 
-__all__ = ["LSTMLanguageModel", "QRNNLanguageModel"]
+__all__ = ["LSTMLanguageModel", "QRNNLanguageModel", "TransformerLanguageModel"]

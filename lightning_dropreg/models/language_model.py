@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -49,6 +49,9 @@ class RecurrentLanguageModel(LightningModule):
     Raises:
         InvalidArgumentError: If `window` is less than 1.
     """
+
+    rows_of_state: ClassVar[int] = 0
+    """The dimension of the state's tensors along which the rows of the batch lie."""
 
     def __init__(
         self,
@@ -180,6 +183,16 @@ class RecurrentLanguageModel(LightningModule):
                 f"vocab_size={self.vocab_size}: give both the same vocab_size."
             )
 
+    def select_rows(self, rows: Tensor, dim: int) -> None:
+        """Keep the state of some rows of the batch, for callbacks that run the step on a part of it.
+
+        Args:
+            rows: Indices of the rows.
+            dim: Their dimension in the batch.
+        """
+        if dim == 0:
+            self._train_state = tree_map(lambda leaf: _select(leaf, self.rows_of_state, rows), self._train_state)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start an epoch without a past, and remember the length of the window.
 
@@ -252,6 +265,10 @@ def check_ranges(model: str, given: Mapping[str, Any], floors: Mapping[str, int]
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _select(leaf: Any, dim: int, rows: Tensor) -> Any:
+    return leaf.index_select(dim, rows.to(leaf.device)) if isinstance(leaf, Tensor) else leaf
 
 
 def _on(leaf: Any, device: torch.device) -> Any:

@@ -57,6 +57,8 @@ class LSTMLanguageModel(RecurrentLanguageModel):
         torch.Size([4, 7, 50])
     """
 
+    rows_of_state = 1
+
     def __init__(
         self,
         vocab_size: int,
