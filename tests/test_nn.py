@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 import lightning_dropreg as dr
-from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.functional import dropout_loss, find_sites
+from lightning_dropreg.errors import InvalidArgumentError, UnsupportedSiteError
+from lightning_dropreg.functional import dropout_loss, explicit_penalty, find_sites
 from lightning_dropreg.nn import QRNN, EmbeddingDropout, LockedDropout, WeightDrop, linear_recurrence
 
 
@@ -213,6 +213,25 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(callbacks, tmp
     whole, resumed = fit(2)[1], fit(2, ckpt_path=tmp_path / "half.ckpt", weights_only=True)[1]
     assert all(a.equal(b) for a, b in zip(whole, resumed, strict=True))
     assert not any(a.equal(b) for a, b in zip(whole, half, strict=True))
+
+
+def test_noise_of_some_rows_is_refused_where_all_rows_share_a_mask():
+    data = torch.utils.data.DataLoader(torch.randint(5, (2, 4, 3)), batch_size=None)
+    with pytest.raises(UnsupportedSiteError, match=r"net.lstm.module.weight_hh_l0.*batch_fraction=None"):
+        make_trainer([dr.ImplicitNoise(batch_fraction=0.5)]).fit(Model(), data)
+    make_trainer([dr.ExplicitPenalty(batch_fraction=0.5), dr.ImplicitNoise(batch_fraction=1.0)]).fit(Model(), data)
+
+
+def test_the_penalty_of_some_rows_is_unbiased():
+    """The mean over all pairs of four rows is that over the rows, for masks shared by rows and others."""
+    torch.set_default_dtype(torch.float64)
+    net, text, target = Everything(), torch.randint(5, (4, 3)), torch.randint(4, (4, 3))
+
+    def penalty(rows):
+        return explicit_penalty(lambda: F.cross_entropy(net(text[rows]), target[rows].flatten()), estimator="exact")
+
+    pairs = [penalty([i, j]) for i in range(4) for j in range(i)]
+    torch.testing.assert_close(torch.stack(pairs).mean(), penalty([0, 1, 2, 3]))
 
 
 @pytest.mark.gpu
