@@ -5,6 +5,7 @@ Everything derives from `DropregError`, so ``except DropregError`` catches whate
 
 __all__ = [
     "CompositionError",
+    "CorpusNotFoundError",
     "DropregError",
     "InconsistentPassesError",
     "InvalidArgumentError",
@@ -12,9 +13,11 @@ __all__ = [
     "MissingDependencyError",
     "NoDropoutSiteError",
     "NonFinitePenaltyError",
+    "UnreadableTextError",
     "UnsupportedModuleError",
     "UnsupportedOperationError",
     "UnsupportedSiteError",
+    "VocabularyMismatchError",
 ]
 
 
@@ -60,3 +63,15 @@ class UnsupportedModuleError(DropregError):
 
 class MissingDependencyError(DropregError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
+
+
+class CorpusNotFoundError(DropregError, FileNotFoundError):
+    """The files of a text corpus are not where they are looked for."""
+
+
+class UnreadableTextError(DropregError, ValueError):
+    """A file that should hold text is damaged, in another encoding, or no text."""
+
+
+class VocabularyMismatchError(DropregError, ValueError):
+    """A checkpoint was trained with other words than the data has."""

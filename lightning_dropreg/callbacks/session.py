@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.gradients import Scaler
-from lightning_dropreg.inspection import check_finite, inspect_step
+from lightning_dropreg.inspection import check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
@@ -228,7 +228,12 @@ class Session:
         versions = {name: parameter._version for name, parameter in self.module.named_parameters()}
         try:
             with batch.isolation:
-                inspect_step(batch.aside, self.plan.penalty is not None)
+                sites = inspect_step(batch.aside, self.plan.penalty is not None).sites
+                chosen = self.plan.noise.estimation if self.plan.noise is not None else None
+                if chosen is not None and chosen.batch_fraction is not None:
+                    on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
+                    if fraction < 1:
+                        check_masks_of_rows(sites, on_rows)
         except _SkippedError:
             return  # nothing to see in this batch; look at the next one
         self._inspected = True

@@ -17,10 +17,11 @@ _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneT
 
 
 class LayeredConfigFile(ActionConfigFile):
-    """A configuration file whose key ``base`` may name another file that it changes.
+    """A configuration file whose key ``base`` may name another file, or a list of files, that it changes.
 
     ``--config b.yaml`` with ``base: a.yaml`` in it is the same as ``--config a.yaml --config b.yaml``. The
-    path is relative to the file that names it. Keys are merged; a list replaces the other one.
+    path is relative to the file that names it. Keys are merged; a list replaces the other one, or goes on where it
+    ended if its key ends in ``+`` (``callbacks+:``).
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -61,9 +62,12 @@ def layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
     base = content.get("base") if isinstance(content, dict) else None
     if base is None:
         return [file]
-    if not (path.parent / base).is_file():
-        raise InvalidArgumentError(f"{file} says base: {base}, but there is no file {path.parent / base}.")
-    return [*layers(str(path.parent / base), (*above, file)), file]
+    below = []
+    for one in base if isinstance(base, list) else [base]:
+        if not (path.parent / one).is_file():
+            raise InvalidArgumentError(f"{file} says base: {one}, but there is no file {path.parent / one}.")
+        below += layers(str(path.parent / one), (*above, file))
+    return [*below, file]
 
 
 class ConfigParser(LightningArgumentParser):
