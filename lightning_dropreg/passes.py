@@ -185,7 +185,7 @@ def run_pass(
     if record_losses and not interception.losses:
         raise LossNotRecognizedError(
             "The step returned a loss, but none of the loss functions that this package knows was called on the way "
-            f"({', '.join(sorted(known.__name__ for known in RECOGNIZED))} of torch.nn.functional, or the modules "
+            f"({', '.join(sorted(known.__name__ for known in RECOGNIZED if known.__module__ == 'torch.nn.functional'))} of torch.nn.functional, or the modules "
             f"around them), so the curvature of the loss in the model's output is unknown.{_refused(interception)} "
             "Compute the loss with one of them, make your own known with lightning_dropreg.recognize, or use "
             "ImplicitNoise, which needs no curvature."

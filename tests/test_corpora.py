@@ -230,7 +230,7 @@ def test_the_corpus_is_named_on_the_command_line(tmp_path, monkeypatch):
     assert cached(tmp_path / "texts", "train").is_file()
 
 
-MEASURE = """
+MEASURE = r"""
 import re, sys
 from pathlib import Path
 from lightning_dropreg.data import LanguageModelingData
@@ -238,7 +238,7 @@ data = LanguageModelingData("wikitext103", sys.argv[1], vocab_size=267_735, wind
 data.setup("fit")
 tokens = sum(text.numel() for text, _ in data.train_dataloader())
 # not resource.getrusage, whose peak may be that of the parent process
-print(len(data.encoder), tokens, re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+print(len(data.encoder), tokens, re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 
 

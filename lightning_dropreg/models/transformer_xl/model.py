@@ -35,8 +35,9 @@ def adam(params: Iterable[nn.Parameter]) -> Optimizer:
 class TransformerXLLanguageModel(LightningModule):
     """Transformer-XL with an adaptive softmax; the default sizes are those of the paper.
 
-    The memory is carried from one training batch to the next and is empty at the start of every epoch; evaluation
-    carries one of its own. Logs ``train_loss``, ``val_loss``, ``val_ppl``, ``test_loss`` and ``test_ppl``.
+    The memory is carried from one training batch to the next and is empty at the start of every epoch (a run of one
+    process that is resumed within an epoch takes it from the checkpoint); evaluation carries one of its own. Logs
+    ``train_loss``, ``val_loss``, ``val_ppl``, ``test_loss`` and ``test_ppl``.
 
     Args:
         vocab_size: Number of words, at least 2, numbered by falling frequency.
@@ -206,9 +207,33 @@ class TransformerXLLanguageModel(LightningModule):
                 f"vocab_size={self.vocab_size}: give both the same vocab_size."
             )
 
-    def on_train_epoch_start(self) -> None:
-        """Start the epoch without a past."""
-        self._train_memory = None
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start the epoch without a past.
+
+        Args:
+            batch: Unused.
+            batch_idx: Number of the batch in the epoch.
+        """
+        if batch_idx == 0:  # not on_train_epoch_start, which a run resumed between two epochs does not call
+            self._train_memory = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the memory that the next training batch starts with.
+
+        Args:
+            checkpoint: What is saved.
+        """
+        if self.trainer.world_size == 1:  # one process writes it, and each has a memory of its own
+            checkpoint["memory"] = self._train_memory
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the memory that the next training batch starts with.
+
+        Args:
+            checkpoint: What was saved.
+        """
+        memory: Memory | None = checkpoint.get("memory")
+        self._train_memory = None if memory is None else [layer.to(self.device) for layer in memory]
 
     def on_validation_epoch_start(self) -> None:
         """Start the epoch without a past."""
