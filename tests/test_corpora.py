@@ -167,7 +167,9 @@ def test_a_fraction_of_the_training_split_has_the_vocabulary_of_all_of_it(tmp_pa
 
 def test_the_second_run_reads_the_cache_and_not_the_text(tmp_path, monkeypatch):
     first = tokens(TextFolder(write(tmp_path)))
+    vocabulary = TextEncoder(TextFolder(tmp_path), 50).itos
     monkeypatch.setattr(TextFolder, "lines", lambda *_: pytest.fail("the text was read"))
+    assert TextEncoder(TextFolder(tmp_path), 50).itos == vocabulary
     assert tokens(TextFolder(tmp_path)) == first
     with pytest.raises(pytest.fail.Exception, match="the text was read"):
         tokens(TextFolder(tmp_path), vocab_size=6)  # other options, other numbers
@@ -190,6 +192,18 @@ def test_changed_text_and_damaged_caches_are_encoded_again(tmp_path):
             assert tokens(TextFolder(tmp_path)) == first, (what, damage)
             assert path.read_bytes() != bytes(content), (what, damage)  # and is whole again
     assert tokens(TextFolder(write(tmp_path, train="one two\n"))) == ["one", "two", EOS]
+
+
+def test_the_numbers_of_a_held_out_split_follow_its_own_text_and_that_of_the_vocabulary(tmp_path):
+    def held_out(**changed: str) -> list[int]:
+        encoder = TextEncoder(TextFolder(write(tmp_path, **changed)), 50)
+        return encoder.encode("validation").tolist()
+
+    first = held_out(train="a a b\n", valid="a b\n")
+    assert first == [2, 3, 1]
+    assert held_out(train="a a b\n", valid="b b\n") == [3, 3, 1]
+    assert held_out(train="b b a\n", valid="a b\n") == [3, 2, 1]
+    assert held_out(train="a a b\n", valid="a b\n") == first
 
 
 def test_where_nothing_can_be_kept_the_text_is_encoded_all_the_same(tmp_path):
@@ -216,6 +230,14 @@ def test_a_checkpoint_with_another_vocabulary_is_refused(tmp_path):
     make_trainer().test(model(), datamodule=same, ckpt_path=tmp_path / "trained.ckpt", verbose=False)
     with pytest.raises(VocabularyMismatchError, match="a vocabulary of 10 words, but TextFolder gives 12"):
         make_trainer().test(model(), datamodule=other, ckpt_path=tmp_path / "trained.ckpt", verbose=False)
+
+
+def test_one_process_of_each_machine_prepares_what_the_stage_reads(tmp_path):
+    data = LanguageModelingData("folder", write(tmp_path), batch_size=2, eval_batch_size=2, window=4, vocab_size=20)
+    trainer = make_trainer(fast_dev_run=True)
+    trainer.fit(LSTMLanguageModel(vocab_size=20, embedding_dim=4, hidden_dim=4), datamodule=data)
+    kept = {path.name.split("-")[0] for path in (tmp_path / ".dropreg").iterdir()}
+    assert kept == {"vocabulary", "train", "validation"}
 
 
 def test_the_corpus_is_named_on_the_command_line(tmp_path, monkeypatch):
