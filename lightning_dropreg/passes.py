@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -185,7 +186,7 @@ def run_pass(
     if record_losses and not interception.losses:
         raise LossNotRecognizedError(
             "The step returned a loss, but none of the loss functions that this package knows was called on the way "
-            f"({', '.join(sorted(known.__name__ for known in RECOGNIZED))} of torch.nn.functional, or the modules "
+            f"({', '.join(_torch_losses())} of torch.nn.functional, or the modules "
             f"around them), so the curvature of the loss in the model's output is unknown.{_refused(interception)} "
             "Compute the loss with one of them, make your own known with lightning_dropreg.recognize, or use "
             "ImplicitNoise, which needs no curvature."
@@ -230,6 +231,10 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
             f"{names} was computed, but the returned loss does not depend on "
             "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
         )
+
+
+def _torch_losses() -> list[str]:
+    return sorted(known.__name__ for known in RECOGNIZED if known.__module__ == F.__name__)
 
 
 def _refused(interception: Interception) -> str:

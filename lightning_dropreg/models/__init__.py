@@ -3,5 +3,6 @@
 from lightning_dropreg.models.lstm import LSTMLanguageModel
 from lightning_dropreg.models.qrnn import QRNNLanguageModel
 from lightning_dropreg.models.transformer import TransformerLanguageModel
+from lightning_dropreg.models.transformer_xl import TransformerXLLanguageModel
 
-__all__ = ["LSTMLanguageModel", "QRNNLanguageModel", "TransformerLanguageModel"]
+__all__ = ["LSTMLanguageModel", "QRNNLanguageModel", "TransformerLanguageModel", "TransformerXLLanguageModel"]
