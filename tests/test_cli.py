@@ -144,12 +144,37 @@ def test_bench_needs_enough_batches(capsys):
     assert "lower --steps" in capsys.readouterr().err
 
 
-def test_diagnose_compares_estimates_with_the_truth(capsys):
-    assert main(["diagnose", "--config", QUICKSTART, *BRIEF, "--draws=3", "--json"]) == 0
-    truth, *estimates = printed_json(capsys)
-    assert truth["mean"] == truth["mean"]
-    assert len(estimates) == 3
-    assert all(row["problem"] or row["error"] >= 0 for row in estimates)
+def test_diagnose_measures_draws_and_reads(capsys):
+    diagnose = ["diagnose", "--config", QUICKSTART, *BRIEF, "--draws=4"]
+    assert main([*diagnose, "--sweep", "0.1", "0.6", "--figures=figures", "--json"]) == 0
+    report = printed_json(capsys)
+    assert [site["name"] for site in report["sites"]] == ["dropouts.0", "dropouts.1", "dropouts.2"]
+    for part in (report["total"], *report["sites"], *report["sweep"]):
+        assert part["r_drop"]["low"] <= part["r_drop"]["value"] <= part["r_drop"]["high"]
+        assert part["trusted"] in {"yes", "no", "unclear"}
+    assert [part["drop_prob"] for part in report["sweep"]] == [0.1, 0.6]
+    assert {layer["name"] for layer in report["noise"]["layers"]} == {"embedding", "layers.0", "layers.1", "decoder"}
+    assert report["costs"] is None
+    assert {path.suffix for path in Path("figures").iterdir()} == {".png", ".svg"}
+
+    bench = {"machine": {"parameters": 1}, "timings": [{"method": "dropout", "ratio": 1.0}]}
+    Path("bench.json").write_text(json.dumps(bench))
+    brief = [*diagnose, "--sites=false", "--noise=false", "--bench=bench.json"]
+    assert main(brief) == 1
+    message = capsys.readouterr().err
+    own = int(message.rpartition("this one has ")[2].partition(":")[0])
+    bench["machine"]["parameters"] = own
+    Path("bench.json").write_text(json.dumps(bench))
+    assert main(brief) == 0
+    out = capsys.readouterr().out
+    assert "measured by bench, dropout being 1: dropout 1x" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("option", ["--draws=3", "--confidence=2", "--tolerance=0", "--bench=gone.json"])
+def test_diagnose_refuses(option, capsys):
+    assert main(["diagnose", "--config", QUICKSTART, option]) == 1
+    assert option.partition("=")[0].lstrip("-") in capsys.readouterr().err
 
 
 def test_compare_makes_one_table(capsys):
