@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from lightning_dropreg.cli.app import DropregCLI
+from lightning_dropreg.cli.methods import REFERENCE
 from lightning_dropreg.cli.step import look_at_first_step
 from lightning_dropreg.diagnostics import Diagnosis, measure_effect, measure_noise, read, show
 from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance
@@ -123,7 +124,8 @@ def _read_costs(path: str, model: LightningModule) -> dict[str, float]:
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         measured = report["machine"]["parameters"]
-        costs = {t["method"]: float(t["ratio"]) for t in report["timings"] if t.get("ratio") is not None}
+        ratio = f"ratio_to_{REFERENCE}"
+        costs = {cost["method"]: float(cost[ratio]) for cost in report["costs"] if cost.get(ratio) is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(f"--bench {path} is not what dropreg bench --json writes: {error!r}.") from error
     parameters = sum(p.numel() for p in model.parameters())
