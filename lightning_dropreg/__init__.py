@@ -6,13 +6,14 @@ LightningModule, and `functional` is the same without Lightning.
 """
 
 from lightning_dropreg import errors, functional
-from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
+from lightning_dropreg.callbacks import DropoutDiagnostics, ExplicitPenalty, ImplicitNoise, MiniBatchDropout
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.handlers.custom import drop
 from lightning_dropreg.losses import recognize
 from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, MiniBatchDropoutMixin
 
 __all__ = [
+    "DropoutDiagnostics",
     "ExplicitPenalty",
     "ExplicitPenaltyMixin",
     "ImplicitNoise",

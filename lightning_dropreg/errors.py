@@ -57,6 +57,10 @@ class CompositionError(DropregError):
     """The callbacks of a Trainer do not make sense together."""
 
 
+class MissingDependencyError(DropregError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
 class UnsupportedModuleError(DropregError):
     """A LightningModule or Trainer is set up in a way that a callback cannot work with."""
 

@@ -147,12 +147,40 @@ def test_bench_needs_enough_batches(capsys):
     assert "lower --steps" in capsys.readouterr().err
 
 
-def test_diagnose_compares_estimates_with_the_truth(capsys):
-    assert main(["diagnose", "--config", QUICKSTART, *BRIEF, "--draws=3", "--json"]) == 0
-    truth, *estimates = printed_json(capsys)
-    assert truth["mean"] == truth["mean"]
-    assert len(estimates) == 3
-    assert all(row["problem"] or row["error"] >= 0 for row in estimates)
+def test_diagnose_measures_draws_and_reads(capsys):
+    diagnose = ["diagnose", "--config", QUICKSTART, *BRIEF, "--draws=4"]
+    assert main([*diagnose, "--sweep", "0.1", "0.6", "--figures=figures", "--json"]) == 0
+    report = printed_json(capsys)
+    assert [site["name"] for site in report["sites"]] == ["dropouts.0", "dropouts.1", "dropouts.2"]
+    for part in (report["total"], *report["sites"], *report["sweep"]):
+        assert part["r_drop"]["low"] <= part["r_drop"]["value"] <= part["r_drop"]["high"]
+        assert part["trusted"] in {"yes", "no", "unclear"}
+    assert [part["drop_prob"] for part in report["sweep"]] == [0.1, 0.6]
+    assert {layer["name"] for layer in report["noise"]["layers"]} == {"embedding", "layers.0", "layers.1", "decoder"}
+    assert report["costs"] is None
+    assert {path.suffix for path in Path("figures").iterdir()} == {".png", ".svg"}
+
+
+def test_diagnose_shows_costs_that_bench_measured_on_this_model(capsys):
+    few = ["--methods=[dropout,R_approx]", "--repeats=1", "--steps=2", "--warmup=0", "--json"]
+    assert main(["bench", "--config", QUICKSTART, *BRIEF, *few]) == 0
+    bench = printed_json(capsys)
+    diagnose = ["diagnose", "--config", QUICKSTART, *BRIEF, "--draws=4", "--sites=false", "--noise=false"]
+    Path("bench.json").write_text(json.dumps(bench))
+    assert main([*diagnose, "--bench=bench.json"]) == 0
+    out = capsys.readouterr().out
+    assert "dropout being 1: dropout 1x, R_approx" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+    bench["machine"]["parameters"] += 1
+    Path("bench.json").write_text(json.dumps(bench))
+    assert main([*diagnose, "--bench=bench.json"]) == 1
+    assert "only shown for the model they were measured on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--draws=3", "--confidence=2", "--tolerance=0", "--bench=gone.json"])
+def test_diagnose_refuses(option, capsys):
+    assert main(["diagnose", "--config", QUICKSTART, option]) == 1
+    assert option.partition("=")[0].lstrip("-") in capsys.readouterr().err
 
 
 def compare(*options, to_every_run=()):

@@ -29,7 +29,7 @@ from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import Plan, StepResult
 
-__all__ = ["Session"]
+__all__ = ["Session", "own_step"]
 
 
 class Session:
@@ -109,6 +109,7 @@ class Session:
                 return original(self, *args, **kwargs)
             return session.training_step(functools.partial(original, self), args, kwargs)
 
+        training_step._dropreg_original = original  # type: ignore[attr-defined]
         self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
         self._installed = True
 
@@ -377,6 +378,12 @@ def _loss_of(output: Any) -> Tensor:
 
 def _with_loss(output: Any, total: Tensor) -> Any:
     return total if isinstance(output, Tensor) else {**output, "loss": total}
+
+
+def own_step(module: LightningModule) -> Callable[..., Any]:
+    """Return the module's ``training_step`` as its author wrote it, also while a session has wrapped it."""
+    original = getattr(module.training_step, "_dropreg_original", None)
+    return module.training_step if original is None else types.MethodType(original, module)
 
 
 def _function_of(method: Any) -> Callable[..., Any]:
