@@ -6,17 +6,20 @@ LightningModule, and `functional` is the same without Lightning.
 """
 
 from lightning_dropreg import errors, functional
-from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
+from lightning_dropreg.callbacks import DropProbSchedule, ExplicitPenalty, ImplicitNoise, MaxNorm, MiniBatchDropout
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.handlers.custom import drop
 from lightning_dropreg.losses import recognize
 from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, MiniBatchDropoutMixin
+from lightning_dropreg.pretraining import scale_pretrained_for_dropout
 
 __all__ = [
+    "DropProbSchedule",
     "ExplicitPenalty",
     "ExplicitPenaltyMixin",
     "ImplicitNoise",
     "ImplicitNoiseMixin",
+    "MaxNorm",
     "MiniBatchDropout",
     "MiniBatchDropoutMixin",
     "attention_dropout",
@@ -24,6 +27,7 @@ __all__ = [
     "errors",
     "functional",
     "recognize",
+    "scale_pretrained_for_dropout",
 ]
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.inspection import check_finite, inspect_step
 from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.passes import dormant_sites
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import Plan, StepResult
@@ -45,6 +48,9 @@ class Session:
         self.module = module
         self.plan = plan
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+        scheduled = any(isinstance(callback, DropProbSchedule) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        # a schedule may hold all probabilities at 0 for a while
+        self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self._inspected = False
         self._copies = False
         self._had_own_step = False
@@ -147,7 +153,7 @@ class Session:
             copies=self._copies,
         )
         try:
-            with batch.isolation:
+            with batch.isolation, self._dormant():
                 result = self.plan.run(batch, batch.key, step)
                 self._check_finite(batch, result)
         except _SkippedError:
@@ -169,7 +175,7 @@ class Session:
         if batch is None:
             return
         trainer, plugin = self.trainer, self.trainer.precision_plugin
-        with batch.isolation.aside(), plugin.train_step_context(), torch.enable_grad():
+        with self._dormant(), batch.isolation.aside(), plugin.train_step_context(), torch.enable_grad():
             scalar = self.plan.extra(batch, batch.key)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         # exactly as Lightning treats the loss itself
@@ -208,7 +214,7 @@ class Session:
         batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
         versions = {name: parameter._version for name, parameter in self.module.named_parameters()}
         try:
-            with batch.isolation:
+            with batch.isolation, self._dormant():
                 inspect_step(batch.aside, self.plan.penalty is not None)
         except _SkippedError:
             return  # nothing to see in this batch; look at the next one
