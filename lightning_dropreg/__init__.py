@@ -6,7 +6,14 @@ LightningModule, and `functional` is the same without Lightning.
 """
 
 from lightning_dropreg import errors, functional
-from lightning_dropreg.callbacks import DropProbSchedule, ExplicitPenalty, ImplicitNoise, MaxNorm, MiniBatchDropout
+from lightning_dropreg.callbacks import (
+    DropProbSchedule,
+    ExplicitPenalty,
+    ImplicitNoise,
+    MaxNorm,
+    MiniBatchDropout,
+    MonteCarloDropout,
+)
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.handlers.custom import drop
 from lightning_dropreg.losses import recognize
@@ -22,6 +29,7 @@ __all__ = [
     "MaxNorm",
     "MiniBatchDropout",
     "MiniBatchDropoutMixin",
+    "MonteCarloDropout",
     "attention_dropout",
     "drop",
     "errors",

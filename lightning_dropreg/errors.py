@@ -9,6 +9,7 @@ __all__ = [
     "InconsistentPassesError",
     "InvalidArgumentError",
     "LossNotRecognizedError",
+    "MissingDependencyError",
     "NoDropoutSiteError",
     "NonFinitePenaltyError",
     "UnsupportedModuleError",
@@ -51,6 +52,10 @@ class NonFinitePenaltyError(DropregError):
 
 class CompositionError(DropregError):
     """The callbacks of a Trainer do not make sense together."""
+
+
+class MissingDependencyError(DropregError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
 
 
 class UnsupportedModuleError(DropregError):

@@ -5,5 +5,14 @@ from lightning_dropreg.callbacks.explicit_penalty import ExplicitPenalty
 from lightning_dropreg.callbacks.implicit_noise import ImplicitNoise
 from lightning_dropreg.callbacks.max_norm import MaxNorm
 from lightning_dropreg.callbacks.minibatch_dropout import MiniBatchDropout
+from lightning_dropreg.callbacks.monte_carlo import MonteCarloDropout, MonteCarloPrediction
 
-__all__ = ["DropProbSchedule", "ExplicitPenalty", "ImplicitNoise", "MaxNorm", "MiniBatchDropout"]
+__all__ = [
+    "DropProbSchedule",
+    "ExplicitPenalty",
+    "ImplicitNoise",
+    "MaxNorm",
+    "MiniBatchDropout",
+    "MonteCarloDropout",
+    "MonteCarloPrediction",
+]
