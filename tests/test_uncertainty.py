@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import lightning as L
 import pytest
@@ -15,6 +16,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 import lightning_dropreg as dr
 from lightning_dropreg import errors
 from lightning_dropreg.uncertainty import draw_predictions, first_order_variance, moments
+from lightning_dropreg.uncertainty.figures import reliability, uncertainty_figure
 
 
 class Head(nn.Module):
@@ -286,3 +288,22 @@ def test_transformer_encoder_drops_in_evaluation():
         torch.cat([p.first_order_variance for p in found]).mean() / torch.cat([p.output_variance for p in found]).mean()
     )
     assert 0.5 < ratio < 1.5  # q is not small; to first order they agree
+
+
+def test_figure_shows_what_was_found(tmp_path, monkeypatch):
+    target = torch.randint(3, (500,))
+    p = (torch.randn(500, 3) + 2 * F.one_hot(target, 3)).softmax(1)
+    error = MulticlassCalibrationError(3, n_bins=10)(p, target)
+    confidence, accuracy, count = reliability(p, target, 10)
+    torch.testing.assert_close((count / 500 * (confidence - accuracy).abs()).sum(), error)
+    variance = torch.rand(500, 3) + 0.1
+    figure = uncertainty_figure({"plain": p, "mean": p.sqrt()}, target, variance, 2 * variance)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels[0] == f"plain (ECE {error:.3f})"
+    assert "sum: 0.50 of" in figure.axes[1].get_title()
+    figure.savefig(tmp_path / "figure.svg")
+    with pytest.raises(errors.InvalidArgumentError, match="shapes"):
+        uncertainty_figure({"plain": p}, target, variance, variance[:3])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(errors.MissingDependencyError, match=r"lightning-dropreg\[plot\]"):
+        uncertainty_figure({"plain": p}, target)
