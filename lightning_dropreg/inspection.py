@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg.errors import NonFinitePenaltyError, UnsupportedSiteError
 from lightning_dropreg.naming import name_caller
-from lightning_dropreg.passes import Closure, Off, Pass, Tap, run_pass
+from lightning_dropreg.passes import Closure, Off, Pass, Tap, is_dormant, run_pass
 from lightning_dropreg.sites import Directions, Site
 
 __all__ = ["check_finite", "check_masks_of_rows", "inspect_step"]
@@ -34,6 +34,12 @@ def inspect_step(closure: Closure, need_losses: bool) -> Pass:
         done = run_pass(closure, Tap(Directions(0)), record_losses=need_losses, name_sites=True, written_out=False)
     for loss in done.losses:
         loss.check()
+    if not done.sites and not is_dormant():
+        warnings.warn(
+            "Every dropout that the step reached has drop probability 0, so nothing is regularized until that changes. "
+            "Set the probabilities, or let lightning_dropreg.DropProbSchedule raise them.",
+            stacklevel=2,
+        )
     # stochastic depth may draw first and be known for what it is a line later
     known = {_without_line(site.name) for site in done.sites if site.kind == "stochastic_depth"}
     unknown = [f"{what} in {place}" for what, place in watch.found if _without_line(place) not in known]

@@ -11,6 +11,7 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.inspection import check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.passes import dormant_sites
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import Plan, StepResult
@@ -47,6 +50,9 @@ class Session:
         self.module = module
         self.plan = plan
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+        scheduled = any(isinstance(callback, DropProbSchedule) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        # a schedule may hold all probabilities at 0 for a while
+        self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self._inspected = False
         self._copies = False
         self._had_own_step = False
@@ -153,7 +159,7 @@ class Session:
             scaler=self._scaler(),
         )
         try:
-            with batch.isolation:
+            with batch.isolation, self._dormant():
                 result = self.plan.run(batch, batch.key, step, measure_noise=self._is_logging_step())
                 self._check_finite(batch, result)
         except _SkippedError:
@@ -177,7 +183,8 @@ class Session:
         gradients, self._later = self._later, None
         trainer = self.trainer
         if batch is not None:
-            with batch.isolation.aside(), trainer.precision_plugin.train_step_context(), torch.enable_grad():
+            context = trainer.precision_plugin.train_step_context()
+            with self._dormant(), batch.isolation.aside(), context, torch.enable_grad():
                 scalar = self.plan.extra(batch, batch.key)
             gradients = self._gradients(scalar)
         if gradients is None:
@@ -228,7 +235,7 @@ class Session:
         batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
         versions = {name: parameter._version for name, parameter in self.module.named_parameters()}
         try:
-            with batch.isolation:
+            with batch.isolation, self._dormant():
                 sites = inspect_step(batch.aside, self.plan.penalty is not None).sites
                 chosen = self.plan.noise.estimation if self.plan.noise is not None else None
                 if chosen is not None and chosen.batch_fraction is not None:
