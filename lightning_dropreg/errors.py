@@ -65,10 +65,6 @@ class UnsupportedModuleError(DropregError):
     """A LightningModule or Trainer is set up in a way that a callback cannot work with."""
 
 
-class MissingDependencyError(DropregError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
-
-
 class CorpusNotFoundError(DropregError, FileNotFoundError):
     """The files of a text corpus are not where they are looked for."""
 
