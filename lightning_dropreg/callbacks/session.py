@@ -11,6 +11,7 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,19 +23,21 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.detector import DivergenceDetector
+from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks, unsupported_strategy
-from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.gradients import Scaler
-from lightning_dropreg.inspection import check_finite, inspect_step
+from lightning_dropreg.inspection import check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.passes import dormant_sites
 from lightning_dropreg.precision import bfloat16_step_size
 from lightning_dropreg.reduction import check_mean_over_rows
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import Plan, StepResult
 
-__all__ = ["Session"]
+__all__ = ["Session", "own_step"]
 
 
 class Session:
@@ -54,6 +57,9 @@ class Session:
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         if trainer.world_size > 1:  # without seed_everything every process has a seed of its own, and one is saved
             self.seed = trainer.strategy.broadcast(self.seed)
+        scheduled = any(isinstance(callback, DropProbSchedule) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        # a schedule may hold all probabilities at 0 for a while
+        self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self._inspected = False
         self._copies = False
         self._had_own_step = False
@@ -115,6 +121,7 @@ class Session:
                 return original(self, *args, **kwargs)
             return session.training_step(functools.partial(original, self), args, kwargs)
 
+        training_step._dropreg_original = original  # type: ignore[attr-defined]
         self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
         self._installed = True
 
@@ -158,7 +165,7 @@ class Session:
             scaler=self._scaler(),
         )
         try:
-            with batch.isolation:
+            with batch.isolation, self._dormant():
                 result = self.plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
                 self._check_finite(batch, result)
         except _SkippedError:
@@ -183,7 +190,8 @@ class Session:
         gradients, self._later = self._later, None
         trainer = self.trainer
         if batch is not None:
-            with batch.isolation.aside(), trainer.precision_plugin.train_step_context(), torch.enable_grad():
+            context = trainer.precision_plugin.train_step_context()
+            with self._dormant(), batch.isolation.aside(), context, torch.enable_grad():
                 scalar = self.plan.extra(batch, batch.key)
             gradients = self._gradients(scalar)
         if gradients is None:
@@ -258,9 +266,14 @@ class Session:
         batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
         versions = {name: parameter._version for name, parameter in self.module.named_parameters()}
         try:
-            with batch.isolation:
+            with batch.isolation, self._dormant():
                 sites = inspect_step(batch.aside, self.plan.penalty is not None).sites
                 self._check_rows(batch)
+                chosen = self.plan.noise.estimation if self.plan.noise is not None else None
+                if chosen is not None and chosen.batch_fraction is not None:
+                    on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
+                    if fraction < 1:
+                        check_masks_of_rows(sites, on_rows)
         except _SkippedError:
             return  # nothing to see in this batch; look at the next one
         self._inspected = True
@@ -378,7 +391,18 @@ class _Batch:
             hook = getattr(self.module, "select_rows", None)
             if hook is not None:
                 hook(rows, dim)
-            return self.original(*args, **kwargs)
+            try:
+                return self.original(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                if isinstance(error, DropregError) or hook is not None or len(rows) == count:
+                    raise
+                raise UnsupportedModuleError(
+                    f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
+                    f"({str(error).splitlines()[0]}). If the module carries a state with a row for every row of the "
+                    "batch (a hidden state, a memory), let it define select_rows(self, rows, dim), which cuts that "
+                    "state down to the given rows; it is put back afterwards. Otherwise set batch_dim, or "
+                    "batch_fraction=None."
+                ) from error
 
         return lambda: self._run(on_rows, args, trace=False)
 
@@ -423,6 +447,12 @@ def _loss_of(output: Any) -> Tensor:
 
 def _with_loss(output: Any, total: Tensor) -> Any:
     return total if isinstance(output, Tensor) else {**output, "loss": total}
+
+
+def own_step(module: LightningModule) -> Callable[..., Any]:
+    """Return the module's ``training_step`` as its author wrote it, also while a session has wrapped it."""
+    original = getattr(module.training_step, "_dropreg_original", None)
+    return module.training_step if original is None else types.MethodType(original, module)
 
 
 def _function_of(method: Any) -> Callable[..., Any]:

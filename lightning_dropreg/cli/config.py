@@ -11,17 +11,18 @@ from yaml import safe_load  # type: ignore[import-untyped]
 from lightning_dropreg.cli.spelling import check_keys, nearest
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["ConfigParser", "LayeredConfigFile"]
+__all__ = ["ConfigParser", "LayeredConfigFile", "layers"]
 
 # What jsonargparse says about its own types, around what it says about the mistake.
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
 
 
 class LayeredConfigFile(ActionConfigFile):
-    """A configuration file whose key ``base`` may name another file that it changes.
+    """A configuration file whose key ``base`` may name another file, or a list of files, that it changes.
 
     ``--config b.yaml`` with ``base: a.yaml`` in it is the same as ``--config a.yaml --config b.yaml``. The
-    path is relative to the file that names it. Keys are merged; a list replaces the other one.
+    path is relative to the file that names it. Keys are merged; a list replaces the other one, or goes on where it
+    ended if its key ends in ``+`` (``callbacks+:``).
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -33,7 +34,7 @@ class LayeredConfigFile(ActionConfigFile):
             values: Path of the file, or the configuration itself as a string.
             option_string: The option as given.
         """
-        for layer in _layers(values):
+        for layer in layers(values):
             if Path(layer).is_file():
                 check_keys(safe_load(Path(layer).read_text(encoding="utf-8")), parser, layer)
             super().__call__(parser, cfg, layer, option_string)  # type: ignore[no-untyped-call]
@@ -42,7 +43,19 @@ class LayeredConfigFile(ActionConfigFile):
             cfg["base"] = None
 
 
-def _layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
+def layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
+    """Return a configuration file below the files that it is based on.
+
+    Args:
+        file: The file, or something else that a parser understands.
+        above: The files that it is the base of.
+
+    Returns:
+        The bases, in the order in which they are applied, and `file`.
+
+    Raises:
+        InvalidArgumentError: If a base is not there, or a file is its own.
+    """
     path = Path(file)
     if not path.is_file():
         return [file]  # the parser knows what else it may be, and what to say if it is nothing
@@ -52,9 +65,12 @@ def _layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
     base = content.get("base") if isinstance(content, dict) else None
     if base is None:
         return [file]
-    if not (path.parent / base).is_file():
-        raise InvalidArgumentError(f"{file} says base: {base}, but there is no file {path.parent / base}.")
-    return [*_layers(str(path.parent / base), (*above, file)), file]
+    below = []
+    for one in base if isinstance(base, list) else [base]:
+        if not (path.parent / one).is_file():
+            raise InvalidArgumentError(f"{file} says base: {one}, but there is no file {path.parent / one}.")
+        below += layers(str(path.parent / one), (*above, file))
+    return [*below, file]
 
 
 class ConfigParser(LightningArgumentParser):

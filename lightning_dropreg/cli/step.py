@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_dropreg.callbacks.session import own_step
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.errors import InvalidArgumentError
 
@@ -42,11 +43,12 @@ class _Look(Callback):
         self.seen: list[Any] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        named = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+        step = own_step(pl_module)  # a mixin may have brought a regularizer
+        named = is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
         def closure() -> Tensor:
             with trainer.precision_plugin.train_step_context():
-                output: Any = pl_module.training_step(batch, batch_idx) if named else pl_module.training_step(batch)
+                output: Any = step(batch, batch_idx) if named else step(batch)
             loss = output["loss"] if isinstance(output, dict) else output
             if not isinstance(loss, Tensor):
                 raise InvalidArgumentError(
