@@ -394,7 +394,7 @@ class _Batch:
             try:
                 return self.original(*args, **kwargs)
             except (RuntimeError, IndexError) as error:
-                if isinstance(error, DropregError) or hook is not None or len(rows) == count:
+                if isinstance(error, (DropregError, torch.OutOfMemoryError)) or hook is not None or len(rows) == count:
                     raise
                 raise UnsupportedModuleError(
                     f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
