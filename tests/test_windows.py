@@ -106,7 +106,7 @@ def test_windows_depend_on_seed_and_epoch_alone():
 
 
 def test_a_window_too_short_for_jitter():
-    with pytest.raises(InvalidArgumentError, match=r"window=9 \(at least 10\)"):
+    with pytest.raises(InvalidArgumentError, match=r"window=9 \(an integer of at least 10\)"):
         LanguageModelingData(numbers(100), window=9, jitter=True)
     with pytest.raises(InvalidArgumentError, match="at least 10"):
         StreamWindows(torch.arange(50), 2, 9, jitter=1)
