@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg import checkpointing
 from lightning_dropreg.handlers import HANDLERS
+from lightning_dropreg.handlers.attention import attention_is_ignored
 from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
 from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.naming import name_caller
@@ -55,6 +56,7 @@ class Interception(TorchFunctionMode):
         site_nodes: The node of the autograd graph at which each site's result was made; None for a constant.
         losses: The losses in the order in which they were computed.
         refused: What was found wrong with losses that have no known curvature.
+        ignores_attention: Whether dropout on attention probabilities is left out.
         checkpoints: How many checkpointed regions the running code is in.
     """
 
@@ -73,6 +75,7 @@ class Interception(TorchFunctionMode):
         self.name_sites = name_sites
         self.replacements = replacements or {}
         self.written_out = written_out
+        self.ignores_attention = attention_is_ignored()
         self.checkpoints = 0
         self._first = 0
         self._kind: str | None = None
@@ -130,6 +133,7 @@ class Interception(TorchFunctionMode):
             replacements=self.replacements,
             written_out=self.written_out,
         )
+        replay.ignores_attention = self.ignores_attention  # in the backward, where nobody's choice is in force
         replay._first = start
         replay.checkpoints = 1
         return replay

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.estimators import ESTIMATORS, Estimate
+from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.passes import Drop, Off, run_pass
 from lightning_dropreg.sites import fold_key
 
@@ -106,11 +107,13 @@ class Plan:
         k: Number of dropout draws, or None for no dropout.
         penalty: The penalty, or None.
         noise: The noise, or None.
+        attention: What becomes of dropout on attention probabilities: ``"site"`` or ``"ignore"``.
     """
 
     k: int | None = None
     penalty: PenaltySettings | None = None
     noise: NoiseSettings | None = None
+    attention: str = "site"
 
     def penalty_at(self, step: int) -> PenaltySettings | None:
         """Return the penalty if it acts in optimizer step `step`."""
@@ -150,7 +153,9 @@ class Plan:
     @property
     def untouched(self) -> bool:
         """Whether the plan leaves every step exactly as it is."""
-        return self.k == 1 or (self.k is None and self.penalty is None and self.noise is None)
+        if self.k == 1:
+            return self.attention == "site"
+        return self.k is None and self.penalty is None and self.noise is None
 
     def run(self, runner: BatchRunner, key: int, step: int) -> StepResult:
         """Run the passes of one batch up to the backward.
@@ -163,6 +168,10 @@ class Plan:
         Returns:
             Total loss and its parts.
         """
+        with attention_dropout(self.attention):
+            return self._run(runner, key, step)
+
+    def _run(self, runner: BatchRunner, key: int, step: int) -> StepResult:
         if self.k is not None:
             return self._dropout_k(runner, key, self.k)
         penalty = self.penalty_at(step)
@@ -206,9 +215,10 @@ class Plan:
             The scaled scalar whose gradient is to be added.
         """
         assert self.noise is not None
-        if self.noise.source == "dropout":
-            return self._scaled(self._difference(runner, key))
-        return self._scaled(_known(_estimate(runner, self.noise.estimation, None, True, key, False).noise))
+        with attention_dropout(self.attention):
+            if self.noise.source == "dropout":
+                return self._scaled(self._difference(runner, key))
+            return self._scaled(_known(_estimate(runner, self.noise.estimation, None, True, key, False).noise))
 
     def _scaled(self, scalar: Tensor) -> Tensor:
         return self.noise_scale * scalar

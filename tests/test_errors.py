@@ -56,6 +56,7 @@ def test_bad_arguments(value):
         (dr.ImplicitNoise, "source", False),
         (dr.ImplicitNoise, "injection", False),
         (dr.MiniBatchDropout, "k", count(1)),
+        *((callback, "attention", False) for callback in (dr.ExplicitPenalty, dr.ImplicitNoise, dr.MiniBatchDropout)),
     ]
     for callback, name, valid in cases:
         if valid:
@@ -168,6 +169,11 @@ def test_same_callback_twice():
 def test_minibatch_dropout_with_penalty():
     with pytest.raises(errors.CompositionError, match="Algorithm 2"):
         train([dr.MiniBatchDropout(2), dr.ExplicitPenalty()])
+
+
+def test_callbacks_that_disagree_about_attention():
+    with pytest.raises(errors.CompositionError, match=r"ImplicitNoise\(attention='ignore'\)"):
+        train([dr.ExplicitPenalty(), dr.ImplicitNoise(attention="ignore")])
 
 
 def test_compiled_module():

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_dropreg.callbacks.session import Session
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
 from lightning_dropreg.functional import check_estimation
+from lightning_dropreg.handlers.attention import check_attention
 from lightning_dropreg.step import Estimation, NoiseSettings, PenaltySettings, Plan
 
 __all__ = ["RegularizerCallback", "check_strength", "estimation"]
@@ -23,9 +24,12 @@ class RegularizerCallback(Callback):
     penalty: PenaltySettings | None = None
     noise: NoiseSettings | None = None
     k: int | None = None
+    attention = "site"
     from_mixin = False
 
-    def __init__(self) -> None:
+    def __init__(self, attention: str = "site") -> None:
+        check_attention(attention)
+        self.attention = attention
         self._session: Session | None = None
         self._loaded_seed: int | None = None
         self._used_seed: int | None = None
@@ -102,10 +106,18 @@ class RegularizerCallback(Callback):
                 "the penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), or "
                 "ExplicitPenalty with ImplicitNoise (Algorithm 2)."
             )
+        treatments = {callback.attention for callback in companions}
+        if len(treatments) > 1:
+            raise CompositionError(
+                "The callbacks of the Trainer disagree about dropout on attention probabilities: "
+                + ", ".join(f"{type(callback).__name__}(attention={callback.attention!r})" for callback in companions)
+                + ". It is a site for all of them or for none: give all the same."
+            )
         return Plan(
             k=draws[0] if draws else None,
             penalty=penalties[0] if penalties else None,
             noise=noises[0] if noises else None,
+            attention=treatments.pop() if treatments else "site",
         )
 
     @staticmethod

@@ -32,6 +32,9 @@ class ExplicitPenalty(RegularizerCallback):
         batch_dim: Dimension of the rows in the tensors of a batch.
         every_n_steps: The penalty acts in every n-th optimizer step, with n times the strength.
         mask: ``"as_model"`` or ``"elementwise"``.
+        attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
+            ``"ignore"``: it is left out, and fused kernels stay. The same for all callbacks of a Trainer; see
+            `lightning_dropreg.attention_dropout`.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
@@ -54,8 +57,9 @@ class ExplicitPenalty(RegularizerCallback):
         batch_dim: int = 0,
         every_n_steps: int = 1,
         mask: str = "as_model",
+        attention: str = "site",
     ) -> None:
-        super().__init__()
+        super().__init__(attention)
         if curvature not in CURVATURES:
             raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
         check_count("every_n_steps", every_n_steps)

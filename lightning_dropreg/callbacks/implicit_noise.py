@@ -33,6 +33,9 @@ class ImplicitNoise(RegularizerCallback):
             its covariance stays that of the whole batch.
         batch_dim: Dimension of the rows in the tensors of a batch.
         mask: ``"as_model"`` or ``"elementwise"``.
+        attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
+            ``"ignore"``: it is left out, and fused kernels stay. The same for all callbacks of a Trainer; see
+            `lightning_dropreg.attention_dropout`.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
@@ -56,8 +59,9 @@ class ImplicitNoise(RegularizerCallback):
         batch_fraction: float | None = None,
         batch_dim: int = 0,
         mask: str = "as_model",
+        attention: str = "site",
     ) -> None:
-        super().__init__()
+        super().__init__(attention)
         if source not in SOURCES:
             raise InvalidArgumentError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}.")
         if injection not in INJECTIONS:

@@ -16,16 +16,19 @@ class MiniBatchDropout(RegularizerCallback):
 
     Args:
         k: Number of draws, at least 1; 1 leaves the run as it is.
+        attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
+            ``"ignore"``: it is left out, for ``k=1`` too, and fused kernels stay. The same for all callbacks of a
+            Trainer; see `lightning_dropreg.attention_dropout`.
 
     Raises:
-        InvalidArgumentError: If ``k < 1``.
+        InvalidArgumentError: If ``k < 1`` or `attention` is unknown.
 
     Example:
         >>> MiniBatchDropout(k=8).k
         8
     """
 
-    def __init__(self, k: int = 4) -> None:
-        super().__init__()
+    def __init__(self, k: int = 4, attention: str = "site") -> None:
+        super().__init__(attention)
         check_count("k", k)
         self.k = k

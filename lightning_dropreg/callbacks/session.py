@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import check_finite, inspect_step
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.rows import draw_rows, select_rows
@@ -208,7 +209,7 @@ class Session:
         batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
         versions = {name: parameter._version for name, parameter in self.module.named_parameters()}
         try:
-            with batch.isolation:
+            with batch.isolation, attention_dropout(self.plan.attention):
                 inspect_step(batch.aside, self.plan.penalty is not None)
         except _SkippedError:
             return  # nothing to see in this batch; look at the next one
