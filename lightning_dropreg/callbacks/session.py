@@ -6,6 +6,7 @@ others add their settings to the session's plan.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -17,16 +18,18 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.logs import LogCollector
+from lightning_dropreg.callbacks.manual import ManualStep, joined
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import check_finite, inspect_step
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
-from lightning_dropreg.step import Plan, StepResult
+from lightning_dropreg.step import BatchRunner, Plan, StepResult
 
 __all__ = ["Session"]
 
@@ -60,11 +63,12 @@ class Session:
             UnsupportedModuleError: If the module or the trainer is set up in such a way.
         """
         problems = []
-        if not self.module.automatic_optimization:
+        if not self.module.automatic_optimization and not isinstance(
+            self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+        ):
             problems.append(
-                "it optimizes manually (automatic_optimization=False), so its training_step cannot be repeated "
-                "without stepping its optimizers several times. Use automatic optimization, or call the functions of "
-                "lightning_dropreg.functional inside the step."
+                f"it optimizes manually under {type(self.trainer.strategy).__name__}, whose parameters cannot be put "
+                "back to what they were before an optimizer's step. Use one device or DDP, or automatic optimization."
             )
         compiled = [name or "the module itself" for name, child in self.module.named_modules() if _is_compiled(child)]
         if compiled:
@@ -136,6 +140,8 @@ class Session:
             self._inspect(original, args, kwargs)
         if self.plan.untouched:
             return original(*args, **kwargs)
+        if not self.module.automatic_optimization:
+            return self._manual_step(original, args, kwargs)
         step = self.trainer.global_step
         batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx  # a step need not take it as an argument
         batch = _Batch(
@@ -159,6 +165,23 @@ class Session:
         if self.plan.noise_after_backward:
             self._batch = batch  # its state before the step is what the noise's own passes start from
         return _with_loss(batch.output, result.total)
+
+    def _manual_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # optimizer steps are the user's to count here, so the penalty acts in every n-th batch
+        number = self.trainer.fit_loop.total_batch_idx
+        key = fold_key(self.seed, self.trainer.global_rank, number, 0)
+        batch = _Batch(original, args, kwargs, self.module, mean=False, key=key, copies=self._copies)
+        values: list[dict[str, Tensor]] = []
+
+        def watch(runner: BatchRunner, result: StepResult) -> None:
+            self._check_finite(runner, result)
+            values.append(self._values(result))
+
+        with batch.isolation:
+            output = ManualStep(batch, self.trainer).run(self.plan, number, watch)
+        batch.logs.replay()
+        self._log_values(joined(values))
+        return output
 
     def after_backward(self) -> None:
         """Add the noise to the gradients, where the plan says so.
@@ -207,7 +230,9 @@ class Session:
     def _inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
         batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
-        versions = {name: parameter._version for name, parameter in self.module.named_parameters()}
+        before = _fingerprints(self.module)
+        if not self.module.automatic_optimization:
+            batch = batch.instead(ManualStep(batch, self.trainer).rehearsed)
         try:
             with batch.isolation, attention_dropout(self.plan.attention):
                 inspect_step(batch.aside, self.plan.penalty is not None)
@@ -215,20 +240,24 @@ class Session:
             return  # nothing to see in this batch; look at the next one
         self._inspected = True
         self._copies = batch.modified
-        changed = [name for name, p in self.module.named_parameters() if p._version != versions.get(name, p._version)]
+        after = _fingerprints(self.module)
+        changed = [name for name, mark in after.items() if mark != before.get(name, mark)]
         if changed and not self.plan.untouched:
             raise UnsupportedModuleError(
                 f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
                 "Change them in on_train_batch_end (a moving average, say)."
             )
 
-    def _check_finite(self, batch: _Batch, result: StepResult) -> None:
+    def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # an overflow in half precision is the scaler's to skip
         where = f"optimizer step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
         check_finite({"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.aside, where)
 
     def _log(self, result: StepResult) -> None:
+        self._log_values(self._values(result))
+
+    def _values(self, result: StepResult) -> dict[str, Tensor]:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
@@ -237,7 +266,7 @@ class Session:
             parameters = [p for p in self.module.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(result.noise, parameters, retain_graph=True, allow_unused=True)
             values["noise_norm"] = _norm([g for g in gradients if g is not None])
-        self._log_values(values)
+        return values
 
     def _log_values(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -272,13 +301,14 @@ class _Batch:
         self.key = key
         self.copies = copies
         self.modified = False
+        self.lasting = True
         self.isolation = Isolation(module, mean=mean)
         self.logs = LogCollector(module)
         self.output: Any = None
 
     def whole(self) -> Tensor:
         """See `lightning_dropreg.step.BatchRunner`."""
-        return self._run(self.original, self.args, trace=True)
+        return self._run(self.original, self.args, trace=self.lasting)
 
     def aside(self) -> Tensor:
         """See `lightning_dropreg.step.BatchRunner`."""
@@ -299,7 +329,25 @@ class _Batch:
 
         return lambda: self._run(on_rows, args, trace=False), len(rows) / count
 
+    def instead(self, step: Callable[..., Any]) -> _Batch:
+        """Return the same batch for another step; no run of it leaves a trace."""
+        other = copy.copy(self)
+        other.original, other.lasting = step, False
+        return other
+
+    def call(self, step: Callable[..., Any], trace: bool) -> Any:
+        """Run `step` in the place of the user's and return its whole output."""
+        return self._output(step, self.args, trace)
+
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
+        output = self._output(step, args, trace)
+        if output is None:
+            raise _SkippedError
+        if trace and self.output is None:
+            self.output = output
+        return _loss_of(output)
+
+    def _output(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Any:
         # every run gets containers of its own, and tensors where the step was seen to change them
         args, kwargs = tree_map(lambda leaf: leaf, (args, self.kwargs))
         if self.copies:
@@ -314,11 +362,7 @@ class _Batch:
 
         output = self.isolation.run(collecting, trace)
         self.modified = self.modified or any(t._version != v for t, v in zip(tensors, versions, strict=True))
-        if output is None:
-            raise _SkippedError
-        if trace and self.output is None:
-            self.output = output
-        return _loss_of(output)
+        return output
 
 
 def _tensors(batch: Any) -> list[Tensor]:
@@ -346,6 +390,20 @@ def _function_of(method: Any) -> Callable[..., Any]:
     if inspect.ismethod(method):
         return method.__func__
     return functools.wraps(method)(lambda _, *args, **kwargs: method(*args, **kwargs))
+
+
+def _fingerprints(module: nn.Module) -> dict[str, tuple[int, int, str]]:
+    """What shows that a parameter was changed: ``.data`` has no versions, so also where it lies and its norm."""
+    parameters = {name: p for name, p in module.named_parameters() if _has_norm(p)}
+    norms = torch._foreach_norm([p.detach() for p in parameters.values()]) if parameters else []
+    return {
+        name: (p._version, p.data_ptr(), repr(norm.item()))  # as text, because nan is not nan
+        for (name, p), norm in zip(parameters.items(), norms, strict=True)
+    }
+
+
+def _has_norm(parameter: nn.Parameter) -> bool:
+    return not isinstance(parameter, UninitializedParameter) and parameter.is_floating_point()
 
 
 def _is_compiled(module: nn.Module) -> bool:
