@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg import checkpointing
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, LossNotRecognizedError, UnsupportedSiteError
 from lightning_dropreg.handlers import HANDLERS
 from lightning_dropreg.handlers.attention import attention_is_ignored
 from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
@@ -50,6 +51,8 @@ class Interception(TorchFunctionMode):
         name_sites: Whether to look up which module each site belongs to (slow, for people to read).
         written_out: Whether the pass will be differentiated twice or forward, so that fused kernels without formulas
             for that are to be avoided.
+        problems: Collects the errors of sites and losses that are not understood, which then do what they always do;
+            without it the first one is raised.
 
     Attributes:
         sites: The sites in the order in which they were reached.
@@ -68,6 +71,7 @@ class Interception(TorchFunctionMode):
         name_sites: bool = False,
         replacements: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
         written_out: bool = False,
+        problems: list[DropregError] | None = None,
     ) -> None:
         super().__init__()
         self.rule = rule
@@ -75,6 +79,7 @@ class Interception(TorchFunctionMode):
         self.name_sites = name_sites
         self.replacements = replacements or {}
         self.written_out = written_out
+        self.problems = problems
         self.ignores_attention = attention_is_ignored()
         self.checkpoints = 0
         self._first = 0
@@ -89,18 +94,24 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Route one call; `args` and `kwargs` are those of `func`."""
         kwargs = kwargs or {}
-        handler = HANDLERS.get(func)
-        if handler is not None:
-            return handler(self, func, *args, **kwargs)
-        if is_registered(func):
-            return self._registered(func, *args, **kwargs)
-        if self.record_losses:
-            loss = RECOGNIZED.get(func)
-            if loss is not None:
-                return self._record(*loss(*args, **kwargs))
-            if func in REFUSED:
-                self.refused.append(f"{func.__name__} was called, but {REFUSED[func]}")
-        return self.plain(func, *args, **kwargs)
+        try:
+            handler = HANDLERS.get(func)
+            if handler is not None:
+                return handler(self, func, *args, **kwargs)
+            if is_registered(func):
+                return self._registered(func, *args, **kwargs)
+            if self.record_losses:
+                loss = RECOGNIZED.get(func)
+                if loss is not None:
+                    return self._record(*loss(*args, **kwargs))
+                if func in REFUSED:
+                    self.refused.append(f"{func.__name__} was called, but {REFUSED[func]}")
+            return self.plain(func, *args, **kwargs)
+        except (UnsupportedSiteError, InvalidArgumentError, LossNotRecognizedError) as problem:
+            if self.problems is None:
+                raise
+            self.problems.append(problem)
+            return func(*args, **kwargs)
 
     def __enter__(self) -> Interception:
         """Start to intercept."""

@@ -186,6 +186,27 @@ def test_compiled_module():
         train([dr.ExplicitPenalty()], make=Compiled)
 
 
+def test_all_problems_at_once():
+    class Troubled(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net[0].compile()
+            self.net[4].compile()
+
+        def training_step(self, batch, batch_idx):
+            z = self.net(DropInside.apply(batch[0]))
+            self.manual_backward(F.cross_entropy(z, batch[1]) + z.square().mean())
+            self.optimizers().step()
+
+    with pytest.raises(errors.UnsupportedModuleError) as raised:
+        train([dr.ExplicitPenalty()], make=Troubled)
+    lines = str(raised.value).splitlines()
+    assert lines[0].endswith("has 4 problems:")
+    found = ("net.0 is compiled", "net.4 is compiled", "test_errors.py", "does not lead through")
+    assert all(part in line for part, line in zip(found, lines[1:], strict=True))
+
+
 def test_compiled_lightning_module():
     import lightning as L
     from conftest import make_loader, make_trainer

@@ -16,22 +16,24 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.callbacks.manual import ManualStep, joined
-from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.callbacks.problems import module_problems, takes_iterator, uncompiled
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.handlers.attention import attention_dropout
-from lightning_dropreg.inspection import check_finite, inspect_step
+from lightning_dropreg.inspection import all_at_once, check_finite, inspect_step
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import BatchRunner, Plan, StepResult
 
 __all__ = ["Session"]
+
+_REFUSED = " cannot be trained with this package's callbacks and"
 
 
 class Session:
@@ -57,41 +59,16 @@ class Session:
         self._batch: _Batch | None = None
 
     def check(self) -> None:
-        """Refuse what cannot work, before anything is trained.
+        """Refuse what makes it impossible to run the step; whatever else is wrong is told with the first step.
 
         Raises:
-            UnsupportedModuleError: If the module or the trainer is set up in such a way.
+            error: If the module is set up in such a way.
         """
-        problems = []
-        if not self.module.automatic_optimization and not isinstance(
-            self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
-        ):
-            problems.append(
-                f"it optimizes manually under {type(self.trainer.strategy).__name__}, whose parameters cannot be put "
-                "back to what they were before an optimizer's step. Use one device or DDP, or automatic optimization."
+        if takes_iterator(self.module):
+            error = all_at_once(
+                module_problems(self.trainer, self.module, self.plan), f"{type(self.module).__name__}{_REFUSED}"
             )
-        compiled = [name or "the module itself" for name, child in self.module.named_modules() if _is_compiled(child)]
-        if compiled:
-            problems.append(
-                f"{', '.join(compiled)} is compiled by torch.compile, and dropout inside a compiled graph cannot be "
-                "seen. Train it uncompiled."
-            )
-        if "dataloader_iter" in inspect.signature(self.module.training_step).parameters:
-            problems.append(
-                "its training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx)."
-            )
-        if self.plan.noise_after_backward and not isinstance(
-            self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
-        ):
-            problems.append(
-                f"its strategy is {type(self.trainer.strategy).__name__}, with which gradients cannot be changed after "
-                "the backward pass. Use ImplicitNoise(injection='loss')."
-            )
-        if problems:
-            raise UnsupportedModuleError(
-                f"{type(self.module).__name__} cannot be trained with this package's callbacks: "
-                + " Also, ".join(problems)
-            )
+            raise error
 
     def install(self) -> None:
         """Wrap ``training_step`` on the instance."""
@@ -233,20 +210,28 @@ class Session:
         before = _fingerprints(self.module)
         if not self.module.automatic_optimization:
             batch = batch.instead(ManualStep(batch, self.trainer).rehearsed)
+        name = f"{type(self.module).__name__}{_REFUSED}"
+        problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
         try:
-            with batch.isolation, attention_dropout(self.plan.attention):
-                inspect_step(batch.aside, self.plan.penalty is not None)
+            with batch.isolation, attention_dropout(self.plan.attention), uncompiled():
+                problems += inspect_step(batch.aside, self.plan.penalty is not None)[1]
         except _SkippedError:
+            if problems:
+                raise all_at_once(problems, name) from None
             return  # nothing to see in this batch; look at the next one
         self._inspected = True
         self._copies = batch.modified
         after = _fingerprints(self.module)
         changed = [name for name, mark in after.items() if mark != before.get(name, mark)]
         if changed and not self.plan.untouched:
-            raise UnsupportedModuleError(
-                f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
-                "Change them in on_train_batch_end (a moving average, say)."
+            problems.append(
+                UnsupportedModuleError(
+                    f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
+                    "Change them in on_train_batch_end (a moving average, say)."
+                )
             )
+        if problems:
+            raise all_at_once(problems, name)
 
     def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -404,14 +389,6 @@ def _fingerprints(module: nn.Module) -> dict[str, tuple[int, int, str]]:
 
 def _has_norm(parameter: nn.Parameter) -> bool:
     return not isinstance(parameter, UninitializedParameter) and parameter.is_floating_point()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return (
-        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or getattr(module, "_compiler_ctx", None) is not None
-    )
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
