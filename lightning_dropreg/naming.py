@@ -10,6 +10,7 @@ __all__ = ["name_caller"]
 
 _OURS = (
     "lightning_dropreg.interception",
+    "lightning_dropreg.callbacks.manual",
     "lightning_dropreg.checkpointing",
     "lightning_dropreg.handlers",
     "lightning_dropreg.naming",
