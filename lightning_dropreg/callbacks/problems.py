@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_dropreg.errors import UnsupportedModuleError
 from lightning_dropreg.step import Plan
 
-__all__ = ["module_problems", "takes_iterator", "uncompiled"]
+__all__ = ["changed_parameters", "fingerprints", "module_problems", "takes_iterator", "uncompiled"]
 
 
 def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> list[UnsupportedModuleError]:
@@ -58,6 +60,41 @@ def takes_iterator(module: LightningModule) -> bool:
 def uncompiled() -> AbstractContextManager[None]:
     """Let compiled modules run as they were written, to look at them."""
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
+def fingerprints(module: nn.Module) -> dict[str, tuple[int, int, str]]:
+    """What shows that a parameter was changed: ``.data`` has no versions, so also where it lies and its norm."""
+    parameters = {name: p for name, p in module.named_parameters() if _has_norm(p)}
+    norms = torch._foreach_norm([p.detach() for p in parameters.values()]) if parameters else []
+    return {
+        name: (p._version, p.data_ptr(), repr(norm.item()))  # as text, because nan is not nan
+        for (name, p), norm in zip(parameters.items(), norms, strict=True)
+    }
+
+
+def changed_parameters(module: nn.Module, before: Mapping[str, object]) -> list[UnsupportedModuleError]:
+    """Find parameters that a step changed by itself.
+
+    Args:
+        module: The module.
+        before: Its `fingerprints` before the step.
+
+    Returns:
+        One error or none.
+    """
+    changed = [name for name, mark in fingerprints(module).items() if mark != before.get(name, mark)]
+    if not changed:
+        return []
+    return [
+        UnsupportedModuleError(
+            f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
+            "Change them in on_train_batch_end (a moving average, say)."
+        )
+    ]
+
+
+def _has_norm(parameter: nn.Parameter) -> bool:
+    return not isinstance(parameter, UninitializedParameter) and parameter.is_floating_point()
 
 
 def _is_compiled(module: nn.Module) -> bool:

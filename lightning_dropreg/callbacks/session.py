@@ -17,19 +17,25 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.callbacks.manual import ManualStep, joined
-from lightning_dropreg.callbacks.problems import module_problems, takes_iterator, uncompiled
-from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.callbacks.problems import (
+    changed_parameters,
+    fingerprints,
+    module_problems,
+    takes_iterator,
+    uncompiled,
+)
+from lightning_dropreg.errors import DropregError, InvalidArgumentError
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import all_at_once, check_finite, inspect_step
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import BatchRunner, Plan, StepResult
+from lightning_dropreg.support import Support, find_support, gradient_norm
 
 __all__ = ["Session"]
 
@@ -206,12 +212,10 @@ class Session:
 
     def _inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
-        batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
-        before = _fingerprints(self.module)
-        if not self.module.automatic_optimization:
-            batch = batch.instead(ManualStep(batch, self.trainer).rehearsed)
         name = f"{type(self.module).__name__}{_REFUSED}"
+        batch = self._aside(original, args, kwargs)
         problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
+        before = fingerprints(self.module)
         try:
             with batch.isolation, attention_dropout(self.plan.attention), uncompiled():
                 problems += inspect_step(batch.aside, self.plan.penalty is not None)[1]
@@ -221,17 +225,61 @@ class Session:
             return  # nothing to see in this batch; look at the next one
         self._inspected = True
         self._copies = batch.modified
-        after = _fingerprints(self.module)
-        changed = [name for name, mark in after.items() if mark != before.get(name, mark)]
-        if changed and not self.plan.untouched:
-            problems.append(
-                UnsupportedModuleError(
-                    f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
-                    "Change them in on_train_batch_end (a moving average, say)."
-                )
-            )
+        if not self.plan.untouched:
+            problems += changed_parameters(self.module, before)
         if problems:
             raise all_at_once(problems, name)
+
+    def look(self, original: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Support, list[DropregError]]:
+        """Find what is in a step, and everything that stands in the way of any callback, without raising it.
+
+        Args:
+            original: The user's step.
+            args: Its arguments.
+
+        Returns:
+            Sites and losses, and the problems.
+
+        Raises:
+            InvalidArgumentError: If there is nothing to look at.
+        """
+        batch = self._aside(original, args, {})
+        before = fingerprints(self.module)
+        try:
+            with batch.isolation, uncompiled():
+                support = find_support(batch.aside)
+        except _SkippedError:
+            raise InvalidArgumentError("The first training step has no loss.") from None
+        problems = module_problems(self.trainer, self.module, self.plan)
+        return support, [*problems, *support.problems, *changed_parameters(self.module, before)]
+
+    def rehearse(self, original: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, float]:
+        """Run the plan on a batch up to the gradient, leaving no trace.
+
+        Args:
+            original: The user's step.
+            args: Its arguments.
+
+        Returns:
+            Loss, penalty and norm of the gradient.
+        """
+        self._inspect(original, args, {})
+        batch = self._aside(original, args, {})
+        batch.lasting = False
+        if self.plan.untouched:
+            return {}
+        with batch.isolation:
+            result = self.plan.run(batch, 0, 0)
+            total = result.total + self.plan.extra(batch, 0) if self.plan.noise_after_backward else result.total
+            norm = gradient_norm(total)
+        values = {"loss": result.loss, "explicit penalty": result.penalty, "norm of the gradient": norm}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def _aside(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Batch:
+        batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
+        if self.module.automatic_optimization:
+            return batch
+        return batch.instead(ManualStep(batch, self.trainer).rehearsed)
 
     def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -375,20 +423,6 @@ def _function_of(method: Any) -> Callable[..., Any]:
     if inspect.ismethod(method):
         return method.__func__
     return functools.wraps(method)(lambda _, *args, **kwargs: method(*args, **kwargs))
-
-
-def _fingerprints(module: nn.Module) -> dict[str, tuple[int, int, str]]:
-    """What shows that a parameter was changed: ``.data`` has no versions, so also where it lies and its norm."""
-    parameters = {name: p for name, p in module.named_parameters() if _has_norm(p)}
-    norms = torch._foreach_norm([p.detach() for p in parameters.values()]) if parameters else []
-    return {
-        name: (p._version, p.data_ptr(), repr(norm.item()))  # as text, because nan is not nan
-        for (name, p), norm in zip(parameters.items(), norms, strict=True)
-    }
-
-
-def _has_norm(parameter: nn.Parameter) -> bool:
-    return not isinstance(parameter, UninitializedParameter) and parameter.is_floating_point()
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
