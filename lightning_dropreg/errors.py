@@ -9,6 +9,7 @@ __all__ = [
     "InconsistentPassesError",
     "InvalidArgumentError",
     "LossNotRecognizedError",
+    "MissingDependencyError",
     "NoDropoutSiteError",
     "NonFinitePenaltyError",
     "UnsupportedModuleError",
@@ -55,3 +56,7 @@ class CompositionError(DropregError):
 
 class UnsupportedModuleError(DropregError):
     """A LightningModule or Trainer is set up in a way that a callback cannot work with."""
+
+
+class MissingDependencyError(DropregError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""

@@ -22,7 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_dropreg.estimators import ESTIMATORS, Estimate
+from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic_in_turn
+from lightning_dropreg.gradients import Gradients, GradientSum, Scaler, backpropagate, leaves_of
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.passes import Drop, Off, run_pass
 from lightning_dropreg.sites import fold_key
@@ -40,6 +41,7 @@ class Estimation:
         mask: ``"as_model"`` or ``"elementwise"``.
         batch_fraction: Fraction of the batch's rows to estimate on, or None for all.
         batch_dim: Dimension along which the rows lie.
+        low_memory: Whether only one graph of the antithetic pair is alive at a time.
     """
 
     estimator: str
@@ -47,6 +49,7 @@ class Estimation:
     mask: str
     batch_fraction: float | None
     batch_dim: int
+    low_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,39 @@ class StepResult:
         total: The scalar to differentiate.
         loss: The loss without penalty and noise.
         penalty: The penalty, without its strength, or None.
-        noise: The scaled noise scalar inside `total`, or None.
+        noise: The scaled noise scalar inside `total`, or None. Where its graph is freed already it has a gradient only
+            if it was to be measured.
+        later: The scaled noise scalar that is not in `total` and whose gradient is to be added after the backward,
+            where the passes at hand gave it for nothing; or None.
     """
 
     total: Tensor
     loss: Tensor
     penalty: Tensor | None = None
     noise: Tensor | None = None
+    later: Tensor | None = None
+
+    def plus(self, part: StepResult) -> StepResult:
+        """Add what other passes over the same batch brought; the loss is that of the first."""
+        return StepResult(
+            self.total + part.total,
+            self.loss,
+            self.penalty if part.penalty is None else part.penalty,
+            self.noise if part.noise is None else part.noise,
+            self.later if part.later is None else part.later,
+        )
 
 
 class BatchRunner(Protocol):
-    """Runs the user's step on one batch, any number of times."""
+    """Runs the user's step on one batch, any number of times.
+
+    Attributes:
+        releases: Whether passes may be differentiated one by one, before the one backward of the total.
+        scaler: Multiplies a loss by the scale of a gradient scaler; None without one.
+    """
+
+    releases: bool
+    scaler: Scaler | None
 
     def whole(self) -> Tensor:
         """Run on the whole batch; the run counts for module state and logs."""
@@ -107,12 +132,14 @@ class Plan:
         k: Number of dropout draws, or None for no dropout.
         penalty: The penalty, or None.
         noise: The noise, or None.
+        low_memory: Whether each of the k draws is differentiated before the next one is made.
         attention: What becomes of dropout on attention probabilities: ``"site"`` or ``"ignore"``.
     """
 
     k: int | None = None
     penalty: PenaltySettings | None = None
     noise: NoiseSettings | None = None
+    low_memory: bool = True
     attention: str = "site"
 
     def penalty_at(self, step: int) -> PenaltySettings | None:
@@ -157,52 +184,35 @@ class Plan:
             return self.attention == "site"
         return self.k is None and self.penalty is None and self.noise is None
 
-    def run(self, runner: BatchRunner, key: int, step: int) -> StepResult:
+    def run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool = False) -> StepResult:
         """Run the passes of one batch up to the backward.
 
         Args:
             runner: Runs the user's step.
             key: Seed of the batch's noise.
             step: Number of the optimizer step.
+            measure_noise: Whether the gradient of the noise alone is wanted, too.
 
         Returns:
             Total loss and its parts.
         """
         with attention_dropout(self.attention):
-            return self._run(runner, key, step)
+            return self._run(runner, key, step, measure_noise)
 
-    def _run(self, runner: BatchRunner, key: int, step: int) -> StepResult:
+    def _run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool) -> StepResult:
         if self.k is not None:
-            return self._dropout_k(runner, key, self.k)
-        penalty = self.penalty_at(step)
-        taylor_in_loss = self.noise_in_loss and self.noise is not None and self.noise.source == "taylor"
-        wanted: list[Estimation] = [] if penalty is None else [penalty.estimation]
-        if taylor_in_loss and self.noise is not None and self.noise.estimation not in wanted:
-            wanted.append(self.noise.estimation)
-
-        results: dict[Estimation, Estimate] = {}
-        loss: Tensor | None = None
-        for estimation in sorted(wanted, key=lambda e: e.batch_fraction is not None):
-            curvature = penalty.curvature if penalty is not None and estimation == penalty.estimation else None
-            noisy = taylor_in_loss and self.noise is not None and estimation == self.noise.estimation
-            # the first estimate on the whole batch gives the loss as well
-            counts = loss is None and estimation.batch_fraction is None
-            results[estimation] = _estimate(runner, estimation, curvature, noisy, key, counts)
-            if counts:
-                loss = results[estimation].loss
-        if loss is None:
-            loss = run_pass(runner.whole, Off()).loss
-
-        total, value, noise = loss, None, None
-        if penalty is not None:
-            value = results[penalty.estimation].penalty
-            total = total + penalty.strength * penalty.every_n_steps * _known(value)
-        if self.noise_in_loss:
-            assert self.noise is not None
-            scalar = results[self.noise.estimation].noise if taylor_in_loss else self._difference(runner, key)
-            noise = self._scaled(_known(scalar))
-            total = total + noise
-        return StepResult(total, loss, value, noise)
+            return self._dropout_k(runner, key, self.k, measure_noise)
+        result: StepResult | None = None
+        for share in self._shares(step):
+            part = share.carry_out(runner, key, measure_noise)
+            if result is None and not share.has_loss:
+                result = _clean(runner)
+            result = part if result is None else result.plus(part)
+        result = _clean(runner) if result is None else result
+        if self.noise_in_loss and self.noise is not None and self.noise.source == "dropout":
+            noise = self.noise_scale * self._difference(runner, key)
+            result = result.plus(StepResult(noise, result.loss, noise=noise))
+        return result
 
     def extra(self, runner: BatchRunner, key: int) -> Tensor:
         """Run the passes of the noise that is added after the backward.
@@ -217,25 +227,61 @@ class Plan:
         assert self.noise is not None
         with attention_dropout(self.attention):
             if self.noise.source == "dropout":
-                return self._scaled(self._difference(runner, key))
-            return self._scaled(_known(_estimate(runner, self.noise.estimation, None, True, key, False).noise))
+                return self.noise_scale * self._difference(runner, key)
+            return _Share(self.noise.estimation, noise=self.noise_scale).carry_out(runner, key, False).total
 
-    def _scaled(self, scalar: Tensor) -> Tensor:
-        return self.noise_scale * scalar
+    def _shares(self, step: int) -> list[_Share]:
+        """Sort out which passes bring what; penalty and noise with equal settings come from the same ones."""
+        shares: list[_Share] = []
+        penalty, noise = self.penalty_at(step), self.noise
+        if noise is not None and (noise.source == "dropout" or not self.noise_scale):
+            noise = None
+        if penalty is not None:
+            strength = penalty.strength * penalty.every_n_steps
+            share = _Share(penalty.estimation, penalty.curvature, penalty=strength)
+            if noise is not None and noise.estimation == penalty.estimation:
+                if self.noise_in_loss:
+                    share = replace(share, noise=self.noise_scale)
+                elif not noise.estimation.low_memory:
+                    share = replace(share, later=self.noise_scale)
+                noise = None
+            shares.append(share)
+        if noise is not None and self.noise_in_loss:
+            shares.append(_Share(noise.estimation, noise=self.noise_scale))
+        # the first estimate on the whole batch gives the loss as well
+        shares.sort(key=lambda share: share.estimation.batch_fraction is not None)
+        if shares and shares[0].estimation.batch_fraction is None:
+            shares[0] = replace(shares[0], has_loss=True)
+        return shares
 
-    def _dropout_k(self, runner: BatchRunner, key: int, k: int) -> StepResult:
-        losses = [run_pass(runner.whole, Drop(fold_key(key, j))).loss for j in range(k)]
-        loss = torch.stack([value.reshape(()) for value in losses]).mean()
-        if not self.noise_in_loss or self.noise is None:
-            return StepResult(loss, loss)
-        if self.noise.source == "dropout":
-            # Section 3.1 with two of the k draws instead of two more. Adding a(g1 - g2) to the mean (1/k) sum g_j
-            # changes the sum of squared coefficients, 1/k, by 2 a^2 and by a cross term 2a/k - 2a/k = 0: the covariance
-            # is that of two more.
-            noise = self._scaled(losses[0] - losses[1])
-        else:
-            noise = self.extra(runner, key)
-        return StepResult(loss + noise, loss, None, noise)
+    def _dropout_k(self, runner: BatchRunner, key: int, k: int, measure_noise: bool) -> StepResult:
+        # Section 3.1 with two of the k draws instead of two more. Adding a(g1 - g2) to the mean (1/k) sum g_j changes
+        # the sum of squared coefficients, 1/k, by 2 a^2 and by a cross term 2a/k - 2a/k = 0: the covariance is that of
+        # two more.
+        correction = self.noise if self.noise_in_loss else None
+        reused = [1, -1] if correction is not None and correction.source == "dropout" else []
+        total, difference = _Sum(), _Sum()
+        values = []
+        for j in range(k):
+            draw = run_pass(runner.whole, Drop(fold_key(key, j))).loss.reshape(())
+            gradients = self._release(runner, draw)
+            coefficient = self.noise_scale * reused[j] if j < len(reused) else 0.0
+            total.add(draw, gradients, 1 / k + coefficient)
+            if coefficient and measure_noise:
+                difference.add(draw, gradients, coefficient)
+            elif coefficient:
+                difference.add(draw.detach(), None, coefficient)  # just a number to be looked at
+            values.append(draw.detach())
+        loss = torch.stack(values).mean()
+        if correction is None or reused:
+            return StepResult(total.scalar(), loss, noise=difference.scalar() if reused else None)
+        noise = self.extra(runner, key)
+        return StepResult(total.scalar() + noise, loss, noise=noise)
+
+    def _release(self, runner: BatchRunner, value: Tensor) -> Gradients | None:
+        """Differentiate one draw and free its graph, if that is wanted and possible."""
+        leaves = leaves_of(value) if self.low_memory and runner.releases else None
+        return None if leaves is None else backpropagate(value, leaves, runner.scaler)
 
     def _difference(self, runner: BatchRunner, key: int) -> Tensor:
         """Difference of the losses of two draws of dropout, the first two of `_dropout_k`."""
@@ -243,21 +289,92 @@ class Plan:
         return first - second
 
 
-def _estimate(
-    runner: BatchRunner, estimation: Estimation, curvature: str | None, noise: bool, key: int, counts: bool
-) -> Estimate:
-    closure, fraction = runner.whole if counts else runner.aside, 1.0
-    if estimation.batch_fraction is not None:
-        closure, fraction = runner.rows(estimation.batch_fraction, estimation.batch_dim, fold_key(key, -1))
-    estimate = ESTIMATORS[estimation.estimator](
-        closure, curvature=curvature, noise=noise, step_size=estimation.step_size, mask=estimation.mask, key=key
-    )
-    if estimate.noise is None:
-        return estimate
-    # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all
-    return replace(estimate, noise=math.sqrt(fraction) * estimate.noise)
+class _Sum:
+    """A weighted sum of scalars, of some of which only the gradients are left."""
+
+    def __init__(self) -> None:
+        self._alive: list[Tensor] = []
+        self._released = GradientSum()
+
+    def add(self, value: Tensor, gradients: Gradients | None, weight: float) -> None:
+        if gradients is None:
+            self._alive.append(weight * value)
+        else:
+            self._released.add(gradients, weight)
+
+    def scalar(self) -> Tensor:
+        parts = [*self._alive, self._released.scalar()] if self._released else self._alive
+        return torch.stack(parts).sum()
 
 
-def _known(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value
+@dataclass(frozen=True)
+class _Share:
+    """One set of passes and the weights with which its results go into the total; 0 for what it does not bring."""
+
+    estimation: Estimation
+    curvature: str | None = None
+    penalty: float = 0.0
+    noise: float = 0.0
+    later: float = 0.0
+    has_loss: bool = False
+
+    def carry_out(self, runner: BatchRunner, key: int, measure_noise: bool) -> StepResult:
+        """Run the passes.
+
+        Args:
+            runner: Runs the user's step.
+            key: Seed of the batch's noise.
+            measure_noise: Whether the gradient of the noise alone is wanted, too.
+
+        Returns:
+            This share's part of the total, and the values in it.
+        """
+        closure, fraction = runner.whole if self.has_loss else runner.aside, 1.0
+        chosen = self.estimation
+        if chosen.batch_fraction is not None:
+            closure, fraction = runner.rows(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
+        # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all
+        spread = math.sqrt(fraction) * (self.noise or self.later)
+
+        def weigh(estimate: Estimate) -> list[Tensor]:
+            scalars = [estimate.loss] if self.has_loss else []
+            if estimate.penalty is not None:
+                scalars.append(self.penalty * estimate.penalty)
+            if estimate.noise is not None and self.noise:
+                scalars.append(spread * estimate.noise)
+            total = sum(scalars[1:], scalars[0])
+            return [total] if estimate.noise is None or not measure_noise else [total, spread * estimate.noise]
+
+        if chosen.low_memory and runner.releases:
+            estimate, scalars = antithetic_in_turn(
+                closure,
+                closure if chosen.batch_fraction is not None else runner.aside,
+                weigh,
+                curvature=self.curvature,
+                noise=spread != 0,
+                step_size=chosen.step_size,
+                mask=chosen.mask,
+                key=key,
+                scaler=runner.scaler,
+            )
+        else:
+            estimate = ESTIMATORS[chosen.estimator](
+                closure,
+                curvature=self.curvature,
+                noise=spread != 0,
+                step_size=chosen.step_size,
+                mask=chosen.mask,
+                key=key,
+            )
+            scalars = weigh(estimate)
+        noise = None if estimate.noise is None else spread * estimate.noise
+        if len(scalars) > 1:
+            noise = scalars[1]
+        return StepResult(
+            scalars[0], estimate.loss, estimate.penalty, noise if self.noise else None, noise if self.later else None
+        )
+
+
+def _clean(runner: BatchRunner) -> StepResult:
+    loss = run_pass(runner.whole, Off()).loss
+    return StepResult(loss, loss)

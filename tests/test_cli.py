@@ -12,12 +12,15 @@ import yaml
 
 from lightning_dropreg.cli import COMMANDS, main
 from lightning_dropreg.cli.bench import METHODS
+from lightning_dropreg.cli.comparison import Comparison, Run
+from lightning_dropreg.cli.summary import FitResult
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
-BRIEF = [f"--trainer.limit_{split}_batches=2" for split in ("train", "val", "test", "predict")]
-BRIEF += ["--trainer.max_epochs=1", "--model.embedding_dim=12", "--model.hidden_dim=12"]
+TWO = [f"--trainer.limit_{split}_batches=2" for split in ("train", "val", "test", "predict")]
+TWO += ["--trainer.max_epochs=1"]
+BRIEF = [*TWO, "--model.embedding_dim=12", "--model.hidden_dim=12"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,8 @@ def test_the_module_is_the_command():
 
 @pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_configuration_trains(config, capsys):
-    assert main(["fit", "--config", str(config), *BRIEF]) == 0
+    small = [*TWO, "--model.width=8"] if config.stem == "transformer" else BRIEF
+    assert main(["fit", "--config", str(config), *small]) == 0
     out = capsys.readouterr().out
     [log_dir] = Path("runs").glob("*/version_0")
     assert (log_dir / "metrics.csv").is_file()
@@ -108,14 +112,33 @@ def test_inspect_lists_the_sites(capsys):
     assert "No dropout" in capsys.readouterr().out
 
 
-def test_bench_times_every_method(capsys):
+def test_bench_measures_every_method(capsys):
     brief = ["--repeats=2", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
     assert main(["bench", "--config", QUICKSTART, *brief, "--json"]) == 0
     report = printed_json(capsys)
-    assert [timing["method"] for timing in report["timings"]] == list(METHODS)
-    assert all(len(ms) == 2 for timing in report["timings"] for ms in timing["rounds"])
-    assert all(timing["ratio"] > 0 and not timing["problem"] for timing in report["timings"])
+    costs = {cost["method"]: cost for cost in report["costs"]}
+    assert list(costs) == list(METHODS)
+    assert all(len(ms) == 2 for cost in costs.values() for ms in cost["rounds"])
+    assert all(cost["ratio_to_dropout"] > 0 and not cost["problem"] for cost in costs.values())
     assert {"cpu", "cores", "torch", "lightning"} <= report["machine"].keys()
+    passes = {name: (cost["forwards"], cost["backwards"]) for name, cost in costs.items()}
+    assert passes["dropout"] == passes["R_approx, every 4 steps"] == (1, 1)
+    assert passes["Algorithm 2"] == passes["R_approx"] == (2, 2)
+    assert passes["Algorithm 2, after_backward"] == (2, 4)
+    assert passes["Algorithm 2, low_memory"] == (3, 2)
+    assert passes["MiniBatchDropout(k=16)"] == (16, 16)
+
+
+def test_bench_measures_memory_and_some_methods(capsys):
+    brief = ["--repeats=1", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
+    methods = '--methods=["Algorithm 2"]'
+    assert main(["bench", "--config", QUICKSTART, *brief, methods, "--memory"]) == 0
+    out = capsys.readouterr().out
+    assert "MiB" in out
+    assert "Algorithm 2" in out
+    assert "R_approx" not in out
+    assert main(["bench", "--config", QUICKSTART, "--methods=[magic]"]) == 1
+    assert "magic" in capsys.readouterr().err
 
 
 def test_bench_needs_enough_batches(capsys):
@@ -131,12 +154,76 @@ def test_diagnose_compares_estimates_with_the_truth(capsys):
     assert all(row["problem"] or row["error"] >= 0 for row in estimates)
 
 
-def test_compare_makes_one_table(capsys):
+def compare(*options, to_every_run=()):
     files = [str(CONFIGS / f"quickstart{suffix}.yaml") for suffix in ("_dropout", "_none")]
-    assert main(["compare", *files, "--", *BRIEF, "--trainer.enable_progress_bar=false"]) == 0
+    return main(["compare", *files, *options, "--", *BRIEF, "--trainer.enable_progress_bar=false", *to_every_run])
+
+
+def test_compare_makes_tables_and_a_figure(capsys):
+    assert compare("--seeds", "1", "2", "--out=out", "--figure") == 0
     table = capsys.readouterr().out.rpartition("Comparison")[2]
     assert "ratio" in table
     assert "1.00" in table
+    assert "±" in table
+    rows = Path("out/table.md").read_text().splitlines()
+    assert len(rows) == 4
+    assert len(Path("out/runs.csv").read_text().splitlines()) == 5
+    assert len(Path("out/history.csv").read_text().splitlines()) == 5
+    assert Path("out/curves.png").stat().st_size > 10_000
+    assert Path("out/curves.svg").is_file()
+
+
+def test_compare_keeps_finished_runs(capsys):
+    assert compare("--json") == 0
+    first = printed_json(capsys)["runs"]
+    assert compare("--json") == 0
+    out = capsys.readouterr().out
+    assert out.count("finished before") == 2
+    assert json.loads(out[out.index("{") :])["runs"] == first
+    assert compare("--json", to_every_run=["--model.num_layers=1"]) == 0
+    assert "finished before" not in capsys.readouterr().out  # another configuration
+
+
+def test_compare_goes_on_where_it_was_killed(monkeypatch, capsys):
+    from lightning_dropreg.models import LSTMLanguageModel
+
+    two_epochs = ["--trainer.max_epochs=2"]
+    assert compare("--out=whole", "--json", to_every_run=two_epochs) == 0
+    whole = printed_json(capsys)["runs"]
+    start = LSTMLanguageModel.on_train_epoch_start
+
+    def killed(self):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LSTMLanguageModel, "on_train_epoch_start", killed)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            compare("--out=killed", to_every_run=two_epochs)
+    capsys.readouterr()
+    assert compare("--out=killed", "--json", to_every_run=two_epochs) == 0
+    out = capsys.readouterr().out
+    assert out.count("going on") == 1
+    resumed = json.loads(out[out.index("{") :])["runs"]
+    for a, b in zip(whole, resumed, strict=True):
+        assert a["result"]["best"] == b["result"]["best"]
+        assert [h[:2] for h in a["result"]["history"]] == [h[:2] for h in b["result"]["history"]]
+        assert a["result"]["steps"] == b["result"]["steps"]
+
+
+def test_comparison_of_known_histories():
+    def run(config, seed, *history):
+        best = min(value for _, value, _ in history)
+        return Run(config, seed, FitResult("val_ppl", best, 1, len(history), 1, history[-1][2], history=list(history)))
+
+    slow = [(1, 9.0, 1.0), (2, 5.0, 2.0), (3, 6.0, 3.0)]
+    fast = [(1, 5.0, 1.5), (2, 4.0, 3.0), (3, 3.0, 4.5)]
+    runs = [run("slow", 1, *slow), run("fast", 1, *fast), run("slow", 2, *slow), run("fast", 2, (1, 7.0, 1.5))]
+    comparison = Comparison(runs, ["slow", "fast"])
+    assert [comparison.time_to_reference(r) for r in runs] == [1.0, 0.75, 1.0, float("inf")]
+    assert [comparison.at_equal_time(r) for r in runs] == [5.0, 4.0, 5.0, 7.0]
+    assert comparison.rows()[2][-2] == "0.75 (never: 1 of 2)"
 
 
 def test_a_file_changes_its_base(capsys):

@@ -25,6 +25,7 @@ class RegularizerCallback(Callback):
     noise: NoiseSettings | None = None
     k: int | None = None
     attention = "site"
+    low_memory = True
     from_mixin = False
 
     def __init__(self, attention: str = "site") -> None:
@@ -97,10 +98,10 @@ class RegularizerCallback(Callback):
                     f"The Trainer has {len(same)} callbacks of type {kind.__name__}; the effect would count that "
                     "often. Keep one (a mixin on the module brings one too)."
                 )
-        draws = [callback.k for callback in companions if callback.k is not None]
+        drawing = [callback for callback in companions if callback.k is not None]
         penalties = [callback.penalty for callback in companions if callback.penalty is not None]
         noises = [callback.noise for callback in companions if callback.noise is not None]
-        if draws and penalties:
+        if drawing and penalties:
             raise CompositionError(
                 "MiniBatchDropout and ExplicitPenalty are both in the Trainer: dropout has the explicit effect, and "
                 "the penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), or "
@@ -114,7 +115,8 @@ class RegularizerCallback(Callback):
                 + ". It is a site for all of them or for none: give all the same."
             )
         return Plan(
-            k=draws[0] if draws else None,
+            k=drawing[0].k if drawing else None,
+            low_memory=all(callback.low_memory for callback in drawing),
             penalty=penalties[0] if penalties else None,
             noise=noises[0] if noises else None,
             attention=treatments.pop() if treatments else "site",
@@ -151,7 +153,9 @@ def check_strength(strength: float) -> float:
     return float(strength)
 
 
-def estimation(estimator: str, step_size: float, batch_fraction: float | None, batch_dim: int, mask: str) -> Estimation:
+def estimation(
+    estimator: str, step_size: float, batch_fraction: float | None, batch_dim: int, mask: str, low_memory: bool
+) -> Estimation:
     """Check and collect what penalty and noise have in common.
 
     Returns:
@@ -167,4 +171,9 @@ def estimation(estimator: str, step_size: float, batch_fraction: float | None, b
         raise InvalidArgumentError(f"batch_fraction={batch_fraction!r} must be None or a number in (0, 1].")
     if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
         raise InvalidArgumentError(f"batch_dim={batch_dim!r} must be an integer of at least 0.")
-    return Estimation(estimator, float(step_size), mask, batch_fraction, batch_dim)
+    if not isinstance(low_memory, bool) or (low_memory and estimator != "antithetic"):
+        raise InvalidArgumentError(
+            f"low_memory={low_memory!r} with estimator={estimator!r}: it must be True or False, and True is for "
+            "estimator='antithetic', whose passes can be made one after the other."
+        )
+    return Estimation(estimator, float(step_size), mask, batch_fraction, batch_dim, low_memory)

@@ -39,7 +39,8 @@ class LogCollector:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def log(*args: Any, **kwargs: Any) -> None:
-            calls.append((args, kwargs))
+            # values without their graphs, which would otherwise live as long as the batch
+            calls.append((tuple(_detached(arg) for arg in args), {k: _detached(v) for k, v in kwargs.items()}))
 
         own = self._module.__dict__.get("log")
         self._module.__dict__["log"] = log
@@ -66,6 +67,10 @@ class LogCollector:
                     values.append(_named_value(*calls[position])[1])
             rest = {k: v for k, v in kwargs.items() if k not in {"name", "value"}}
             self._module.log(name, _mean(values), *args[2:], **rest)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _named_value(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:

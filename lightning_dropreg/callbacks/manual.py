@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,13 +52,14 @@ class ManualStep:
         self._past = _Past(self._module)
         self._calls = 0
 
-    def run(self, plan: Plan, step: int, watch: Watch) -> Any:
+    def run(self, plan: Plan, step: int, watch: Watch, measure_noise: bool) -> Any:
         """Run the step for real, with the plan's total in the place of every loss that it back-propagates.
 
         Args:
             plan: What to do with every loss.
             step: Number of the step, for a penalty that does not act in all of them.
             watch: Called with what each loss became before that is back-propagated.
+            measure_noise: Whether the gradient of the noise alone is wanted, too.
 
         Returns:
             What the user's step returned.
@@ -67,7 +69,7 @@ class ManualStep:
 
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             self._calls += 1
-            total = self._total(plan, step, loss, watch)
+            total = self._total(plan, step, loss, watch, measure_noise)
             with guard.lifted():
                 backward(total, *args, **kwargs)
 
@@ -91,14 +93,16 @@ class ManualStep:
             self._batch.original(*args, **kwargs)
         return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else None
 
-    def _total(self, plan: Plan, step: int, loss: Tensor, watch: Watch) -> Tensor:
+    def _total(self, plan: Plan, step: int, loss: Tensor, watch: Watch, measure_noise: bool) -> Tensor:
         replays = self._batch.instead(functools.partial(self._replay, self._calls))
         with self._batch.isolation.aside():
             try:
-                result = plan.run(replays, self._batch.key, step)
-                if plan.noise_after_backward:  # it has the same gradient in the loss
+                result = plan.run(replays, self._batch.key, step, measure_noise)
+                noise = result.later
+                if noise is None and plan.noise_after_backward:
                     noise = plan.extra(replays, self._batch.key)
-                    result = StepResult(result.total + noise, result.loss, result.penalty, noise)
+                if noise is not None:  # it has the same gradient in the loss
+                    result = replace(result, total=result.total + noise, noise=noise, later=None)
             except NoDropoutSiteError:
                 return loss  # nothing is dropped on the way to this one
             watch(replays, result)

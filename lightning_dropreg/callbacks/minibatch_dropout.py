@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_dropreg.callbacks.base import RegularizerCallback
+from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
 
 __all__ = ["MiniBatchDropout"]
@@ -16,19 +17,25 @@ class MiniBatchDropout(RegularizerCallback):
 
     Args:
         k: Number of draws, at least 1; 1 leaves the run as it is.
+        low_memory: Differentiate every draw before the next one is made, so that memory does not grow with `k`. The
+            gradient reaches the parameters in the one backward of the Trainer as always, but cannot be differentiated
+            again (an optimizer that needs ``create_graph=True``): False is for those.
         attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
             ``"ignore"``: it is left out, for ``k=1`` too, and fused kernels stay. The same for all callbacks of a
             Trainer; see `lightning_dropreg.attention_dropout`.
 
     Raises:
-        InvalidArgumentError: If ``k < 1`` or `attention` is unknown.
+        InvalidArgumentError: If ``k < 1``, `low_memory` is no bool or `attention` is unknown.
 
     Example:
         >>> MiniBatchDropout(k=8).k
         8
     """
 
-    def __init__(self, k: int = 4, attention: str = "site") -> None:
+    def __init__(self, k: int = 4, low_memory: bool = True, attention: str = "site") -> None:
         super().__init__(attention)
         check_count("k", k)
+        if not isinstance(low_memory, bool):
+            raise InvalidArgumentError(f"low_memory={low_memory!r} must be True or False.")
         self.k = k
+        self.low_memory = low_memory

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -28,16 +30,16 @@ from lightning_dropreg.callbacks.problems import (
     takes_iterator,
     uncompiled,
 )
-from lightning_dropreg.errors import DropregError, InvalidArgumentError
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import all_at_once, check_finite, inspect_step
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import BatchRunner, Plan, StepResult
-from lightning_dropreg.support import Support, find_support, gradient_norm
 
-__all__ = ["Session"]
+__all__ = ["Session", "SkippedError"]
 
 _REFUSED = " cannot be trained with this package's callbacks and"
 
@@ -63,6 +65,7 @@ class Session:
         self._own_step: Any = None
         self._installed = False
         self._batch: _Batch | None = None
+        self._later: list[Tensor | None] | None = None
 
     def check(self) -> None:
         """Refuse what makes it impossible to run the step; whatever else is wrong is told with the first step.
@@ -106,7 +109,7 @@ class Session:
         else:
             self.module.__dict__.pop("training_step", None)
         self._installed = False
-        self._batch = None
+        self._batch = self._later = None
 
     def training_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's ``training_step`` as often as the plan asks and return one output.
@@ -120,7 +123,7 @@ class Session:
             The output of its first run, with the total loss in it; None if the user's step returned None.
         """
         if not self._inspected:
-            self._inspect(original, args, kwargs)
+            self.inspect(original, args, kwargs)
         if self.plan.untouched:
             return original(*args, **kwargs)
         if not self.module.automatic_optimization:
@@ -135,17 +138,21 @@ class Session:
             mean=self.plan.k is None,
             key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
             copies=self._copies,
+            releases=isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
+            scaler=self._scaler(),
         )
         try:
             with batch.isolation:
-                result = self.plan.run(batch, batch.key, step)
+                result = self.plan.run(batch, batch.key, step, measure_noise=self._is_logging_step())
                 self._check_finite(batch, result)
-        except _SkippedError:
+        except SkippedError:
             batch.logs.replay()
             return None
         batch.logs.replay()
         self._log(result)
-        if self.plan.noise_after_backward:
+        if result.later is not None:
+            self._later = self._gradients(result.later, retain_graph=True)
+        elif self.plan.noise_after_backward:
             self._batch = batch  # its state before the step is what the noise's own passes start from
         return _with_loss(batch.output, result.total)
 
@@ -153,7 +160,17 @@ class Session:
         # optimizer steps are the user's to count here, so the penalty acts in every n-th batch
         number = self.trainer.fit_loop.total_batch_idx
         key = fold_key(self.seed, self.trainer.global_rank, number, 0)
-        batch = _Batch(original, args, kwargs, self.module, mean=False, key=key, copies=self._copies)
+        batch = _Batch(
+            original,
+            args,
+            kwargs,
+            self.module,
+            mean=False,
+            key=key,
+            copies=self._copies,
+            releases=True,  # module_problems has seen to the strategy
+            scaler=self._scaler(),
+        )
         values: list[dict[str, Tensor]] = []
 
         def watch(runner: BatchRunner, result: StepResult) -> None:
@@ -161,7 +178,7 @@ class Session:
             values.append(self._values(result))
 
         with batch.isolation:
-            output = ManualStep(batch, self.trainer).run(self.plan, number, watch)
+            output = ManualStep(batch, self.trainer).run(self.plan, number, watch, self._is_logging_step())
         batch.logs.replay()
         self._log_values(joined(values))
         return output
@@ -173,17 +190,15 @@ class Session:
         averaged with the rest; after the last one they are already the average over ranks, and so must be the noise.
         """
         batch, self._batch = self._batch, None
-        if batch is None:
+        gradients, self._later = self._later, None
+        trainer = self.trainer
+        if batch is not None:
+            with batch.isolation.aside(), trainer.precision_plugin.train_step_context(), torch.enable_grad():
+                scalar = self.plan.extra(batch, batch.key)
+            gradients = self._gradients(scalar)
+        if gradients is None:
             return
-        trainer, plugin = self.trainer, self.trainer.precision_plugin
-        with batch.isolation.aside(), plugin.train_step_context(), torch.enable_grad():
-            scalar = self.plan.extra(batch, batch.key)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        # exactly as Lightning treats the loss itself
-        factor = 1.0 / trainer.accumulate_grad_batches
-        scaler = getattr(plugin, "scaler", None)
-        scaled = scalar * factor if scaler is None else scaler.scale(scalar * factor)
-        gradients: list[Tensor | None] = list(torch.autograd.grad(scaled, parameters, allow_unused=True))
+        parameters = self._parameters()
         if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
             gradients = self._reduced(parameters, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -193,8 +208,22 @@ class Session:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-        norm = _norm([g for g in gradients if g is not None]) / factor
-        self._log_values({"noise_norm": norm if scaler is None else norm / scaler.get_scale()})
+        norm = _norm([g for g in gradients if g is not None]) * trainer.accumulate_grad_batches
+        scaler = self._scaler()
+        self._log_values({"noise_norm": norm if scaler is None else norm / scaler(torch.ones_like(norm))})
+
+    def _gradients(self, scalar: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
+        """Differentiate in the parameters, treating `scalar` exactly as Lightning treats the loss."""
+        scalar, scaler = scalar / self.trainer.accumulate_grad_batches, self._scaler()
+        scaled = scalar if scaler is None else scaler(scalar)
+        return list(torch.autograd.grad(scaled, self._parameters(), retain_graph=retain_graph, allow_unused=True))
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def _scaler(self) -> Scaler | None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return None if scaler is None else scaler.scale
 
     def log_gradient_norm(self) -> None:
         """Log the norm of the gradients with which the optimizer will step (before clipping)."""
@@ -210,16 +239,16 @@ class Session:
         pieces = flat.split([p.numel() for p in parameters])
         return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
 
-    def _inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
         name = f"{type(self.module).__name__}{_REFUSED}"
-        batch = self._aside(original, args, kwargs)
+        batch = self.to_look_at(original, args, kwargs)
         problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
         before = fingerprints(self.module)
         try:
             with batch.isolation, attention_dropout(self.plan.attention), uncompiled():
                 problems += inspect_step(batch.aside, self.plan.penalty is not None)[1]
-        except _SkippedError:
+        except SkippedError:
             if problems:
                 raise all_at_once(problems, name) from None
             return  # nothing to see in this batch; look at the next one
@@ -230,52 +259,8 @@ class Session:
         if problems:
             raise all_at_once(problems, name)
 
-    def look(self, original: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Support, list[DropregError]]:
-        """Find what is in a step, and everything that stands in the way of any callback, without raising it.
-
-        Args:
-            original: The user's step.
-            args: Its arguments.
-
-        Returns:
-            Sites and losses, and the problems.
-
-        Raises:
-            InvalidArgumentError: If there is nothing to look at.
-        """
-        batch = self._aside(original, args, {})
-        before = fingerprints(self.module)
-        try:
-            with batch.isolation, uncompiled():
-                support = find_support(batch.aside)
-        except _SkippedError:
-            raise InvalidArgumentError("The first training step has no loss.") from None
-        problems = module_problems(self.trainer, self.module, self.plan)
-        return support, [*problems, *support.problems, *changed_parameters(self.module, before)]
-
-    def rehearse(self, original: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, float]:
-        """Run the plan on a batch up to the gradient, leaving no trace.
-
-        Args:
-            original: The user's step.
-            args: Its arguments.
-
-        Returns:
-            Loss, penalty and norm of the gradient.
-        """
-        self._inspect(original, args, {})
-        batch = self._aside(original, args, {})
-        batch.lasting = False
-        if self.plan.untouched:
-            return {}
-        with batch.isolation:
-            result = self.plan.run(batch, 0, 0)
-            total = result.total + self.plan.extra(batch, 0) if self.plan.noise_after_backward else result.total
-            norm = gradient_norm(total)
-        values = {"loss": result.loss, "explicit penalty": result.penalty, "norm of the gradient": norm}
-        return {name: float(value) for name, value in values.items() if value is not None}
-
-    def _aside(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Batch:
+    def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Batch:
+        """Return a batch whose step has a loss, however the module optimizes, to run it aside."""
         batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
         if self.module.automatic_optimization:
             return batch
@@ -294,10 +279,9 @@ class Session:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
-        if result.noise is not None and self._is_logging_step():
+        if result.noise is not None and result.noise.requires_grad and self._is_logging_step():
             # one more backward, so only where somebody reads it
-            parameters = [p for p in self.module.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(result.noise, parameters, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(result.noise, self._parameters(), retain_graph=True, allow_unused=True)
             values["noise_norm"] = _norm([g for g in gradients if g is not None])
         return values
 
@@ -310,7 +294,7 @@ class Session:
         return every > 0 and (self.trainer.global_step % every == every - 1 or self.trainer.global_step == 0)
 
 
-class _SkippedError(Exception):
+class SkippedError(Exception):
     """The user's step returned None: Lightning skips such a batch, and so do we."""
 
 
@@ -326,6 +310,8 @@ class _Batch:
         mean: bool,
         key: int,
         copies: bool = False,
+        releases: bool = False,
+        scaler: Scaler | None = None,
     ) -> None:
         self.original = original
         self.args = args
@@ -333,6 +319,8 @@ class _Batch:
         self.module = module
         self.key = key
         self.copies = copies
+        self.releases = releases
+        self.scaler = scaler
         self.modified = False
         self.lasting = True
         self.isolation = Isolation(module, mean=mean)
@@ -358,7 +346,18 @@ class _Batch:
             hook = getattr(self.module, "select_rows", None)
             if hook is not None:
                 hook(rows, dim)
-            return self.original(*args, **kwargs)
+            try:
+                return self.original(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                if isinstance(error, DropregError) or hook is not None or len(rows) == count:
+                    raise
+                raise UnsupportedModuleError(
+                    f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
+                    f"({str(error).splitlines()[0]}). If the module carries a state with a row for every row of the "
+                    "batch (a hidden state, a memory), let it define select_rows(self, rows, dim), which cuts that "
+                    "state down to the given rows; it is put back afterwards. Otherwise set batch_dim, or "
+                    "batch_fraction=None."
+                ) from error
 
         return lambda: self._run(on_rows, args, trace=False), len(rows) / count
 
@@ -375,9 +374,10 @@ class _Batch:
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
         output = self._output(step, args, trace)
         if output is None:
-            raise _SkippedError
+            raise SkippedError
         if trace and self.output is None:
-            self.output = output
+            # as Lightning would after the backward; a graph in it would live as long as the batch
+            self.output = apply_to_collection(output, Tensor, Tensor.detach)
         return _loss_of(output)
 
     def _output(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
@@ -28,14 +29,19 @@ class DropregCLI(LightningCLI):
             itself what is built here.
         description: What the other command does, for its help.
         add_options: Adds the other command's own options to its parser.
+        resume_file: Where a fit keeps a checkpoint of its last whole epoch; None for nowhere.
     """
 
     def __init__(
-        self, args: Sequence[str], description: str | None = None, add_options: AddOptions | None = None
+        self,
+        args: Sequence[str],
+        description: str | None = None,
+        add_options: AddOptions | None = None,
+        resume_file: Path | None = None,
     ) -> None:
         _quiet()
         self._add_options = add_options
-        self.fit_summary = FitSummary()
+        self.fit_summary = FitSummary(resume_file)
         command, *options = args
         by_lightning = command in self.subcommands()
         super().__init__(

@@ -1,12 +1,15 @@
 """``dropreg bench``: what does one optimization step cost with each method?"""
 
+import functools
 import json
-import statistics
-import time
+import os
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from typing import Any, cast
 
@@ -14,77 +17,19 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich import get_console
-from rich.markup import escape
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.machine import describe_machine
+from lightning_dropreg.cli.measure import Cost, MemoryWatch, PassCounter, Stopwatch, without_dropout
+from lightning_dropreg.cli.methods import METHODS, NO_DROPOUT, PAPER, REFERENCE
 from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 
 __all__ = ["main"]
-
-REFERENCE = "dropout"
-METHODS: dict[str, Callable[[], list[Callback]]] = {
-    "no dropout": list,
-    REFERENCE: list,
-    "Algorithm 2": lambda: [ExplicitPenalty(), ImplicitNoise()],
-    "R_approx": lambda: [ExplicitPenalty()],
-    "noise only": lambda: [ImplicitNoise()],
-    "MiniBatchDropout(k=4)": lambda: [MiniBatchDropout(k=4)],
-    "Algorithm 2, double_backward": lambda: [
-        ExplicitPenalty(estimator="double_backward"),
-        ImplicitNoise(estimator="double_backward"),
-    ],
-}
-
-
-@dataclass
-class Timing:
-    """Milliseconds of every timed step of one method, by round."""
-
-    method: str
-    rounds: list[list[float]] = field(default_factory=list)
-    problem: str = ""
-
-    def quantiles(self) -> list[float]:
-        """Return lower quartile, median and upper quartile over all steps."""
-        return statistics.quantiles([ms for one in self.rounds for ms in one], n=4)
-
-    def ratio(self, reference: "Timing") -> float:
-        """Median over rounds of the ratio to the reference in the same round.
-
-        Args:
-            reference: What to compare with.
-
-        Returns:
-            The ratio.
-        """
-        pairs = zip(self.rounds, reference.rounds, strict=True)
-        return statistics.median(statistics.median(mine) / statistics.median(theirs) for mine, theirs in pairs)
-
-
-class _Stopwatch(Callback):
-    def __init__(self) -> None:
-        self.ms: list[float] = []
-        self._start = 0.0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._start = self._now(pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.ms.append(1000 * (self._now(pl_module) - self._start))
-
-    @staticmethod
-    def _now(pl_module: LightningModule) -> float:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        return time.perf_counter()
 
 
 def main(args: Sequence[str]) -> None:
@@ -94,7 +39,7 @@ def main(args: Sequence[str]) -> None:
         args: Its arguments.
 
     Raises:
-        InvalidArgumentError: If there are too few steps or rounds.
+        InvalidArgumentError: If there are too few steps or rounds, or an unknown method.
     """
     cli = DropregCLI(["bench", *args], description=__doc__, add_options=_add_options)
     options = cli.config
@@ -102,51 +47,123 @@ def main(args: Sequence[str]) -> None:
         raise InvalidArgumentError(
             "bench needs --repeats of at least 1, --steps of at least 2, --warmup of at least 0."
         )
+    unknown = [name for name in options["methods"] or () if name not in METHODS]
+    if unknown:
+        raise InvalidArgumentError(f"--methods: {', '.join(unknown)} unknown; choose from: {'; '.join(METHODS)}.")
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     load_weights(cli)
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # as meant
+    if options["memory_of"]:
+        print(json.dumps(_peak_memory(cli, options["memory_of"])))
+        return
     machine = describe_machine(cli.model)
-    timings = _measure(cli, options["repeats"], options["steps"], options["warmup"])
+    costs = _measure(cli, options)
+    if options["memory"]:
+        _measure_memory(cli, costs, args)
     if options["json"]:
-        print(json.dumps({"machine": machine, "timings": [_as_dict(t, timings) for t in timings]}, indent=2))
+        print(json.dumps({"machine": machine, "costs": [_as_dict(cost, costs) for cost in costs]}, indent=2))
     else:
-        _print(timings, machine, options)
+        _print(costs, machine, options)
 
 
 def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="Rounds; in each, every method runs once.")
-    parser.add_argument("--steps", type=int, default=10, help="Timed steps of each method in a round, at least 2.")
+    parser.add_argument("--steps", type=int, default=12, help="Timed steps of each method in a round, at least 2.")
     parser.add_argument("--warmup", type=int, default=3, help="Steps before them that are not timed.")
     parser.add_argument("--threads", type=int | None, default=None, help="Threads of torch; its own choice by default.")
+    parser.add_argument("--methods", type=list[str] | None, default=None, help="Methods to measure besides dropout.")
+    parser.add_argument(
+        "--memory", action="store_true", help="Measure peak memory too, each method in a process of its own."
+    )
+    parser.add_argument("--memory_of", type=str | None, default=None, help="Print the peak memory of one method.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
 
-def _measure(cli: DropregCLI, repeats: int, steps: int, warmup: int) -> list[Timing]:
+def _measure(cli: DropregCLI, options: Any) -> list[Cost]:
+    repeats, steps, warmup = options["repeats"], options["steps"], options["warmup"]
     weights = deepcopy(cli.model.state_dict())
-    batches = _batches(cli, steps + warmup)
-    timings = [Timing(method) for method in METHODS]
-    for turn in range(repeats):
-        # Interleaved, and in another order every round: a machine that gets slower slows every method alike.
-        for timing in timings[turn % len(timings) :] + timings[: turn % len(timings)]:
-            if timing.problem:
-                continue
-            cli.model.load_state_dict(weights)
-            watch = _Stopwatch()
-            restore = _without_dropout(cli.model) if timing.method == "no dropout" else None
-            try:
-                trainer = cli.instantiate_trainer(
-                    callbacks=[*METHODS[timing.method](), watch],
-                    **{**QUIET_TRAINER, "limit_train_batches": 1.0},
-                )
-                trainer.fit(cli.model, train_dataloaders=batches)
-                timing.rounds.append(watch.ms[warmup:])
-            except DropregError as error:
-                timing.problem = str(error)
-            finally:
-                if restore:
-                    restore()
-    return timings
+    batches = _batches(cli, max(steps + warmup, 2))
+    chosen = [m for m in METHODS if options["methods"] is None or m == REFERENCE or m in options["methods"]]
+    costs = [Cost(method) for method in chosen]
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=len(costs) * (repeats + 1))
+        nodes: dict[str, PassCounter] = {}
+        for turn in range(-1, repeats):
+            # Interleaved, and in another order every round: a machine that gets slower slows every method alike.
+            for cost in costs[turn % len(costs) :] + costs[: turn % len(costs)]:
+                progress.update(task, description=cost.method, advance=1)
+                if cost.problem:
+                    continue
+                cli.model.load_state_dict(weights)
+                try:
+                    if turn < 0:
+                        nodes[cost.method] = _count_passes(cli, cost.method, batches)
+                    else:
+                        watch = Stopwatch()
+                        _run(cli, cost.method, batches, watch, steps + warmup)
+                        cost.rounds.append(watch.ms[warmup:])
+                except DropregError as error:
+                    cost.problem = str(error)
+    _fill_in_passes(costs, nodes)
+    return costs
+
+
+def _run(cli: DropregCLI, method: str, batches: DataLoader[Any], watch: Callback, steps: int) -> None:
+    trainer = cli.instantiate_trainer(
+        callbacks=[*METHODS[method](), watch],
+        **{**QUIET_TRAINER, "limit_train_batches": steps, "log_every_n_steps": 1000},
+    )
+    with without_dropout(cli.model) if method == NO_DROPOUT else nullcontext():
+        trainer.fit(cli.model, train_dataloaders=batches)
+
+
+def _count_passes(cli: DropregCLI, method: str, batches: DataLoader[Any]) -> PassCounter:
+    counter = PassCounter()
+    cli.model.training_step = functools.wraps(cli.model.training_step)(counter.count(cli.model.training_step))
+    try:
+        _run(cli, method, batches, counter, 2)
+    finally:
+        del cli.model.__dict__["training_step"]
+    return counter
+
+
+def _fill_in_passes(costs: list[Cost], counters: dict[str, PassCounter]) -> None:
+    """Count backward passes by executions of the node that takes most of the reference's backward."""
+    reference = counters.get(REFERENCE)
+    for cost in costs:
+        counter = counters.get(cost.method)
+        if counter is None:
+            continue
+        cost.forwards = counter.forwards
+        if reference is not None and counter.nodes[reference.heaviest]:
+            cost.backwards = counter.nodes[reference.heaviest] / reference.nodes[reference.heaviest]
+
+
+def _measure_memory(cli: DropregCLI, costs: list[Cost], args: Sequence[str]) -> None:
+    for cost in costs:
+        if cost.problem:
+            continue
+        command = [sys.executable, "-m", "lightning_dropreg", "bench", *args, f"--memory_of={cost.method}"]
+        # glibc keeps freed memory, in pieces that depend on the order of all allocations; told to give it back at once,
+        # it makes the resident size what is in use
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode == 0:
+            cost.peak_mb = json.loads(done.stdout.splitlines()[-1])
+
+
+def _peak_memory(cli: DropregCLI, method: str) -> float | None:
+    batches = _batches(cli, 4)
+    watch = MemoryWatch()
+    _run(cli, method, batches, watch, 4)
+    return watch.peak_mb
 
 
 def _batches(cli: DropregCLI, count: int) -> DataLoader[Any]:
@@ -175,62 +192,56 @@ def _batches(cli: DropregCLI, count: int) -> DataLoader[Any]:
     return DataLoader(cast("Dataset[Any]", seen), batch_size=None, collate_fn=lambda batch: batch)
 
 
-def _without_dropout(model: LightningModule) -> Callable[[], None]:
-    """Set every drop probability of the model's modules to 0.
-
-    Returns:
-        What undoes it.
-    """
-    changed: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        name = "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout"
-        if isinstance(getattr(module, name, None), float):
-            changed.append((module, name, getattr(module, name)))
-            setattr(module, name, 0.0)
-
-    def restore() -> None:
-        for module, name, value in changed:
-            setattr(module, name, value)
-
-    return restore
+def _as_dict(cost: Cost, costs: Sequence[Cost]) -> dict[str, object]:
+    if cost.problem or not cost.rounds:
+        return asdict(cost)
+    low, median, high = cost.quantiles()
+    ratios = {f"ratio_to_{name}": _ratio(cost, costs, name) for name in (REFERENCE, NO_DROPOUT, PAPER)}
+    return {"median_ms": median, "quartiles_ms": [low, high], **ratios, **asdict(cost)}
 
 
-def _as_dict(timing: Timing, timings: Sequence[Timing]) -> dict[str, object]:
-    if timing.problem or not timing.rounds:
-        return asdict(timing)
-    low, median, high = timing.quantiles()
-    return {
-        "median_ms": median,
-        "quartiles_ms": [low, high],
-        "ratio": _ratio(timing, timings),
-        **asdict(timing),
-    }
+def _ratio(cost: Cost, costs: Sequence[Cost], name: str = REFERENCE) -> float | None:
+    reference = next((c for c in costs if c.method == name and c.rounds and not c.problem), None)
+    return None if reference is None else cost.ratio(reference)
 
 
-def _ratio(timing: Timing, timings: Sequence[Timing]) -> float | None:
-    reference = next(t for t in timings if t.method == REFERENCE)
-    return None if reference.problem else timing.ratio(reference)
-
-
-def _print(timings: Sequence[Timing], machine: dict[str, str | int], options: Any) -> None:
+def _print(costs: Sequence[Cost], machine: dict[str, str | int], options: Any) -> None:
     table = Table(title="One optimization step", title_justify="left")
     table.add_column("method", overflow="fold")
-    for heading in ("median ms", "quartiles ms", f"ratio to {REFERENCE}"):
+    memory = any(cost.peak_mb is not None for cost in costs)
+    headings = ["ms", "quartiles", "ratio", "paper", "passes", *(["MiB"] if memory else [])]
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for timing in timings:
-        if timing.problem:
-            table.add_row(timing.method, "", "", escape(timing.problem))
+    problems = []
+    for cost in costs:
+        if cost.problem:
+            problems.append(f"{cost.method}: {cost.problem}")
+            table.add_row(cost.method, "", f"not possible ({len(problems)})")
             continue
-        low, median, high = timing.quantiles()
-        ratio = _ratio(timing, timings)
-        table.add_row(
-            timing.method, f"{median:.1f}", f"{low:.1f} - {high:.1f}", "" if ratio is None else f"{ratio:.2f}"
-        )
+        low, median, high = cost.quantiles()
+        ratio, of_paper = _ratio(cost, costs), _ratio(cost, costs, PAPER)
+        cells = [f"{median:.0f}", f"{low:.0f}-{high:.0f}", _number(ratio), _number(of_paper), _passes(cost)]
+        if memory:
+            cells.append("" if cost.peak_mb is None else f"{cost.peak_mb:.0f}")
+        table.add_row(cost.method, *cells)
     console = get_console()
     console.print(table)
+    for number, problem in enumerate(problems, 1):
+        console.print(f"({number}) {problem}", highlight=False, markup=False)
     console.print(
-        f"{options['repeats']} rounds of {options['steps']} steps after {options['warmup']} untimed ones, "
-        "methods interleaved, the same weights and batches for all; ratio: median over rounds.\n"
+        f"{options['repeats']} rounds of {options['steps']} steps after {options['warmup']} untimed ones, methods "
+        "interleaved, the same weights and batches for all. ms: median; ratio: to a dropout step (means of a round, "
+        f"median over rounds); paper: the same to {PAPER!r}; passes: forward + backward"
+        + ("; MiB: peak of the steps above what was there before.\n" if memory else ".\n")
         + "  ".join(f"{name}: {value}" for name, value in machine.items() if value),
         highlight=False,
     )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _passes(cost: Cost) -> str:
+    backwards = "?" if cost.backwards is None else f"{cost.backwards:.3g}"
+    return f"{cost.forwards}+{backwards}"

@@ -1,14 +1,19 @@
-"""``dropreg compare``: run several configurations and put their results into one table."""
+"""``dropreg compare``: run several configurations over several seeds and put their results side by side."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich import get_console
 from rich.table import Table
 
 from lightning_dropreg.cli.app import DropregCLI
+from lightning_dropreg.cli.comparison import Comparison, Run
+from lightning_dropreg.cli.config import layers
+from lightning_dropreg.cli.curves import draw_curves
 from lightning_dropreg.cli.summary import FitResult
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 
@@ -22,57 +27,104 @@ def main(args: Sequence[str]) -> None:
         args: Its arguments.
 
     Raises:
-        InvalidArgumentError: If every run fails.
+        InvalidArgumentError: If every run fails, or a file is named twice.
     """
     cut = list(args).index("--") if "--" in args else len(args)
     options = _parser().parse_args(args[:cut])
-    results: dict[str, FitResult] = {}
-    problems: dict[str, DropregError] = {}
-    for config in options.configs:
-        get_console().rule(config, style="dim")
-        try:
-            results[config] = DropregCLI(["fit", "--config", config, *args[cut + 1 :]]).fit_summary.result
-        except DropregError as error:  # the other runs may have taken hours
-            problems[config] = error
-            get_console().print(f"failed: {error}", highlight=False, markup=False)
-    if not results:
+    names = _names(options.configs)
+    problems: dict[str, str] = {}
+    runs: list[Run] = []
+    for seed in options.seeds:  # seed by seed, so that what there is can be compared at any time
+        for config, name in names.items():
+            get_console().rule(f"{name}, seed {seed}", style="dim")
+            folder = options.out / name / f"seed-{seed}"
+            try:
+                runs.append(Run(name, seed, _finished(folder, config, seed, args[cut + 1 :])))
+            except DropregError as error:  # the other runs may have taken hours
+                problems[f"{name}, seed {seed}"] = str(error)
+                get_console().print(f"failed: {error}", highlight=False, markup=False)
+    if not runs:
         raise InvalidArgumentError("every run failed, as said above.")
+    comparison = Comparison(runs, list(names.values()))
+    options.out.mkdir(parents=True, exist_ok=True)
+    comparison.write(options.out)
+    figures = draw_curves(comparison, options.out) if options.figure else []
     if options.json:
-        failed = {config: {"problem": str(error)} for config, error in problems.items()}
-        print(json.dumps({config: asdict(result) for config, result in results.items()} | failed, indent=2))
-    else:
-        get_console().print(_table(results, problems))
+        print(json.dumps({"runs": [asdict(run) for run in runs], "problems": problems}, indent=2))
+        return
+    _print(comparison, problems)
+    get_console().print(
+        f"table, runs and histories: {options.out}" + "".join(f"\nfigure: {path}" for path in figures),
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dropreg compare",
-        usage="dropreg compare FILE FILE ... [--json] [-- OPTIONS]",
-        description="Run fit with each configuration file in turn and print one table of results.",
-        epilog="Options after -- go to every run:  dropreg compare a.yaml b.yaml -- --seed_everything 2",
+        usage="dropreg compare FILE FILE ... [--seeds N N ...] [--out DIR] [--figure] [--json] [-- OPTIONS]",
+        description="Run fit with each configuration file and seed in turn and compare the results. Finished runs are "
+        "kept in DIR and not repeated; a killed one goes on after its last whole epoch.",
+        epilog="Options after -- go to every run:  dropreg compare a.yaml b.yaml -- --trainer.max_epochs 3",
     )
     parser.add_argument("configs", nargs="+", metavar="FILE", help="Configuration file; the first is the reference.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N", help="Seeds; 1 by default.")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="Where results are kept.")
+    parser.add_argument("--figure", action="store_true", help="Draw curves.png and curves.svg.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     return parser
 
 
-def _table(results: dict[str, FitResult], problems: dict[str, DropregError]) -> Table:
-    reference = next(iter(results.values()))
-    tests = list(dict.fromkeys(name for result in results.values() for name in result.test))
+def _names(configs: Sequence[str]) -> dict[str, str]:
+    """Short names of the files; their folders too where the stems are the same."""
+    stems = [Path(config).stem for config in configs]
+    names = {c: s if stems.count(s) == 1 else str(Path(c).with_suffix("")) for c, s in zip(configs, stems, strict=True)}
+    if len(names) != len(configs):
+        raise InvalidArgumentError(f"compare: a configuration file is named twice: {', '.join(configs)}.")
+    return {config: name.replace("/", "_") for config, name in names.items()}
+
+
+def _finished(folder: Path, config: str, seed: int, options: Sequence[str]) -> FitResult:
+    """Return the result of a run: the kept one if it is of the same configuration, else that of a new fit."""
+    fingerprint = _fingerprint(config, seed, options)
+    record, resume = folder / "result.json", folder / "resume.ckpt"
+    started = folder / "fingerprint.txt"
+    if record.is_file():
+        kept = json.loads(record.read_text(encoding="utf-8"))
+        if kept["fingerprint"] == fingerprint:
+            get_console().print("finished before", style="dim")
+            return FitResult(**kept["result"])
+    folder.mkdir(parents=True, exist_ok=True)
+    goes_on = resume.is_file() and started.is_file() and started.read_text(encoding="utf-8") == fingerprint
+    if not goes_on:
+        resume.unlink(missing_ok=True)
+        started.write_text(fingerprint, encoding="utf-8")
+    arguments = ["fit", "--config", config, "--seed_everything", str(seed), *options]
+    if goes_on:
+        get_console().print("going on after the last whole epoch", style="dim")
+        arguments += ["--ckpt_path", str(resume)]
+    result = DropregCLI(arguments, resume_file=resume).fit_summary.result
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps({"fingerprint": fingerprint, "result": asdict(result)}, indent=2), encoding="utf-8")
+    part.replace(record)  # whole or not at all
+    resume.unlink(missing_ok=True)
+    return result
+
+
+def _fingerprint(config: str, seed: int, options: Sequence[str]) -> str:
+    content = [Path(file).read_text(encoding="utf-8") if Path(file).is_file() else file for file in layers(config)]
+    return hashlib.sha256(json.dumps([content, seed, list(options)]).encode()).hexdigest()
+
+
+def _print(comparison: Comparison, problems: dict[str, str]) -> None:
+    head, *rows = comparison.rows()
     table = Table(title="Comparison", title_justify="left")
-    table.add_column("configuration", overflow="fold")
-    for heading in (f"best {reference.metric}", "epoch", *tests, "ms per step", "wall-clock", "ratio"):
+    table.add_column(head[0], overflow="fold")
+    for heading in head[1:]:
         table.add_column(heading, justify="right")
-    for config, result in results.items():
-        table.add_row(
-            config,
-            f"{result.best:.2f}",
-            f"{result.best_epoch}/{result.epochs}",
-            *(f"{result.test[name]:.2f}" if name in result.test else "" for name in tests),
-            f"{result.ms_per_step:.1f}",
-            f"{result.seconds:.1f} s",
-            f"{result.seconds / reference.seconds:.2f}",
-        )
-    for config in problems:
-        table.add_row(config, "failed")
-    return table
+    for row in rows:
+        table.add_row(*row)
+    get_console().print(table)
+    for name, problem in problems.items():
+        get_console().print(f"failed: {name}: {problem}", highlight=False, markup=False)

@@ -10,7 +10,7 @@ from yaml import safe_load  # type: ignore[import-untyped]
 
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["ConfigParser", "LayeredConfigFile"]
+__all__ = ["ConfigParser", "LayeredConfigFile", "layers"]
 
 # What jsonargparse says about its own types, around what it says about the mistake.
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
@@ -32,14 +32,26 @@ class LayeredConfigFile(ActionConfigFile):
             values: Path of the file, or the configuration itself as a string.
             option_string: The option as given.
         """
-        for layer in _layers(values):
+        for layer in layers(values):
             super().__call__(parser, cfg, layer, option_string)  # type: ignore[no-untyped-call]
         # Applied. In a saved copy of the configuration, elsewhere, the relative path would mislead.
         if "base" in cfg:
             cfg["base"] = None
 
 
-def _layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
+def layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
+    """Return a configuration file below the files that it is based on.
+
+    Args:
+        file: The file, or something else that a parser understands.
+        above: The files that it is the base of.
+
+    Returns:
+        The bases, in the order in which they are applied, and `file`.
+
+    Raises:
+        InvalidArgumentError: If a base is not there, or a file is its own.
+    """
     path = Path(file)
     if not path.is_file():
         return [file]  # the parser knows what else it may be, and what to say if it is nothing
@@ -51,7 +63,7 @@ def _layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
         return [file]
     if not (path.parent / base).is_file():
         raise InvalidArgumentError(f"{file} says base: {base}, but there is no file {path.parent / base}.")
-    return [*_layers(str(path.parent / base), (*above, file)), file]
+    return [*layers(str(path.parent / base), (*above, file)), file]
 
 
 class ConfigParser(LightningArgumentParser):

@@ -15,13 +15,12 @@ from rich.table import Table
 
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
 from lightning_dropreg.callbacks.base import RegularizerCallback
-from lightning_dropreg.callbacks.session import Session
+from lightning_dropreg.callbacks.preview import look, rehearse
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.step import FirstStep, look_at_first_batch
 from lightning_dropreg.description import describe
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.step import Plan
 from lightning_dropreg.support import LossSupport, SiteSupport, Support
 
 __all__ = ["main"]
@@ -77,8 +76,7 @@ def _look(first: FirstStep, configured: Sequence[Any]) -> Findings:
     ours = [callback for callback in configured if isinstance(callback, RegularizerCallback)] + first.callbacks
     each: list[RegularizerCallback] = [ExplicitPenalty(), ImplicitNoise(), MiniBatchDropout()]
     groups = [ours] if ours else [[callback] for callback in each]
-    session = Session(first.trainer, first.model, Plan(), seed=0)
-    support, problems = session.look(first.step, first.args)
+    support, problems = look(first.trainer, first.model, first.step, first.args)
     return Findings(support, [str(problem) for problem in problems], [_outlook(first, group) for group in groups])
 
 
@@ -87,7 +85,7 @@ def _outlook(first: FirstStep, callbacks: list[RegularizerCallback]) -> Outlook:
     try:
         plan = callbacks[0].plan(cast(Trainer, SimpleNamespace(callbacks=callbacks)))
         outlook.plan = describe(plan)
-        outlook.values = Session(first.trainer, first.model, plan, seed=0).rehearse(first.step, first.args)
+        outlook.values = rehearse(first.trainer, first.model, plan, first.step, first.args)
     except DropregError as error:
         outlook.refused = str(error)
     return outlook

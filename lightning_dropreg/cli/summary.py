@@ -1,11 +1,15 @@
 """How a fit went: measured by a callback, shown as a table."""
 
 import math
+import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
@@ -37,15 +41,23 @@ class FitResult:
     log_dir: str = ""
     test: dict[str, float] = field(default_factory=dict)
     """Test metrics of the best checkpoint, if asked for."""
+    history: list[tuple[int, float, float]] = field(default_factory=list)
+    """Epoch (from 1), validation metric, and seconds since the start, for every validation."""
 
 
 class FitSummary(Callback):
-    """Measures a fit; `result` is complete when training ends."""
+    """Measures a fit; `result` is complete when training ends.
 
-    def __init__(self) -> None:
+    Args:
+        resume_file: Where to keep a checkpoint of the last whole epoch, for a fit that is killed; None for none.
+    """
+
+    def __init__(self, resume_file: Path | None = None) -> None:
         self.result = FitResult()
+        self.resume_file = resume_file
         self._fit_start = self._step_start = 0.0
         self._step_seconds: list[float] = []
+        self._resumed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock.
@@ -54,9 +66,11 @@ class FitSummary(Callback):
             trainer: The trainer.
             pl_module: The model.
         """
-        self.result = FitResult(log_dir=trainer.log_dir or "")
-        self._fit_start = time.monotonic()
-        self._step_seconds = []
+        if not self._resumed:
+            self.result, self._step_seconds = FitResult(), []
+        self._resumed = False
+        self.result.log_dir = trainer.log_dir or ""
+        self._fit_start = time.monotonic() - self.result.seconds  # a resumed fit goes on
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the step's clock.
@@ -95,8 +109,47 @@ class FitSummary(Callback):
         logged = trainer.callback_metrics
         self.result.metric = next((name for name in _METRICS if name in logged), None)
         value = float(logged[self.result.metric]) if self.result.metric else math.nan
+        epoch = trainer.current_epoch + 1
         if value < self.result.best:
-            self.result.best, self.result.best_epoch = value, trainer.current_epoch + 1
+            self.result.best, self.result.best_epoch = value, epoch
+        self.result.seconds = time.monotonic() - self._fit_start
+        self.result.history.append((epoch, value, self.result.seconds))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what is needed to go on from here.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+        """
+        if self.resume_file is not None:
+            unfinished = self.resume_file.with_suffix(".part")
+            trainer.save_checkpoint(unfinished)
+            unfinished.replace(self.resume_file)  # whole or not at all
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit must know of its beginning.
+
+        The random state too, which Lightning does not keep: dropout goes on as if nothing had happened.
+        """
+        return {
+            "result": asdict(self.result),
+            "step_seconds": self._step_seconds,
+            "random_state": _get_random_state() if self.resume_file is not None else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the beginning of a resumed fit.
+
+        Args:
+            state_dict: What `state_dict` returned.
+        """
+        self.result = FitResult(**state_dict["result"])
+        self._step_seconds = list(state_dict["step_seconds"])
+        self._resumed = True
+        if state_dict["random_state"] is not None:
+            # now, before the data loader's first iteration, which draws from it
+            _set_random_state(state_dict["random_state"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete the result.
@@ -114,6 +167,25 @@ class FitSummary(Callback):
             result.penalty = float(trainer.callback_metrics["dropreg/explicit_penalty"])
         if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
             result.checkpoint = trainer.checkpoint_callback.best_model_path
+
+
+def _get_random_state() -> dict[str, Any]:
+    """The global random states, as plain values that a checkpoint can hold."""
+    state = np.random.get_state(legacy=False)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": {**state, "state": {k: np.asarray(v).tolist() for k, v in state["state"].items()}},
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
 
 
 def print_result(result: FitResult, console: Console) -> None:

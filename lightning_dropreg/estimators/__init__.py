@@ -6,6 +6,8 @@
 `double_backward`           the paper's: back-propagate twice          operations with a double backward
 `exact`                     the full Jacobian                          small problems; the oracle of the others
 ==========================  =========================================  ====================================
+
+`antithetic_in_turn` is the first with one graph alive at a time.
 """
 
 from lightning_dropreg.estimators.antithetic import antithetic
@@ -13,8 +15,18 @@ from lightning_dropreg.estimators.base import Estimate, Estimator
 from lightning_dropreg.estimators.double_backward import double_backward
 from lightning_dropreg.estimators.exact import exact
 from lightning_dropreg.estimators.forward import forward
+from lightning_dropreg.estimators.in_turn import antithetic_in_turn
 
-__all__ = ["ESTIMATORS", "Estimate", "Estimator", "antithetic", "double_backward", "exact", "forward"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimate",
+    "Estimator",
+    "antithetic",
+    "antithetic_in_turn",
+    "double_backward",
+    "exact",
+    "forward",
+]
 
 ESTIMATORS: dict[str, Estimator] = {
     "antithetic": antithetic,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lightning_dropreg.curvature import element_weights, pair_quadratic_form
@@ -10,7 +12,7 @@ from lightning_dropreg.estimators.base import Estimate
 from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
 from lightning_dropreg.sites import Directions
 
-__all__ = ["antithetic"]
+__all__ = ["antithetic", "combine"]
 
 
 def antithetic(
@@ -34,21 +36,40 @@ def antithetic(
     directions.rewind()
     minus = run_pass(closure, Perturb(directions, -step_size), record_losses=record)
     directions.rewind()
+    weights = []
+    if record:
+        of_both = zip(element_weights(plus.loss, plus.losses), element_weights(minus.loss, minus.losses), strict=False)
+        weights = [(a + b) / 2 for a, b in of_both]
+    return combine(plus, minus, weights, curvature, noise, step_size)
+
+
+def combine(
+    plus: Pass, minus: Pass, weights: Sequence[Tensor], curvature: str | None, noise: bool, step_size: float
+) -> Estimate:
+    """Compute the estimate from the two passes.
+
+    Args:
+        plus: The pass with factors ``1 + eps r``.
+        minus: The pass with factors ``1 - eps r``.
+        weights: What the elements of each recorded loss count, see `lightning_dropreg.curvature.element_weights`.
+        curvature: See `lightning_dropreg.estimators.base.Estimator`.
+        noise: See `lightning_dropreg.estimators.base.Estimator`.
+        step_size: ``eps``.
+
+    Returns:
+        Loss, penalty and noise.
+    """
+    penalty = None
+    if curvature is not None:
+        _check_pair(plus, minus)
+        penalty = plus.loss.new_zeros(())
+        for a, b, w in zip(plus.losses, minus.losses, weights, strict=True):
+            penalty = penalty + pair_quadratic_form(curvature, a, b, w, step_size) / 2
     return Estimate(
         loss=(plus.loss + minus.loss) / 2,
-        penalty=None if curvature is None else _penalty(curvature, plus, minus, step_size),
+        penalty=penalty,
         noise=(plus.loss - minus.loss) / (2 * step_size) if noise else None,
     )
-
-
-def _penalty(curvature: str, plus: Pass, minus: Pass, step_size: float) -> Tensor:
-    _check_pair(plus, minus)
-    penalty = plus.loss.new_zeros(())
-    weights_plus = element_weights(plus.loss, plus.losses)
-    weights_minus = element_weights(minus.loss, minus.losses)
-    for a, b, w_a, w_b in zip(plus.losses, minus.losses, weights_plus, weights_minus, strict=True):
-        penalty = penalty + pair_quadratic_form(curvature, a, b, (w_a + w_b) / 2, step_size) / 2
-    return penalty
 
 
 def _check_pair(plus: Pass, minus: Pass) -> None:

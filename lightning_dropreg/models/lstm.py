@@ -194,6 +194,17 @@ class LSTMLanguageModel(LightningModule):
                 f"vocab_size={self.vocab_size}: give both the same vocab_size."
             )
 
+    def select_rows(self, rows: Tensor, dim: int) -> None:
+        """Keep the hidden state of some rows of the batch, for callbacks that run the step on a part of it.
+
+        Args:
+            rows: Indices of the rows.
+            dim: Their dimension in the batch.
+        """
+        if self._train_state is not None and dim == 0:
+            rows = rows.to(self.device)
+            self._train_state = [(hidden[:, rows], cell[:, rows]) for hidden, cell in self._train_state]
+
     def on_train_epoch_start(self) -> None:
         """Start the epoch without a past."""
         self._train_state = None

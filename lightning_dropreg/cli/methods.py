@@ -1,0 +1,40 @@
+"""The methods whose cost ``dropreg bench`` compares."""
+
+from collections.abc import Callable
+
+from lightning.pytorch import Callback
+
+from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
+
+__all__ = ["METHODS", "NO_DROPOUT", "PAPER", "REFERENCE"]
+
+NO_DROPOUT = "no dropout"
+REFERENCE = "dropout"
+PAPER = "Algorithm 2, double_backward"
+
+_FEW = 1 / 8
+"""Fraction of the rows of the economical modes."""
+
+METHODS: dict[str, Callable[[], list[Callback]]] = {
+    NO_DROPOUT: list,
+    REFERENCE: list,
+    # runs the step under the interception, which finds the sites and drops nothing
+    "no dropout, intercepted": lambda: [ExplicitPenalty(strength=0)],
+    "Algorithm 2": lambda: [ExplicitPenalty(), ImplicitNoise()],
+    "Algorithm 2, economical": lambda: [ExplicitPenalty(batch_fraction=_FEW), ImplicitNoise(batch_fraction=_FEW)],
+    "Algorithm 2, low_memory": lambda: [ExplicitPenalty(low_memory=True), ImplicitNoise(low_memory=True)],
+    "Algorithm 2, after_backward": lambda: [ExplicitPenalty(), ImplicitNoise(injection="after_backward")],
+    "Algorithm 2, after_backward, noise on 1/8": lambda: [
+        ExplicitPenalty(),
+        ImplicitNoise(injection="after_backward", batch_fraction=_FEW),
+    ],
+    "R_approx": lambda: [ExplicitPenalty()],
+    "R_approx, economical": lambda: [ExplicitPenalty(batch_fraction=_FEW)],
+    "R_approx, every 4 steps": lambda: [ExplicitPenalty(every_n_steps=4)],
+    "noise only": lambda: [ImplicitNoise()],
+    "MiniBatchDropout(k=4)": lambda: [MiniBatchDropout(k=4)],
+    "MiniBatchDropout(k=16)": lambda: [MiniBatchDropout(k=16)],
+    "Algorithm 2, forward": lambda: [ExplicitPenalty(estimator="forward"), ImplicitNoise(estimator="forward")],
+    "R_approx, double_backward": lambda: [ExplicitPenalty(estimator="double_backward")],
+    PAPER: lambda: [ExplicitPenalty(estimator="double_backward"), ImplicitNoise(estimator="double_backward")],
+}

@@ -1,0 +1,168 @@
+"""One autograd graph at a time gives the gradients of all at once."""
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Classifier, make_loader, make_trainer, train
+
+import lightning_dropreg as dr
+from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError
+
+
+def pairs_of_callbacks():
+    def draws(*more):
+        return lambda low: [dr.MiniBatchDropout(k=4, low_memory=low), *(make(low) for make in more)]
+
+    def penalty(**options):
+        return lambda low: dr.ExplicitPenalty(low_memory=low, **options)
+
+    def noise(**options):
+        return lambda low: dr.ImplicitNoise(low_memory=low, **options)
+
+    yield "draws", draws()
+    yield "draws and their noise", draws(noise(source="dropout", injection="loss"))
+    yield "Algorithm 4", draws(noise(injection="loss"))
+    yield "Algorithm 4, after", draws(noise(injection="after_backward"))
+    for curvature in ("loss_hessian", "identity", "loss_jacobian"):
+        yield f"Algorithm 2, {curvature}", lambda low, c=curvature: [penalty(curvature=c)(low), noise()(low)]
+    yield "penalty", lambda low: [penalty(strength=2.0, every_n_steps=2)(low)]
+    yield "noise", lambda low: [noise(strength=0.5)(low)]
+    yield "after", lambda low: [penalty()(low), noise(injection="after_backward")(low)]
+    yield "rows", lambda low: [penalty(batch_fraction=0.5)(low), noise(batch_fraction=0.5)(low)]
+    yield "different rows", lambda low: [penalty()(low), noise(batch_fraction=0.5, injection="loss")(low)]
+
+
+class Weighted(Classifier):
+    """Two losses with a trained weight, and a layer of normalization: state, and curvature in the weight."""
+
+    def __init__(self):
+        super().__init__(norm=True)
+        self.log_weight = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        z = self.net(x)
+        loss = self.log_weight.exp() * F.cross_entropy(z, y) + F.mse_loss(z[:, 0], x[:, 0])
+        self.log("train_loss", loss)
+        return {"loss": loss, "logits": z}
+
+
+@pytest.mark.parametrize(("name", "make"), list(pairs_of_callbacks()))
+def test_gradients_are_the_same(name, make):
+    one_by_one, together = (train(make(low), make=Weighted, log_every_n_steps=1) for low in (True, False))
+    torch.testing.assert_close(one_by_one.gradients, together.gradients, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(one_by_one.losses, together.losses, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dict(one_by_one.named_buffers()), dict(together.named_buffers()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda low: [dr.MiniBatchDropout(k=3, low_memory=low), dr.ImplicitNoise(source="dropout", injection="loss")],
+        lambda low: [dr.ExplicitPenalty(low_memory=low), dr.ImplicitNoise(low_memory=low)],
+    ],
+)
+def test_logged_noise_norm_is_the_same(make):
+    norms = []
+    for low in (True, False):
+        torch.manual_seed(0)
+        trainer = make_trainer(make(low), log_every_n_steps=1, max_steps=1)
+        trainer.fit(Classifier(), make_loader())
+        norms.append(trainer.logged_metrics["dropreg/noise_norm"])
+    torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+
+
+class Counting(Classifier):
+    """Counts the tensors that autograd keeps for a backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = SimpleNamespace(alive=0, most=0)  # an object of its own, which no repetition puts back
+
+    def training_step(self, batch, batch_idx):
+        count = self.kept
+
+        class Kept:
+            def __init__(kept, value):
+                kept.value = value.detach()  # an output with its node would hold itself
+                count.alive += 1
+                count.most = max(count.most, count.alive)
+
+            def __del__(kept):
+                count.alive -= 1
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.value):
+            return super().training_step(batch, batch_idx)
+
+
+def most_alive(callbacks):
+    gc.collect()
+    return train(callbacks, make=Counting, log_every_n_steps=100, max_steps=3).kept.most
+
+
+def test_graphs_alive_at_a_time():
+    one = most_alive([])
+    assert most_alive([dr.MiniBatchDropout(k=16)]) == most_alive([dr.MiniBatchDropout(k=2)]) < 2 * one
+    assert most_alive([dr.MiniBatchDropout(k=16, low_memory=False)]) > 10 * one
+    pair, in_turn = (
+        most_alive([dr.ExplicitPenalty(low_memory=low), dr.ImplicitNoise(low_memory=low)]) for low in (False, True)
+    )
+    assert in_turn <= 0.6 * pair
+
+
+class Hooked(Classifier):
+    """A hook on a parameter doubles its gradient; it must do so once."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].weight.register_hook(lambda grad: 2 * grad)
+
+
+def test_hooks_on_parameters_act_once():
+    held, asked = (train([dr.MiniBatchDropout(k=3, low_memory=low)], make=Hooked) for low in (False, True))
+    torch.testing.assert_close(asked.gradients, held.gradients)
+    with pytest.raises(UnsupportedOperationError, match="low_memory=False"):
+        train([dr.ExplicitPenalty(low_memory=True)], make=Hooked)
+
+
+class Shared(Classifier):
+    """Computes a part of its graph before the step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.scale = self.net[0].bias.square().mean()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.scale
+
+
+def test_shared_graph_is_refused_with_a_remedy():
+    with pytest.raises(UnsupportedOperationError, match="low_memory=False"):
+        train([dr.MiniBatchDropout(k=2)], make=Shared)
+    train([dr.MiniBatchDropout(k=2, low_memory=False)], make=Shared, max_steps=1)
+
+
+def test_bad_arguments():
+    for make in (dr.ExplicitPenalty, dr.ImplicitNoise):
+        with pytest.raises(InvalidArgumentError, match="low_memory"):
+            make(estimator="forward", low_memory=True)
+    for make in (dr.ExplicitPenalty, dr.ImplicitNoise, dr.MiniBatchDropout):
+        with pytest.raises(InvalidArgumentError, match="low_memory"):
+            make(low_memory=2)
+
+
+def test_noise_after_the_backward_takes_no_passes_of_its_own():
+    """Beside a penalty with the same settings it is one more backward of the pair's graph."""
+
+    passes = []
+
+    class Passes(Classifier):
+        def training_step(self, batch, batch_idx):
+            passes.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    model = train([dr.ExplicitPenalty(), dr.ImplicitNoise(injection="after_backward")], make=Passes)
+    steps = len(model.losses)
+    assert len(passes) == 2 * steps + 1  # one look at the first step
