@@ -289,8 +289,8 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
             found = True
         elif node in sites:
             raise LossNotRecognizedError(
-                f"A part of the returned loss depends on the dropout site {sites[node]} by a way that does not lead "
-                f"through a recognized loss function (found: {names}), so its "
+                f"A part of the returned loss depends on the dropout site {_called(sites[node])} by a way that does "
+                f"not lead through a recognized loss function (found: {names}), so its "
                 f"curvature is unknown and the penalty would miss it.{_refused(interception)} Compute that part with "
                 "a loss function of torch.nn.functional that this package knows, make it known with "
                 "lightning_dropreg.recognize, or leave it out of the returned loss."
@@ -302,6 +302,10 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
             f"{names} was computed, but the returned loss does not depend on "
             "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
         )
+
+
+def _called(site: Site) -> str:
+    return f"{site.name} ({site.kind})" if site.name else f"with p={site.p:g} and shape {site.shape} ({site.kind})"
 
 
 def _refused(interception: Interception) -> str:

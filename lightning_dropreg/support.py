@@ -150,7 +150,11 @@ def _leaves(value: Tensor) -> list[Tensor]:
 
 def _losses(done: Pass) -> tuple[list[LossSupport], dict[str, str]]:
     outputs = sum(loss.outputs.numel() for loss in done.losses)
-    untried = {"exact": f"it takes {outputs:,} backward passes, one for each output"} if outputs > _LARGE else {}
+    untried = (
+        {"exact": f"exact was not tried: it takes {outputs:,} backward passes, one for each output"}
+        if outputs > _LARGE
+        else {}
+    )
     found = []
     for loss in done.losses:
         reasons = {name: _reason(_try, name, loss, done.loss) for name in ESTIMATORS if name not in untried}

@@ -164,7 +164,9 @@ def _print(found: Findings, model: LightningModule) -> None:
             values = ", ".join(f"{name} {value:.4g}" for name, value in outlook.values.items())
             console.print(f"- On the first batch: {values}.", highlight=False)
         if outlook.refused:
-            console.print(f"[red]Refused:[/] {escape(_short(outlook.refused))}", highlight=False)
+            known = [str(number) for number, problem in enumerate(found.problems, 1) if problem in outlook.refused]
+            reason = f"see {', '.join(known)} above." if known else escape(_short(outlook.refused))
+            console.print(f"[red]Refused:[/] {reason}", highlight=False)
 
 
 def _site_table(sites: Sequence[SiteSupport], step: str, notes: _Notes) -> Table:
