@@ -300,7 +300,7 @@ def test_figure_shows_what_was_found(tmp_path, monkeypatch):
     figure = uncertainty_figure({"plain": p, "mean": p.sqrt()}, target, variance, 2 * variance)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels[0] == f"plain (ECE {error:.3f})"
-    assert "sum: 0.50 of" in figure.axes[1].get_title()
+    assert "outputs: 0.50 of" in figure.axes[1].get_title()
     figure.savefig(tmp_path / "figure.svg")
     with pytest.raises(errors.InvalidArgumentError, match="shapes"):
         uncertainty_figure({"plain": p}, target, variance, variance[:3])

@@ -134,4 +134,4 @@ def _draw_variances(axes: Axes, variance: Tensor, first_order: Tensor) -> None:
     ratio = float(variance.sum() / first_order.sum())
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.set(xlabel="first-order variance", ylabel="variance over draws")
-    axes.set_title(f"Variance of the outputs (sum: {ratio:.2f} of first order)")
+    axes.set_title(f"Variance of the outputs: {ratio:.2f} of first order")
