@@ -112,6 +112,12 @@ def test_draws_have_the_distribution_of_the_masks(chunk):
     assert torch.cat([lag, across]).abs().max() < 4.5 / math.sqrt(count)
 
 
+def test_batch_norm_stays_in_evaluation():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.0)).eval()
+    x = 5 + torch.randn(4, 3)
+    assert torch.equal(draw_predictions(net, x, module=net, passes=2, chunk=1), torch.stack([net(x)] * 2))
+
+
 class Shared(nn.Module):
     """DropConnect: one mask of the weight for all rows."""
 
