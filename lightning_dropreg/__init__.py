@@ -7,6 +7,7 @@ LightningModule, and `functional` is the same without Lightning.
 
 from lightning_dropreg import errors, functional
 from lightning_dropreg.callbacks import (
+    DivergenceDetector,
     DropoutDiagnostics,
     DropProbSchedule,
     ExplicitPenalty,
@@ -22,6 +23,7 @@ from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, M
 from lightning_dropreg.pretraining import scale_pretrained_for_dropout
 
 __all__ = [
+    "DivergenceDetector",
     "DropProbSchedule",
     "DropoutDiagnostics",
     "ExplicitPenalty",

@@ -4,8 +4,10 @@ Everything derives from `DropregError`, so ``except DropregError`` catches whate
 """
 
 __all__ = [
+    "CheckpointSettingsError",
     "CompositionError",
     "CorpusNotFoundError",
+    "DivergenceError",
     "DropregError",
     "InconsistentPassesError",
     "InvalidArgumentError",
@@ -63,6 +65,14 @@ class MissingDependencyError(DropregError, ImportError):
 
 class UnsupportedModuleError(DropregError):
     """A LightningModule or Trainer is set up in a way that a callback cannot work with."""
+
+
+class CheckpointSettingsError(DropregError):
+    """A run is to be resumed from a checkpoint that was written with other settings."""
+
+
+class DivergenceError(DropregError):
+    """Penalty or noise stayed far above the loss or the gradient; see `lightning_dropreg.DivergenceDetector`."""
 
 
 class CorpusNotFoundError(DropregError, FileNotFoundError):

@@ -1,5 +1,6 @@
 """The plug-in for `lightning.Trainer`: thin hooks around `lightning_dropreg.step`."""
 
+from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.diagnostics import DropoutDiagnostics
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.explicit_penalty import ExplicitPenalty
@@ -9,6 +10,7 @@ from lightning_dropreg.callbacks.minibatch_dropout import MiniBatchDropout
 from lightning_dropreg.callbacks.monte_carlo import MonteCarloDropout, MonteCarloPrediction
 
 __all__ = [
+    "DivergenceDetector",
     "DropProbSchedule",
     "DropoutDiagnostics",
     "ExplicitPenalty",

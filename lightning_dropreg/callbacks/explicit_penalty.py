@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.callbacks.base import RegularizerCallback, check_strength, estimation
+from lightning_dropreg.callbacks.base import RegularizerCallback, check_flag, check_strength, estimation
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
@@ -34,6 +34,8 @@ class ExplicitPenalty(RegularizerCallback):
         mask: ``"as_model"`` or ``"elementwise"``.
         low_memory: With ``estimator="antithetic"``: keep one autograd graph at a time instead of two, for one more
             forward pass (about 1.2 times the time).
+        accept_checkpoint_settings: Whether a run may resume from a checkpoint that was written with other settings, or
+            without this callback; refused otherwise.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
@@ -57,8 +59,12 @@ class ExplicitPenalty(RegularizerCallback):
         every_n_steps: int = 1,
         mask: str = "as_model",
         low_memory: bool = False,
+        *,
+        accept_checkpoint_settings: bool = False,
     ) -> None:
         super().__init__()
+        check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
+        self.accept_checkpoint_settings = accept_checkpoint_settings
         if curvature not in CURVATURES:
             raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
         check_count("every_n_steps", every_n_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.callbacks.base import RegularizerCallback
+from lightning_dropreg.callbacks.base import RegularizerCallback, check_flag
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
 
@@ -20,6 +20,8 @@ class MiniBatchDropout(RegularizerCallback):
         low_memory: Differentiate every draw before the next one is made, so that memory does not grow with `k`. The
             gradient reaches the parameters in the one backward of the Trainer as always, but cannot be differentiated
             again (an optimizer that needs ``create_graph=True``): False is for those.
+        accept_checkpoint_settings: Whether a run may resume from a checkpoint that was written with other settings, or
+            without this callback; refused otherwise.
 
     Raises:
         InvalidArgumentError: If ``k < 1``, or `low_memory` is no bool.
@@ -29,8 +31,10 @@ class MiniBatchDropout(RegularizerCallback):
         8
     """
 
-    def __init__(self, k: int = 4, low_memory: bool = True) -> None:
+    def __init__(self, k: int = 4, low_memory: bool = True, *, accept_checkpoint_settings: bool = False) -> None:
         super().__init__()
+        check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
+        self.accept_checkpoint_settings = accept_checkpoint_settings
         check_count("k", k)
         if not isinstance(low_memory, bool):
             raise InvalidArgumentError(f"low_memory={low_memory!r} must be True or False.")

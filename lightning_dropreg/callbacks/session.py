@@ -15,19 +15,24 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning import Callback, LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.logs import LogCollector
+from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks, unsupported_strategy
 from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.inspection import check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.passes import dormant_sites
+from lightning_dropreg.precision import bfloat16_step_size
+from lightning_dropreg.reduction import check_mean_over_rows
 from lightning_dropreg.rows import draw_rows, select_rows
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import Plan, StepResult
@@ -50,6 +55,8 @@ class Session:
         self.module = module
         self.plan = plan
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+        if trainer.world_size > 1:  # without seed_everything every process has a seed of its own, and one is saved
+            self.seed = trainer.strategy.broadcast(self.seed)
         scheduled = any(isinstance(callback, DropProbSchedule) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         # a schedule may hold all probabilities at 0 for a while
         self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
@@ -60,6 +67,11 @@ class Session:
         self._installed = False
         self._batch: _Batch | None = None
         self._later: list[Tensor | None] | None = None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
+        self._gradient_norm: Tensor | None = None
+        # what FSDP2 shards has gradients only in the one backward of the whole
+        self._whole_parameters = has_whole_parameters(trainer.strategy)
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is trained.
@@ -84,13 +96,7 @@ class Session:
             problems.append(
                 "its training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx)."
             )
-        if self.plan.noise_after_backward and not isinstance(
-            self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
-        ):
-            problems.append(
-                f"its strategy is {type(self.trainer.strategy).__name__}, with which gradients cannot be changed after "
-                "the backward pass. Use ImplicitNoise(injection='loss')."
-            )
+        problems += unsupported_strategy(self.trainer.strategy, self.plan)
         if problems:
             raise UnsupportedModuleError(
                 f"{type(self.module).__name__} cannot be trained with this package's callbacks: "
@@ -155,18 +161,19 @@ class Session:
             mean=self.plan.k is None,
             key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
             copies=self._copies,
-            releases=isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
+            releases=self._whole_parameters,
             scaler=self._scaler(),
         )
         try:
             with batch.isolation, self._dormant():
-                result = self.plan.run(batch, batch.key, step, measure_noise=self._is_logging_step())
+                result = self.plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
                 self._check_finite(batch, result)
         except _SkippedError:
             batch.logs.replay()
             return None
         batch.logs.replay()
         self._log(result)
+        self._show(result)
         if result.later is not None:
             self._later = self._gradients(result.later, retain_graph=True)
         elif self.plan.noise_after_backward:
@@ -189,9 +196,10 @@ class Session:
             gradients = self._gradients(scalar)
         if gradients is None:
             return
+        self._show_noise(gradients)
         parameters = self._parameters()
         if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
-            gradients = self._reduced(parameters, gradients)
+            gradients = mean_over_ranks(parameters, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -199,9 +207,36 @@ class Session:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-        norm = _norm([g for g in gradients if g is not None]) * trainer.accumulate_grad_batches
+        norm = _norm_of(gradients) * trainer.accumulate_grad_batches
         scaler = self._scaler()
         self._log_values({"noise_norm": norm if scaler is None else norm / scaler(torch.ones_like(norm))})
+
+    def _due(self) -> list[DivergenceDetector]:
+        return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
+
+    def _measures_noise(self) -> bool:
+        return self._whole_parameters and (self._is_logging_step() or bool(self._due()))
+
+    def _show(self, result: StepResult) -> None:
+        """Let the detectors see penalty, loss, noise and gradient of a step that they check."""
+        detectors = self._due()
+        penalty = self.plan.penalty_at(self.trainer.global_step)
+        if penalty is not None and result.penalty is not None:
+            for detector in detectors:
+                detector.see_penalty(penalty.strength * penalty.every_n_steps * result.penalty, result.loss)
+        if not detectors or not self.plan.noise_scale or not self._whole_parameters:
+            return
+        # the noise that comes after the backward will be seen there
+        plain = result.total if result.noise is None else result.total - result.noise
+        self._gradient_norm = _norm_of(self._gradients(plain, retain_graph=True))
+        if result.noise is not None:
+            self._show_noise(self._gradients(result.noise, retain_graph=True))
+
+    def _show_noise(self, gradients: list[Tensor | None]) -> None:
+        if self._gradient_norm is not None:
+            for detector in self._due():
+                detector.see_noise(_norm_of(gradients), self._gradient_norm)
+        self._gradient_norm = None
 
     def _gradients(self, scalar: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
         """Differentiate in the parameters, treating `scalar` exactly as Lightning treats the loss."""
@@ -216,19 +251,15 @@ class Session:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return None if scaler is None else scaler.scale
 
-    def log_gradient_norm(self) -> None:
+    def log_gradient_norm(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradients with which the optimizer will step (before clipping)."""
-        norm = _norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if any(isinstance(gradient, DTensor) for gradient in gradients) and not self._is_logging_step():
+            return  # the norm of what lies on other ranks takes a collective
+        norm, scaler = _norm(gradients), self._scaler()
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            norm = norm / scaler(torch.ones_like(norm))  # a fused optimizer unscales in its own step
         self._log_values({"grad_norm": norm})
-
-    def _reduced(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Average over ranks in one fused operation."""
-        flat = torch.cat(
-            [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, gradients, strict=True)]
-        )
-        flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
-        pieces = flat.split([p.numel() for p in parameters])
-        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
 
     def _inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
@@ -237,6 +268,7 @@ class Session:
         try:
             with batch.isolation, self._dormant():
                 sites = inspect_step(batch.aside, self.plan.penalty is not None).sites
+                self._check_rows(batch)
                 chosen = self.plan.noise.estimation if self.plan.noise is not None else None
                 if chosen is not None and chosen.batch_fraction is not None:
                     on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
@@ -246,12 +278,26 @@ class Session:
             return  # nothing to see in this batch; look at the next one
         self._inspected = True
         self._copies = batch.modified
+        if self._in_bfloat16():
+            self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, sites))
         changed = [name for name, p in self.module.named_parameters() if p._version != versions.get(name, p._version)]
         if changed and not self.plan.untouched:
             raise UnsupportedModuleError(
                 f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
                 "Change them in on_train_batch_end (a moving average, say)."
             )
+
+    def _check_rows(self, batch: _Batch) -> None:
+        """Refuse a loss for which some of the rows do not stand for all."""
+        for dim in self.plan.row_dims:
+            halves = batch.halves(dim)
+            if halves is not None:
+                first, second, fraction = halves
+                check_mean_over_rows(batch.aside().item(), first().item(), second().item(), fraction)
+
+    def _in_bfloat16(self) -> bool:
+        precision = str(self.trainer.precision)
+        return precision.startswith("bf16") or any(p.dtype == torch.bfloat16 for p in self.module.parameters())
 
     def _check_finite(self, batch: _Batch, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -263,10 +309,11 @@ class Session:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
-        if result.noise is not None and result.noise.requires_grad and self._is_logging_step():
+        measured = self._whole_parameters and self._is_logging_step()
+        if result.noise is not None and result.noise.requires_grad and measured:
             # one more backward, so only where somebody reads it
             gradients = torch.autograd.grad(result.noise, self._parameters(), retain_graph=True, allow_unused=True)
-            values["noise_norm"] = _norm([g for g in gradients if g is not None])
+            values["noise_norm"] = _norm_of(list(gradients))
         self._log_values(values)
 
     def _log_values(self, values: Mapping[str, Tensor]) -> None:
@@ -320,9 +367,24 @@ class _Batch:
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Callable[[], Tensor], float]:
         """See `lightning_dropreg.step.BatchRunner`."""
+        rows = draw_rows(self.args[0], fraction, dim, key)
+        count = self._row_count(dim)
+        return self._on_rows(rows, dim, count), len(rows) / count
+
+    def halves(self, dim: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], float] | None:
+        """Return what runs on a random half of the rows, on the others, and the first's fraction; None if one row."""
+        count = self._row_count(dim)
+        if count < 2:
+            return None
+        rows = draw_rows(self.args[0], 0.5, dim, self.key)
+        others = torch.tensor(sorted(set(range(count)) - set(rows.tolist())))
+        return self._on_rows(rows, dim, count), self._on_rows(others, dim, count), len(rows) / count
+
+    def _row_count(self, dim: int) -> int:
+        return next((leaf.shape[dim] for leaf in _tensors(self.args[0]) if leaf.ndim > dim), 0)
+
+    def _on_rows(self, rows: Tensor, dim: int, count: int) -> Callable[[], Tensor]:
         batch = self.args[0]
-        rows = draw_rows(batch, fraction, dim, key)
-        count = next(leaf.shape[dim] for leaf in _tensors(batch) if leaf.ndim > dim)
         args = (select_rows(batch, rows, dim, count), *self.args[1:])
 
         def on_rows(*args: Any, **kwargs: Any) -> Any:
@@ -342,7 +404,7 @@ class _Batch:
                     "batch_fraction=None."
                 ) from error
 
-        return lambda: self._run(on_rows, args, trace=False), len(rows) / count
+        return lambda: self._run(on_rows, args, trace=False)
 
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
         # every run gets containers of its own, and tensors where the step was seen to change them
@@ -408,9 +470,13 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
+def _norm_of(gradients: list[Tensor | None]) -> Tensor:
+    return _norm([gradient for gradient in gradients if gradient is not None])
+
+
 def _norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -8,6 +8,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 from yaml import safe_load  # type: ignore[import-untyped]
 
+from lightning_dropreg.cli.spelling import check_keys, nearest
 from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["ConfigParser", "LayeredConfigFile", "layers"]
@@ -34,6 +35,8 @@ class LayeredConfigFile(ActionConfigFile):
             option_string: The option as given.
         """
         for layer in layers(values):
+            if Path(layer).is_file():
+                check_keys(safe_load(Path(layer).read_text(encoding="utf-8")), parser, layer)
             super().__call__(parser, cfg, layer, option_string)  # type: ignore[no-untyped-call]
         # Applied. In a saved copy of the configuration, elsewhere, the relative path would mislead.
         if "base" in cfg:
@@ -84,5 +87,7 @@ class ConfigParser(LightningArgumentParser):
             super().error(message, ex)
         prog = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
         told = "\n".join(line for line in message.splitlines() if not line.lstrip(" -").startswith(_NOISE))
-        sys.stderr.write(f"{prog}: {told}\n(all options: {prog} --help)\n")
+        meant = nearest(message, self)
+        hint = f"Did you mean {meant!r}?\n" if meant else ""
+        sys.stderr.write(f"{prog}: {told}\n{hint}(all options: {prog} --help)\n")
         self.exit(2)
