@@ -432,7 +432,8 @@ class _Batch:
             try:
                 return self.original(*args, **kwargs)
             except (RuntimeError, IndexError) as error:
-                if isinstance(error, DropregError) or hook is not None or len(rows) == count:
+                told = isinstance(error, DropregError) or "out of memory" in str(error)
+                if told or hook is not None or len(rows) == count:
                     raise
                 raise UnsupportedModuleError(
                     f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
