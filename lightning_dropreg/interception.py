@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -23,7 +25,24 @@ from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.naming import name_caller
 from lightning_dropreg.sites import Site, check_drop_prob
 
-__all__ = ["Interception", "RepeatableRule", "Rule"]
+__all__ = ["Interception", "RepeatableRule", "Rule", "constants_marked"]
+
+
+_marking: ContextVar[bool] = ContextVar("marking", default=False)
+
+
+@contextmanager
+def constants_marked() -> Iterator[None]:
+    """Give sites on inputs that need no gradient a node in the autograd graph, so that every way from them is seen.
+
+    Yields:
+        Nothing.
+    """
+    token = _marking.set(True)
+    try:
+        yield
+    finally:
+        _marking.reset(token)
 
 
 class Rule(Protocol):
@@ -202,5 +221,8 @@ class Interception(TorchFunctionMode):
         site = Site(name_caller() if self.name_sites else "", p, tuple(h.shape), mask_shape, self._kind or kind)
         self.sites.append(site)
         dropped = self.rule(site, h.clone() if inplace else h)
+        if _marking.get() and not dropped.requires_grad and torch.is_grad_enabled():
+            dropped = dropped.requires_grad_()
+            dropped = dropped.view_as(dropped)  # has a node in the graph
         self.site_nodes.append(dropped.grad_fn)
         return h.copy_(dropped) if inplace else dropped

@@ -121,6 +121,28 @@ def test_unrecognized_part_on_a_site_of_the_input():
         train([dr.ExplicitPenalty()], make=Input, model_options={"p": 0.0})
 
 
+@pytest.mark.parametrize("estimator", ["antithetic", "forward", "double_backward", "exact"])
+def test_unrecognized_part_on_a_site_of_the_input_without_lightning(estimator):
+    net, x = nn.Linear(3, 2), torch.randn(5, 3)
+
+    def closure(weight=0.0):
+        h = F.dropout(x, 0.3)
+        return F.mse_loss(net(h), torch.zeros(5, 2)) + weight * (net.weight.sum() * h).square().mean()
+
+    with pytest.raises(errors.LossNotRecognizedError, match="does not lead through"):
+        explicit_penalty(lambda: closure(1.0), estimator=estimator)
+    assert explicit_penalty(lambda: F.mse_loss(net(F.dropout(x, 0.3)), x[:, :2]), estimator=estimator) > 0
+    assert x.grad is None
+    assert not x.requires_grad
+
+
+def test_native_dropout():
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(errors.UnsupportedSiteError, match=r"native_dropout in .*test_errors.*mask"):
+        implicit_noise(lambda: 2 * torch.native_dropout(x, 0.5, True)[0].sum())
+    assert implicit_noise(lambda: F.dropout(torch.native_dropout(x, 0.5, False)[0], 0.1).sum()).requires_grad
+
+
 def test_weight_decay_in_the_loss_is_no_unrecognized_part():
     class Decayed(Classifier):
         def training_step(self, batch, batch_idx):

@@ -35,8 +35,13 @@ from lightning_dropreg.callbacks.problems import (
     uncompiled,
 )
 from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
-from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
-from lightning_dropreg.gradients import Scaler
+from lightning_dropreg.errors import (
+    DropregError,
+    InvalidArgumentError,
+    UnsupportedModuleError,
+    UnsupportedOperationError,
+)
+from lightning_dropreg.gradients import Scaler, has_reentrant_checkpoint
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import all_at_once, check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.isolation import Isolation
@@ -265,6 +270,12 @@ class Session:
         """Differentiate in the parameters, treating `scalar` exactly as Lightning treats the loss."""
         scalar, scaler = scalar / self.trainer.accumulate_grad_batches, self._scaler()
         scaled = scalar if scaler is None else scaler(scalar)
+        if has_reentrant_checkpoint(scaled):
+            raise UnsupportedOperationError(
+                f"{type(self.module).__name__} has a checkpoint with use_reentrant=True, and torch differentiates such "
+                "a checkpoint only in the one backward of the loss. Use ImplicitNoise(injection='loss'), or "
+                "torch.utils.checkpoint with use_reentrant=False."
+            )
         return list(torch.autograd.grad(scaled, self._parameters(), retain_graph=retain_graph, allow_unused=True))
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -346,10 +357,10 @@ class Session:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
-        measured = self._whole_parameters and self._is_logging_step()
-        if result.noise is not None and result.noise.requires_grad and measured:
+        noise = result.noise if self._whole_parameters and self._is_logging_step() else None
+        if noise is not None and noise.requires_grad and not has_reentrant_checkpoint(noise):
             # one more backward, so only where somebody reads it
-            gradients = torch.autograd.grad(result.noise, self._parameters(), retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(noise, self._parameters(), retain_graph=True, allow_unused=True)
             values["noise_norm"] = _norm_of(list(gradients))
         return values
 
