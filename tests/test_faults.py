@@ -23,10 +23,6 @@ METHODS = {
 }
 
 
-class OutOfMemory(RuntimeError):
-    """As torch raises it."""
-
-
 class Fragile(Classifier):
     """Has every kind of state, and raises in one of the passes over its second batch."""
 
@@ -72,7 +68,7 @@ def fit_until_the_fault(callbacks, fault, in_pass, **options):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fault_in_any_pass_leaves_the_state_of_a_lightning_run(method):
     """The second step has begun: its state and random numbers are those of the run without dropout that fails there."""
-    faults = ZeroDivisionError(), KeyboardInterrupt(), OutOfMemory("CUDA out of memory.")
+    faults = ZeroDivisionError(), KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory.")
     passes = {"forward": (1,), "double backward": (1,), "rows": (1, 2, 3)}.get(method, (1, 2))
     _, *expected = fit_until_the_fault([], faults[0], 1, p=0.0)
     for fault, in_pass in itertools.product(faults, passes):

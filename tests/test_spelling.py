@@ -49,10 +49,18 @@ def parser():
     return stopped.value.args[0]
 
 
+def misspelt(key):
+    """Swap the last two letters, or double the only one."""
+    if len(key) == 1 or key[-2:] == key[-1] * 2:
+        return key + key[-1]
+    return f"{key[:-3]}{key[-2]}{key[-3]}+" if key.endswith("+") else f"{key[:-2]}{key[-1]}{key[-2]}"
+
+
 @pytest.mark.parametrize(
     ("file", "path"), every_key(), ids=lambda v: v.stem if isinstance(v, Path) else ".".join(map(str, v))
 )
 def test_a_typo_is_reported_with_the_nearest_key(file, path, parser, tmp_path, capsys):
+    whole = str(CONFIGS / "quickstart.yaml")  # some files are made to be put on top of another
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     if "base" in config:
         config["base"] = str(file.parent / config["base"])
@@ -60,12 +68,12 @@ def test_a_typo_is_reported_with_the_nearest_key(file, path, parser, tmp_path, c
     for part in path[:-1]:
         node = node[part]
     key = path[-1]
-    wrong = key[:-2] + key[-1] + key[-2] if key[-1] != key[-2] else key[:-1]  # the last two letters swapped
+    wrong = misspelt(key)
     node[wrong] = node.pop(key)
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     with pytest.raises((SystemExit, InvalidArgumentError)) as done:
-        parser.parse_args(["fit", "--config", str(tmp_path / "typo.yaml")])
+        parser.parse_args(["fit", "--config", whole, "--config", str(tmp_path / "typo.yaml")])
     told = str(done.value) if isinstance(done.value, InvalidArgumentError) else capsys.readouterr().err
     assert wrong in told
-    assert told.partition("Did you mean '")[2].partition("'?")[0].rpartition(".")[2] == key
+    assert told.partition("Did you mean '")[2].partition("'?")[0].rpartition(".")[2] == key.rstrip("+")
     assert len(told.splitlines()) < 16

@@ -34,9 +34,12 @@ class LayeredConfigFile(ActionConfigFile):
             values: Path of the file, or the configuration itself as a string.
             option_string: The option as given.
         """
-        for layer in layers(values):
-            if Path(layer).is_file():
-                check_keys(safe_load(Path(layer).read_text(encoding="utf-8")), parser, layer)
+        files = layers(values)
+        readable = [file for file in files if Path(file).is_file()]
+        check_keys(
+            [(file, safe_load(Path(file).read_text(encoding="utf-8"))) for file in readable], parser, cfg.as_dict()
+        )
+        for layer in files:
             super().__call__(parser, cfg, layer, option_string)  # type: ignore[no-untyped-call]
         # Applied. In a saved copy of the configuration, elsewhere, the relative path would mislead.
         if "base" in cfg:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -68,43 +68,77 @@ def _destinations(parser: Any) -> set[str]:
 
 
 def _parameters(path: str) -> set[str]:
-    """What a class takes, its bases' arguments included where it passes them on."""
+    """What a class takes, its bases' arguments included where it passes them on; nothing if that cannot be said."""
     module, _, name = path.rpartition(".")
-    kind = getattr(import_module(module), name, None)
+    try:
+        kind = getattr(import_module(module), name, None)
+    except ImportError:
+        return set()  # the parser says so
     names: set[str] = set()
     for base in inspect.getmro(kind) if inspect.isclass(kind) else ():
-        if "__init__" in base.__dict__:
-            names |= set(inspect.signature(base.__dict__["__init__"]).parameters)
+        if "__init__" not in base.__dict__:
+            continue
+        parameters = inspect.signature(base.__dict__["__init__"]).parameters
+        names |= set(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
     return names - {"self", "args", "kwargs"}
 
 
-def check_keys(content: Any, parser: Any, file: str) -> None:
-    """Refuse what the parser would not find words for: a misspelt part of the structure of a configuration file.
+def check_keys(layers: Sequence[tuple[str, Any]], parser: Any, before: dict[str, Any]) -> None:
+    """Refuse a key in a configuration file that nothing reads, before the parser buries it under what it tried.
 
     Args:
-        content: What the file holds.
-        parser: The parser that will read it.
-        file: Its name, for the message.
+        layers: Names and contents of the files, each of which changes those before it.
+        parser: The parser that will read them.
+        before: What earlier files and options have set.
 
     Raises:
-        InvalidArgumentError: If a key of the first level is unknown, or one looks like ``class_path`` or ``init_args``
-            and is not.
+        InvalidArgumentError: If a key of the first level or of the trainer is unknown, one looks like ``class_path`` or
+            ``init_args`` and is not, or a class does not take an argument.
     """
-    if not isinstance(content, dict):
-        return
-    first_level = {name.partition(".")[0] for name in _destinations(parser)}
-    for key in content:
-        if key not in first_level:
-            raise InvalidArgumentError(_misspelt(file, str(key), _close(str(key), first_level)))
-    for path in _paths(content):
-        key = path[-1]
-        close = get_close_matches(key, _OF_A_CLASS, n=1, cutoff=0.8)
-        if close and key not in _OF_A_CLASS:
-            raise InvalidArgumentError(_misspelt(file, ".".join(path), close[0]))
+    known = [name.split(".") for name in _destinations(parser)]
+    merged = before
+    for file, content in layers:
+        if not isinstance(content, dict):
+            continue
+        merged = _merged(merged, content)
+        for path in _paths(content):
+            close = get_close_matches(path[-1], _OF_A_CLASS, n=1, cutoff=0.8)
+            if close and path[-1] not in _OF_A_CLASS:
+                raise InvalidArgumentError(_misspelt(file, path, close[0]))
+            if len(path) == 1 or path[:-1] == ("trainer",):
+                there = {
+                    name[len(path) - 1]
+                    for name in known
+                    if name[: len(path) - 1] == list(path[:-1]) and len(name) >= len(path)
+                }
+                if path[-1].rstrip("+") not in there:
+                    raise InvalidArgumentError(_misspelt(file, path, _close(path[-1], there)))
+        for path, kind in _arguments(merged):
+            taken = _parameters(kind)
+            if taken and path[-1] not in taken and path in set(_paths(content)):
+                raise InvalidArgumentError(_misspelt(file, path, _close(path[-1], taken), f" to {kind}"))
 
 
-def _misspelt(file: str, key: str, close: str | None) -> str:
-    return f"{file}: the key {key!r} is unknown." + (f" Did you mean {close!r}?" if close else "")
+def _misspelt(file: str, path: Sequence[str], close: str | None, reader: str = "") -> str:
+    return f"{file}: the key {'.'.join(path)!r} is unknown{reader}." + (f" Did you mean {close!r}?" if close else "")
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _arguments(node: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The way to every key of every ``init_args``, and the class that takes it."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if key == "init_args" and isinstance(value, dict) and "." in str(node.get("class_path", "")):
+            for name in value:
+                yield (*above, "init_args", str(name)), node["class_path"]
+        if isinstance(value, (dict, list)):
+            yield from _arguments(value, (*above, str(key)))
 
 
 def _paths(node: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
