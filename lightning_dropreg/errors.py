@@ -4,7 +4,10 @@ Everything derives from `DropregError`, so ``except DropregError`` catches whate
 """
 
 __all__ = [
+    "CheckpointSettingsError",
     "CompositionError",
+    "CorpusNotFoundError",
+    "DivergenceError",
     "DropregError",
     "InconsistentPassesError",
     "InvalidArgumentError",
@@ -12,9 +15,11 @@ __all__ = [
     "MissingDependencyError",
     "NoDropoutSiteError",
     "NonFinitePenaltyError",
+    "UnreadableTextError",
     "UnsupportedModuleError",
     "UnsupportedOperationError",
     "UnsupportedSiteError",
+    "VocabularyMismatchError",
 ]
 
 
@@ -54,9 +59,29 @@ class CompositionError(DropregError):
     """The callbacks of a Trainer do not make sense together."""
 
 
+class MissingDependencyError(DropregError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
 class UnsupportedModuleError(DropregError):
     """A LightningModule or Trainer is set up in a way that a callback cannot work with."""
 
 
-class MissingDependencyError(DropregError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+class CheckpointSettingsError(DropregError):
+    """A run is to be resumed from a checkpoint that was written with other settings."""
+
+
+class DivergenceError(DropregError):
+    """Penalty or noise stayed far above the loss or the gradient; see `lightning_dropreg.DivergenceDetector`."""
+
+
+class CorpusNotFoundError(DropregError, FileNotFoundError):
+    """The files of a text corpus are not where they are looked for."""
+
+
+class UnreadableTextError(DropregError, ValueError):
+    """A file that should hold text is damaged, in another encoding, or no text."""
+
+
+class VocabularyMismatchError(DropregError, ValueError):
+    """A checkpoint was trained with other words than the data has."""

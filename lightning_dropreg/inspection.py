@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg.curvature import element_weights
-from lightning_dropreg.errors import DropregError, NonFinitePenaltyError, UnsupportedModuleError
+from lightning_dropreg.errors import DropregError, NonFinitePenaltyError, UnsupportedModuleError, UnsupportedSiteError
 from lightning_dropreg.naming import name_caller
-from lightning_dropreg.passes import Closure, Off, Pass, Tap, run_pass
+from lightning_dropreg.passes import Closure, Off, Pass, Tap, is_dormant, run_pass
 from lightning_dropreg.sites import Directions, Site
 
-__all__ = ["all_at_once", "check_finite", "inspect_step"]
+__all__ = ["all_at_once", "check_finite", "check_masks_of_rows", "inspect_step"]
 
 
 def inspect_step(closure: Closure, need_losses: bool) -> tuple[Pass, list[DropregError]]:
@@ -48,6 +48,12 @@ def inspect_step(closure: Closure, need_losses: bool) -> tuple[Pass, list[Dropre
             element_weights(done.loss, [loss])
         except DropregError as problem:
             problems.append(problem)
+    if not done.sites and not problems and not is_dormant():
+        warnings.warn(
+            "Every dropout that the step reached has drop probability 0, so nothing is regularized until that changes. "
+            "Set the probabilities, or let lightning_dropreg.DropProbSchedule raise them.",
+            stacklevel=2,
+        )
     # stochastic depth may draw first and be known for what it is a line later
     known = {_without_line(site.name) for site in done.sites if site.kind == "stochastic_depth"}
     unknown = [f"{what} in {place}" for what, place in watch.found if _without_line(place) not in known]
@@ -84,6 +90,30 @@ def all_at_once(problems: Sequence[DropregError], where: str) -> DropregError:
     lines = [f"  {number}. {problem}" for number, problem in enumerate(problems, 1)]
     kind = types.pop() if len(types) == 1 else UnsupportedModuleError
     return kind("\n".join([f"{where} has {len(problems)} problems:", *lines]))
+
+
+def check_masks_of_rows(sites: Sequence[Site], on_rows: Closure) -> None:
+    """Refuse to estimate noise on some rows of the batch where rows share a mask.
+
+    The noise of a mean over a fraction ``f`` of the rows is scaled by ``sqrt(f)``: rows have masks of their own.
+    The noise of weights (DropConnect) and of other masks that all rows share does not average out over rows and must
+    not be scaled; one pass cannot do both. (The penalty is a mean over rows for all masks alike.)
+
+    Args:
+        sites: The sites that the whole batch reaches, named.
+        on_rows: Runs forward and loss on fewer rows and returns the loss.
+
+    Raises:
+        UnsupportedSiteError: If a mask does not shrink with the rows.
+    """
+    fewer = run_pass(on_rows, Off(), need_sites=False).sites
+    shared = [a.name for a, b in zip(sites, fewer, strict=False) if a.mask_shape == b.mask_shape]
+    if shared:
+        raise UnsupportedSiteError(
+            f"All rows of the batch share the mask of {', '.join(shared)} (DropConnect, for example), so the noise on "
+            "some of the rows cannot be scaled to that of all. Use ImplicitNoise(batch_fraction=None); ExplicitPenalty "
+            "may keep its batch_fraction."
+        )
 
 
 class _RandomnessWatch(TorchFunctionMode):

@@ -77,6 +77,7 @@ class Interception(TorchFunctionMode):
         sites: The sites in the order in which they were reached.
         site_nodes: The node of the autograd graph at which each site's result was made; None for a constant.
         losses: The losses in the order in which they were computed.
+        inactive: How many dropouts were reached whose drop probability is 0 at the moment (a schedule may raise it).
         refused: What was found wrong with losses that have no known curvature.
         ignores_attention: Whether dropout on attention probabilities is left out.
         checkpoints: How many checkpointed regions the running code is in.
@@ -106,6 +107,7 @@ class Interception(TorchFunctionMode):
         self.sites: list[Site] = []
         self.site_nodes: list[Any] = []
         self.losses: list[Loss] = []
+        self.inactive = 0
         self.refused: list[str] = []
 
     def __torch_function__(
@@ -199,7 +201,7 @@ class Interception(TorchFunctionMode):
         return reduced
 
     def site(self, h: Tensor, p: float, mask_shape: tuple[int, ...], kind: str, inplace: bool) -> Tensor:
-        """Apply the rule at a site with ``0 < p``.
+        """Apply the rule at a site; one with ``p = 0`` is counted and left alone.
 
         Args:
             h: The tensor to drop from.
@@ -213,6 +215,7 @@ class Interception(TorchFunctionMode):
         """
         check_drop_prob(p, kind)
         if p == 0.0:
+            self.inactive += 1
             return h
         checkpointing.check_recomputation(self)
         site = Site(name_caller() if self.name_sites else "", p, tuple(h.shape), mask_shape, self._kind or kind)

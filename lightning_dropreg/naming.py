@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from torch import nn
 
 __all__ = ["name_caller"]
 
+# modules that drop in one place, which their path says; the lines of other modules tell their places apart
+_ONE_PLACE = ("torch.nn.modules.", "lightning_dropreg.nn.")
 _OURS = (
     "lightning_dropreg.interception",
     "lightning_dropreg.callbacks.manual",
@@ -44,5 +47,6 @@ def name_caller() -> str:
         return line
     paths = {id(module): path for path, module in modules[-1].named_modules(remove_duplicate=False)}
     path = paths.get(id(modules[0])) or type(modules[0]).__name__
-    # a module of torch drops in one place, which its path says; the lines of other modules tell their places apart
-    return path if type(modules[0]).__module__.startswith("torch.nn.modules.") else f"{path} ({line})"
+    # a parametrization is known by the name of its weight
+    path = re.sub(r"parametrizations\.(\w+)\.\d+$", r"\1", path)
+    return path if type(modules[0]).__module__.startswith(_ONE_PLACE) else f"{path} ({line})"

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -28,7 +29,19 @@ from lightning_dropreg.interception import Interception, RepeatableRule, Rule
 from lightning_dropreg.losses import RECOGNIZED, Loss
 from lightning_dropreg.sites import Directions, KeyedGenerators, Site, fold_key, noise_dtype
 
-__all__ = ["Closure", "Drop", "Off", "Pass", "Perturb", "Tangent", "Tap", "focus", "run_pass"]
+__all__ = [
+    "Closure",
+    "Drop",
+    "Off",
+    "Pass",
+    "Perturb",
+    "Tangent",
+    "Tap",
+    "dormant_sites",
+    "focus",
+    "is_dormant",
+    "run_pass",
+]
 
 Closure = Callable[[], Tensor]
 """Runs forward and loss of a model and returns the scalar loss."""
@@ -129,6 +142,31 @@ class Drop:
         return h * (uniform >= site.p).to(h.dtype).div_(1 - site.p)
 
 
+_dormant: ContextVar[bool] = ContextVar("dormant_sites", default=False)
+
+
+@contextmanager
+def dormant_sites() -> Iterator[None]:
+    """Let passes reach no site at all: a schedule holds the probabilities of the model's dropouts at 0 for now.
+
+    Dropout modules called with probability 0 are seen and need no telling; recurrent networks and attention are called
+    with 0 where nobody ever wanted dropout, so only who set them to 0 knows better.
+
+    Yields:
+        Nothing.
+    """
+    token = _dormant.set(True)
+    try:
+        yield
+    finally:
+        _dormant.reset(token)
+
+
+def is_dormant() -> bool:
+    """Whether a `dormant_sites` is in force."""
+    return _dormant.get()
+
+
 class _Focus:
     """A rule that acts at one site of the pass; the others do nothing."""
 
@@ -209,7 +247,7 @@ def run_pass(
         Loss, recognized losses and sites of the pass.
 
     Raises:
-        NoDropoutSiteError: If `need_sites` and nothing was dropped.
+        NoDropoutSiteError: If `need_sites` and no dropout was reached, not even one whose probability is 0 for now.
         LossNotRecognizedError: If `record_losses` and no known loss function was called with an output that needs a
             gradient.
         DropregError: If there is something else wrong with the loss.
@@ -238,11 +276,12 @@ def run_pass(
             raise
         problems.append(problem)
     met = interception.sites or any(isinstance(p, (UnsupportedSiteError, InvalidArgumentError)) for p in problems or ())
-    if need_sites and not met:
+    if need_sites and not (met or interception.inactive or is_dormant()):
         missing = NoDropoutSiteError(
-            "No dropout with a positive drop probability was reached in this step, so there is nothing to regularize. "
-            "Check that the model is in training mode, that a drop probability is above 0, and that the dropout is "
-            "computed by torch.nn.functional.dropout, dropout1d, dropout2d or dropout3d (or the modules around them)."
+            "No dropout was reached in this step, so there is nothing to regularize. Check that the model is in "
+            "training mode, that it has dropout, and that the dropout is computed by torch.nn.functional.dropout, "
+            "dropout1d, dropout2d or dropout3d (or the modules around them). Dropout inside recurrent networks and "
+            "attention counts where its probability is above 0."
         )
         if problems is None:
             raise missing
@@ -259,7 +298,7 @@ def _check_losses(loss: Tensor, interception: Interception) -> None:
     if not interception.losses:
         raise LossNotRecognizedError(
             "The step returned a loss, but none of the loss functions that this package knows was called on the way "
-            f"({', '.join(sorted(known.__name__ for known in RECOGNIZED))} of torch.nn.functional, or the modules "
+            f"({', '.join(_torch_losses())} of torch.nn.functional, or the modules "
             f"around them), so the curvature of the loss in the model's output is unknown.{_refused(interception)} "
             "Compute the loss with one of them, make your own known with lightning_dropreg.recognize, or use "
             "ImplicitNoise, which needs no curvature."
@@ -302,6 +341,10 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
             f"{names} was computed, but the returned loss does not depend on "
             "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
         )
+
+
+def _torch_losses() -> list[str]:
+    return sorted(known.__name__ for known in RECOGNIZED if known.__module__ == F.__name__)
 
 
 def _called(site: Site) -> str:

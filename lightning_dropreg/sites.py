@@ -188,10 +188,12 @@ class Directions:
                 f"The first pass over this batch reached {len(self._drawn)} dropout sites, a later one also {site}. "
                 f"{_SAME_EVERY_TIME}"
             )
-        signs = random_signs(self.shape_of(site), noise_dtype(like.dtype), self._generators.on(like.device))
-        direction = signs.mul_(math.sqrt(site.variance))
+        direction = self._sample(site, noise_dtype(like.dtype), self._generators.on(like.device))
         self._drawn.append((site, direction))
         return direction
+
+    def _sample(self, site: Site, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        return random_signs(self.shape_of(site), dtype, generator).mul_(math.sqrt(site.variance))
 
 
 def check_drop_prob(p: float, kind: str) -> None:

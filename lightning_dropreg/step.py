@@ -184,6 +184,33 @@ class Plan:
             return self.attention == "site"
         return self.k is None and self.penalty is None and self.noise is None
 
+    @property
+    def row_dims(self) -> set[int]:
+        """Dimensions along which something is estimated on some of the batch's rows."""
+        return {e.batch_dim for e in self._estimations() if e.batch_fraction is not None}
+
+    @property
+    def estimators(self) -> set[str]:
+        """Names of the estimators that the plan uses."""
+        return {e.estimator for e in self._estimations()}
+
+    def with_step_size(self, change: Callable[[float], float]) -> Plan:
+        """Return the plan with all step sizes changed by `change`."""
+        penalty, noise = self.penalty, self.noise
+        if penalty is not None:
+            wider = replace(penalty.estimation, step_size=change(penalty.estimation.step_size))
+            penalty = replace(penalty, estimation=wider)
+        if noise is not None:
+            wider = replace(noise.estimation, step_size=change(noise.estimation.step_size))
+            noise = replace(noise, estimation=wider)
+        return replace(self, penalty=penalty, noise=noise)
+
+    def _estimations(self) -> list[Estimation]:
+        found = [] if self.penalty is None else [self.penalty.estimation]
+        if self.noise is not None and self.noise.source == "taylor":
+            found.append(self.noise.estimation)
+        return found
+
     def run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool = False) -> StepResult:
         """Run the passes of one batch up to the backward.
 

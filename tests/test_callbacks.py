@@ -199,7 +199,7 @@ def test_batch_fraction_of_one_gives_the_whole_batch():
 def test_batch_fraction_is_unbiased_and_keeps_the_noise():
     """Over 300 keys, the mean penalty on a third of the rows and the mean squared noise: three standard errors."""
     torch.set_default_dtype(torch.float64)
-    from lightning_dropreg.callbacks.session import _Batch
+    from lightning_dropreg.callbacks.batch import Batch
     from lightning_dropreg.step import Estimation, NoiseSettings, PenaltySettings, Plan
 
     model, batch = Classifier(), next(iter(make_loader(12, 12)))
@@ -210,7 +210,7 @@ def test_batch_fraction_is_unbiased_and_keeps_the_noise():
         plan = Plan(penalty=PenaltySettings(1.0, "loss_hessian", 1, e), noise=NoiseSettings(1.0, "taylor", "loss", e))
         values = []
         for key in range(300):
-            runner = _Batch(type(module).training_step.__get__(module), (batch, 0), {}, module, True, key)
+            runner = Batch(type(module).training_step.__get__(module), (batch, 0), {}, module, True, key)
             with runner.isolation:
                 result = plan.run(runner, key, 0)
             gradients = torch.autograd.grad(result.noise, list(module.parameters()), allow_unused=True)
@@ -401,16 +401,16 @@ def test_micro_batches_have_noise_of_their_own_without_batch_idx():
 
     from lightning_dropreg.callbacks import session
 
-    class Spy(session._Batch):
+    class Spy(session.Batch):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             keys.append(kwargs["key"])
 
-    original, session._Batch = session._Batch, Spy
+    original, session.Batch = session.Batch, Spy
     try:
         train([dr.ImplicitNoise()], make=NoIndex, accumulate_grad_batches=4)
     finally:
-        session._Batch = original
+        session.Batch = original
     assert len(set(keys)) == 5  # the look at the first step, and four micro-batches
 
 

@@ -6,13 +6,6 @@ from conftest import Classifier, make_loader, make_trainer
 
 import lightning_dropreg as dr
 
-METHODS = {
-    "algorithm 2": lambda: [dr.ExplicitPenalty(), dr.ImplicitNoise()],
-    "algorithm 2, after backward": lambda: [dr.ExplicitPenalty(), dr.ImplicitNoise(injection="after_backward")],
-    "algorithm 4": lambda: [dr.MiniBatchDropout(2), dr.ImplicitNoise()],
-    "double backward": lambda: [dr.ExplicitPenalty(estimator="double_backward")],
-}
-
 
 class Saving(Classifier):
     """Writes what each rank ends with, for the parent process to read."""
@@ -35,27 +28,13 @@ class Saving(Classifier):
         torch.save(state, f"{self.folder}/rank{self.global_rank}.pt")
 
 
-@pytest.mark.parametrize(
-    ("method", "accumulate", "strategy"),
-    [
-        ("algorithm 2", 1, "ddp_spawn"),
-        ("algorithm 2, after backward", 2, "ddp_fork"),
-        ("algorithm 4", 1, "ddp_fork"),
-        ("algorithm 4", 2, "ddp_fork"),
-        ("double backward", 1, "ddp_fork"),
-    ],
-)
-def test_replicas_stay_equal(tmp_path, method, accumulate, strategy):
+def test_replicas_stay_equal_under_ddp_spawn(tmp_path):
+    """Everything else about replicas is in test_ranks.py, in one process group."""
     import lightning as L
 
     L.seed_everything(1, verbose=False)
-    trainer = make_trainer(
-        METHODS[method](),
-        devices=2,
-        strategy=strategy,
-        max_epochs=3,
-        accumulate_grad_batches=accumulate,
-    )
+    callbacks = [dr.ExplicitPenalty(), dr.ImplicitNoise(injection="after_backward")]
+    trainer = make_trainer(callbacks, devices=2, strategy="ddp_spawn", max_epochs=3, accumulate_grad_batches=2)
     trainer.fit(Saving(str(tmp_path)), make_loader(24, 4))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for name, weight in ranks[0]["weights"].items():

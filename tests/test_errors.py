@@ -17,8 +17,21 @@ ALL = [dr.ExplicitPenalty, dr.ImplicitNoise, lambda: dr.MiniBatchDropout(2), lam
 
 @pytest.mark.parametrize("make", ALL)
 def test_no_dropout_site(make):
+    class Plain(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net[3] = nn.Identity()
+
     with pytest.raises(errors.NoDropoutSiteError, match="nothing to regularize"):
-        train([make()], model_options={"p": 0.0})
+        train([make()], make=Plain)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_drop_probability_zero(make):
+    """Dropout that is off at the moment is no error: the plain loss, and a word about it."""
+    with pytest.warns(UserWarning, match="drop probability 0"):
+        model = train([make()], model_options={"p": 0.0})
+    torch.testing.assert_close(model.losses, train(model_options={"p": 0.0}).losses)
 
 
 def test_evaluation_mode_is_no_dropout():

@@ -1,7 +1,22 @@
 """The plug-in for `lightning.Trainer`: thin hooks around `lightning_dropreg.step`."""
 
+from lightning_dropreg.callbacks.detector import DivergenceDetector
+from lightning_dropreg.callbacks.diagnostics import DropoutDiagnostics
+from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.explicit_penalty import ExplicitPenalty
 from lightning_dropreg.callbacks.implicit_noise import ImplicitNoise
+from lightning_dropreg.callbacks.max_norm import MaxNorm
 from lightning_dropreg.callbacks.minibatch_dropout import MiniBatchDropout
+from lightning_dropreg.callbacks.monte_carlo import MonteCarloDropout, MonteCarloPrediction
 
-__all__ = ["ExplicitPenalty", "ImplicitNoise", "MiniBatchDropout"]
+__all__ = [
+    "DivergenceDetector",
+    "DropProbSchedule",
+    "DropoutDiagnostics",
+    "ExplicitPenalty",
+    "ImplicitNoise",
+    "MaxNorm",
+    "MiniBatchDropout",
+    "MonteCarloDropout",
+    "MonteCarloPrediction",
+]

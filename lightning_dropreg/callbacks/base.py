@@ -7,15 +7,14 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_dropreg.callbacks.resume import STATE_VERSION, check_resumable, settings_of
 from lightning_dropreg.callbacks.session import Session
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
 from lightning_dropreg.functional import check_estimation
 from lightning_dropreg.handlers.attention import check_attention
 from lightning_dropreg.step import Estimation, NoiseSettings, PenaltySettings, Plan
 
-__all__ = ["RegularizerCallback", "check_strength", "estimation"]
-
-STATE_VERSION = 1
+__all__ = ["RegularizerCallback", "check_flag", "check_strength", "estimation"]
 
 
 class RegularizerCallback(Callback):
@@ -26,13 +25,14 @@ class RegularizerCallback(Callback):
     k: int | None = None
     attention = "site"
     low_memory = True
+    accept_checkpoint_settings = False
     from_mixin = False
 
     def __init__(self, attention: str = "site") -> None:
         check_attention(attention)
         self.attention = attention
         self._session: Session | None = None
-        self._loaded_seed: int | None = None
+        self._loaded: dict[str, Any] | None = None
         self._used_seed: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -43,9 +43,15 @@ class RegularizerCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap the module's training step."""
         if self._leads(trainer):
-            self._session = Session(trainer, pl_module, self.plan(trainer), self._loaded_seed)
+            companions = self._companions(trainer)
+            states = [companion._loaded for companion in companions]
+            check_resumable(companions, states, resuming=bool(trainer.ckpt_path))
+            seeds = [state["seed"] for state in states if state is not None]
+            self._session = Session(trainer, pl_module, self.plan(trainer), seeds[0] if seeds else None)
             self._session.check()
-            self._used_seed = self._session.seed
+            for companion in companions:
+                companion._used_seed = self._session.seed
+                companion._loaded = None  # another fit draws other noise
             self._session.install()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +62,7 @@ class RegularizerCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the norm of the gradient."""
         if self._session is not None:
-            self._session.log_gradient_norm()
+            self._session.log_gradient_norm(optimizer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unwrap the training step."""
@@ -71,15 +77,14 @@ class RegularizerCallback(Callback):
         self._end()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the seed, so that a resumed run draws the noise that an uninterrupted one would have drawn."""
+        """Save the settings, and the seed, so that a resumed run draws the noise of an uninterrupted one."""
         if self._used_seed is not None:  # after fit too, for Trainer.save_checkpoint
-            checkpoint["lightning_dropreg"] = {"version": STATE_VERSION, "seed": self._used_seed}
+            state = {"version": STATE_VERSION, "seed": self._used_seed, "settings": settings_of(self)}
+            checkpoint.setdefault("lightning_dropreg", {})[type(self).__name__] = state
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the seed."""
-        state = checkpoint.get("lightning_dropreg")
-        if state is not None:
-            self._loaded_seed = state["seed"]
+        """Keep what a checkpoint says until the fit starts."""
+        self._loaded = checkpoint.get("lightning_dropreg", {}).get(type(self).__name__)
 
     def plan(self, trainer: Trainer) -> Plan:
         """Make one plan of all the regularizers in `trainer`.
@@ -131,10 +136,20 @@ class RegularizerCallback(Callback):
         return self._companions(trainer)[0] is self
 
     def _end(self) -> None:
-        self._loaded_seed = None  # another fit draws other noise
+        self._loaded = None
         if self._session is not None:
             self._session.remove()
             self._session = None
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        InvalidArgumentError: If it is.
+    """
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{name}={value!r} must be True or False.")
 
 
 def check_strength(strength: float) -> float:

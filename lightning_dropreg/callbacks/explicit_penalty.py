@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.callbacks.base import RegularizerCallback, check_strength, estimation
+from lightning_dropreg.callbacks.base import RegularizerCallback, check_flag, check_strength, estimation
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
@@ -37,6 +37,8 @@ class ExplicitPenalty(RegularizerCallback):
         attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
             ``"ignore"``: it is left out, and fused kernels stay. The same for all callbacks of a Trainer; see
             `lightning_dropreg.attention_dropout`.
+        accept_checkpoint_settings: Whether a run may resume from a checkpoint that was written with other settings, or
+            without this callback; refused otherwise.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
@@ -61,8 +63,12 @@ class ExplicitPenalty(RegularizerCallback):
         mask: str = "as_model",
         low_memory: bool = False,
         attention: str = "site",
+        *,
+        accept_checkpoint_settings: bool = False,
     ) -> None:
         super().__init__(attention)
+        check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
+        self.accept_checkpoint_settings = accept_checkpoint_settings
         if curvature not in CURVATURES:
             raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
         check_count("every_n_steps", every_n_steps)

@@ -29,7 +29,7 @@ from lightning_dropreg.sites import fold_key
 from lightning_dropreg.step import BatchRunner, Plan, StepResult
 
 if TYPE_CHECKING:
-    from lightning_dropreg.callbacks.session import _Batch
+    from lightning_dropreg.callbacks.batch import Batch
 
 __all__ = ["ManualStep", "joined"]
 
@@ -44,7 +44,7 @@ class ManualStep:
         trainer: The trainer, whose optimizers and schedulers the step uses.
     """
 
-    def __init__(self, batch: _Batch, trainer: Trainer) -> None:
+    def __init__(self, batch: Batch, trainer: Trainer) -> None:
         self._batch = batch
         self._module: LightningModule = batch.module
         self._optimizers: list[Any] = [*trainer.strategy._lightning_optimizers, *trainer.optimizers]

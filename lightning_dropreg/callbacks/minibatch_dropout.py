@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.callbacks.base import RegularizerCallback
+from lightning_dropreg.callbacks.base import RegularizerCallback, check_flag
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
 
@@ -23,6 +23,8 @@ class MiniBatchDropout(RegularizerCallback):
         attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
             ``"ignore"``: it is left out, for ``k=1`` too, and fused kernels stay. The same for all callbacks of a
             Trainer; see `lightning_dropreg.attention_dropout`.
+        accept_checkpoint_settings: Whether a run may resume from a checkpoint that was written with other settings, or
+            without this callback; refused otherwise.
 
     Raises:
         InvalidArgumentError: If ``k < 1``, `low_memory` is no bool or `attention` is unknown.
@@ -32,8 +34,17 @@ class MiniBatchDropout(RegularizerCallback):
         8
     """
 
-    def __init__(self, k: int = 4, low_memory: bool = True, attention: str = "site") -> None:
+    def __init__(
+        self,
+        k: int = 4,
+        low_memory: bool = True,
+        attention: str = "site",
+        *,
+        accept_checkpoint_settings: bool = False,
+    ) -> None:
         super().__init__(attention)
+        check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
+        self.accept_checkpoint_settings = accept_checkpoint_settings
         check_count("k", k)
         if not isinstance(low_memory, bool):
             raise InvalidArgumentError(f"low_memory={low_memory!r} must be True or False.")

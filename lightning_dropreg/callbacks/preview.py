@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from lightning_dropreg.callbacks.batch import SkippedError
 from lightning_dropreg.callbacks.problems import changed_parameters, fingerprints, module_problems, uncompiled
-from lightning_dropreg.callbacks.session import Session, SkippedError
+from lightning_dropreg.callbacks.session import Session
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 from lightning_dropreg.step import Plan
 from lightning_dropreg.support import Support, find_support, gradient_norm

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_dropreg.callbacks.ranks import unsupported_strategy
 from lightning_dropreg.errors import UnsupportedModuleError
 from lightning_dropreg.step import Plan
 
@@ -44,11 +45,8 @@ def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> li
             f"The module optimizes manually, and its strategy is {strategy}, with which parameters cannot be put back "
             "to what they were before an optimizer's step. Use one device or DDP, or automatic optimization."
         )
-    elif plan.noise_after_backward and not plain:
-        found.append(
-            f"The strategy is {strategy}, with which gradients cannot be changed after the backward pass. Use "
-            "ImplicitNoise(injection='loss')."
-        )
+    else:
+        found += [f"{problem[0].upper()}{problem[1:]}" for problem in unsupported_strategy(trainer.strategy, plan)]
     return [UnsupportedModuleError(problem) for problem in found]
 
 

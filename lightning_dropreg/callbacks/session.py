@@ -6,22 +6,23 @@ others add their settings to the session's plan.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning_utilities.core.apply_func import apply_to_collection
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from lightning_dropreg.callbacks.logs import LogCollector
+from lightning_dropreg.callbacks.batch import Batch, SkippedError, with_loss
+from lightning_dropreg.callbacks.detector import DivergenceDetector
+from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.manual import ManualStep, joined
 from lightning_dropreg.callbacks.problems import (
     changed_parameters,
@@ -30,21 +31,21 @@ from lightning_dropreg.callbacks.problems import (
     takes_iterator,
     uncompiled,
 )
+from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
 from lightning_dropreg.errors import (
     DropregError,
-    InvalidArgumentError,
-    UnsupportedModuleError,
     UnsupportedOperationError,
 )
-from lightning_dropreg.gradients import Scaler, has_reentrant_checkpoint, leaves_of
+from lightning_dropreg.gradients import Scaler, has_reentrant_checkpoint
 from lightning_dropreg.handlers.attention import attention_dropout
-from lightning_dropreg.inspection import all_at_once, check_finite, inspect_step
-from lightning_dropreg.isolation import Isolation
-from lightning_dropreg.rows import draw_rows, select_rows
-from lightning_dropreg.sites import fold_key
+from lightning_dropreg.inspection import all_at_once, check_finite, check_masks_of_rows, inspect_step
+from lightning_dropreg.passes import dormant_sites
+from lightning_dropreg.precision import bfloat16_step_size
+from lightning_dropreg.reduction import check_mean_over_rows
+from lightning_dropreg.sites import Site, fold_key
 from lightning_dropreg.step import BatchRunner, Plan, StepResult
 
-__all__ = ["Session", "SkippedError"]
+__all__ = ["Session", "own_step"]
 
 _REFUSED = " cannot be trained with this package's callbacks and"
 
@@ -64,13 +65,23 @@ class Session:
         self.module = module
         self.plan = plan
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+        if trainer.world_size > 1:  # without seed_everything every process has a seed of its own, and one is saved
+            self.seed = trainer.strategy.broadcast(self.seed)
+        scheduled = any(isinstance(callback, DropProbSchedule) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        # a schedule may hold all probabilities at 0 for a while
+        self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self._inspected = False
         self._copies = False
         self._had_own_step = False
         self._own_step: Any = None
         self._installed = False
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._later: list[Tensor | None] | None = None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
+        self._gradient_norm: Tensor | None = None
+        # what FSDP2 shards has gradients only in the one backward of the whole
+        self._whole_parameters = has_whole_parameters(trainer.strategy)
 
     def check(self) -> None:
         """Refuse what makes it impossible to run the step; whatever else is wrong is told with the first step.
@@ -102,6 +113,7 @@ class Session:
                 return original(self, *args, **kwargs)
             return session.training_step(functools.partial(original, self), args, kwargs)
 
+        training_step._dropreg_original = original  # type: ignore[attr-defined]
         self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
         self._installed = True
 
@@ -135,7 +147,7 @@ class Session:
             return self._manual_step(original, args, kwargs)
         step = self.trainer.global_step
         batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx  # a step need not take it as an argument
-        batch = _Batch(
+        batch = Batch(
             original,
             args,
             kwargs,
@@ -143,29 +155,30 @@ class Session:
             mean=self.plan.k is None,
             key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
             copies=self._copies,
-            releases=isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
+            releases=self._whole_parameters,
             scaler=self._scaler(),
         )
         try:
-            with batch.isolation:
-                result = self.plan.run(batch, batch.key, step, measure_noise=self._is_logging_step())
+            with batch.isolation, self._dormant():
+                result = self.plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
                 self._check_finite(batch, result)
         except SkippedError:
             batch.logs.replay()
             return None
         batch.logs.replay()
         self._log(result)
+        self._show(result)
         if result.later is not None:
             self._later = self._gradients(result.later, retain_graph=True)
         elif self.plan.noise_after_backward:
             self._batch = batch  # its state before the step is what the noise's own passes start from
-        return _with_loss(batch.output, result.total)
+        return with_loss(batch.output, result.total)
 
     def _manual_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # optimizer steps are the user's to count here, so the penalty acts in every n-th batch
         number = self.trainer.fit_loop.total_batch_idx
         key = fold_key(self.seed, self.trainer.global_rank, number, 0)
-        batch = _Batch(
+        batch = Batch(
             original,
             args,
             kwargs,
@@ -198,14 +211,16 @@ class Session:
         gradients, self._later = self._later, None
         trainer = self.trainer
         if batch is not None:
-            with batch.isolation.aside(), trainer.precision_plugin.train_step_context(), torch.enable_grad():
+            context = trainer.precision_plugin.train_step_context()
+            with self._dormant(), batch.isolation.aside(), context, torch.enable_grad():
                 scalar = self.plan.extra(batch, batch.key)
             gradients = self._gradients(scalar)
         if gradients is None:
             return
+        self._show_noise(gradients)
         parameters = self._parameters()
         if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
-            gradients = self._reduced(parameters, gradients)
+            gradients = mean_over_ranks(parameters, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -213,9 +228,36 @@ class Session:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-        norm = _norm([g for g in gradients if g is not None]) * trainer.accumulate_grad_batches
+        norm = _norm_of(gradients) * trainer.accumulate_grad_batches
         scaler = self._scaler()
         self._log_values({"noise_norm": norm if scaler is None else norm / scaler(torch.ones_like(norm))})
+
+    def _due(self) -> list[DivergenceDetector]:
+        return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
+
+    def _measures_noise(self) -> bool:
+        return self._whole_parameters and (self._is_logging_step() or bool(self._due()))
+
+    def _show(self, result: StepResult) -> None:
+        """Let the detectors see penalty, loss, noise and gradient of a step that they check."""
+        detectors = self._due()
+        penalty = self.plan.penalty_at(self.trainer.global_step)
+        if penalty is not None and result.penalty is not None:
+            for detector in detectors:
+                detector.see_penalty(penalty.strength * penalty.every_n_steps * result.penalty, result.loss)
+        if not detectors or not self.plan.noise_scale or not self._whole_parameters:
+            return
+        # the noise that comes after the backward will be seen there
+        plain = result.total if result.noise is None else result.total - result.noise
+        self._gradient_norm = _norm_of(self._gradients(plain, retain_graph=True))
+        if result.noise is not None:
+            self._show_noise(self._gradients(result.noise, retain_graph=True))
+
+    def _show_noise(self, gradients: list[Tensor | None]) -> None:
+        if self._gradient_norm is not None:
+            for detector in self._due():
+                detector.see_noise(_norm_of(gradients), self._gradient_norm)
+        self._gradient_norm = None
 
     def _gradients(self, scalar: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
         """Differentiate in the parameters, treating `scalar` exactly as Lightning treats the loss."""
@@ -236,19 +278,15 @@ class Session:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return None if scaler is None else scaler.scale
 
-    def log_gradient_norm(self) -> None:
+    def log_gradient_norm(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradients with which the optimizer will step (before clipping)."""
-        norm = _norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if any(isinstance(gradient, DTensor) for gradient in gradients) and not self._is_logging_step():
+            return  # the norm of what lies on other ranks takes a collective
+        norm, scaler = _norm(gradients), self._scaler()
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            norm = norm / scaler(torch.ones_like(norm))  # a fused optimizer unscales in its own step
         self._log_values({"grad_norm": norm})
-
-    def _reduced(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Average over ranks in one fused operation."""
-        flat = torch.cat(
-            [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, gradients, strict=True)]
-        )
-        flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
-        pieces = flat.split([p.numel() for p in parameters])
-        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
 
     def inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
@@ -257,8 +295,11 @@ class Session:
         problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
         before = fingerprints(self.module)
         try:
-            with batch.isolation, attention_dropout(self.plan.attention), uncompiled():
-                problems += inspect_step(batch.aside, self.plan.penalty is not None)[1]
+            with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
+                seen, found = inspect_step(batch.aside, self.plan.penalty is not None)
+                problems += found
+                if not problems:
+                    self._check_rows(batch, seen.sites)
         except SkippedError:
             if problems:
                 raise all_at_once(problems, name) from None
@@ -269,13 +310,32 @@ class Session:
             problems += changed_parameters(self.module, before)
         if problems:
             raise all_at_once(problems, name)
+        if self._in_bfloat16():
+            self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
 
-    def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Batch:
+    def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """Return a batch whose step has a loss, however the module optimizes, to run it aside."""
-        batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
+        batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
         if self.module.automatic_optimization:
             return batch
         return batch.instead(ManualStep(batch, self.trainer).rehearsed)
+
+    def _check_rows(self, batch: Batch, sites: Sequence[Site]) -> None:
+        """Refuse a loss for which some of the rows do not stand for all, and noise that they share."""
+        for dim in self.plan.row_dims:
+            halves = batch.halves(dim)
+            if halves is not None:
+                first, second, fraction = halves
+                check_mean_over_rows(batch.aside().item(), first().item(), second().item(), fraction)
+        chosen = self.plan.noise.estimation if self.plan.noise is not None else None
+        if chosen is not None and chosen.batch_fraction is not None:
+            on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
+            if fraction < 1:
+                check_masks_of_rows(sites, on_rows)
+
+    def _in_bfloat16(self) -> bool:
+        precision = str(self.trainer.precision)
+        return precision.startswith("bf16") or any(p.dtype == torch.bfloat16 for p in self.module.parameters())
 
     def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -290,11 +350,11 @@ class Session:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
-        measurable = result.noise is not None and result.noise.requires_grad and leaves_of(result.noise) is not None
-        if result.noise is not None and measurable and self._is_logging_step():
+        noise = result.noise if self._whole_parameters and self._is_logging_step() else None
+        if noise is not None and noise.requires_grad and not has_reentrant_checkpoint(noise):
             # one more backward, so only where somebody reads it
-            gradients = torch.autograd.grad(result.noise, self._parameters(), retain_graph=True, allow_unused=True)
-            values["noise_norm"] = _norm([g for g in gradients if g is not None])
+            gradients = torch.autograd.grad(noise, self._parameters(), retain_graph=True, allow_unused=True)
+            values["noise_norm"] = _norm_of(list(gradients))
         return values
 
     def _log_values(self, values: Mapping[str, Tensor]) -> None:
@@ -306,128 +366,10 @@ class Session:
         return every > 0 and (self.trainer.global_step % every == every - 1 or self.trainer.global_step == 0)
 
 
-class SkippedError(Exception):
-    """The user's step returned None: Lightning skips such a batch, and so do we."""
-
-
-class _Batch:
-    """One batch: runs the user's step on it (a `lightning_dropreg.step.BatchRunner`)."""
-
-    def __init__(
-        self,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        module: LightningModule,
-        mean: bool,
-        key: int,
-        copies: bool = False,
-        releases: bool = False,
-        scaler: Scaler | None = None,
-    ) -> None:
-        self.original = original
-        self.args = args
-        self.kwargs = kwargs
-        self.module = module
-        self.key = key
-        self.copies = copies
-        self.releases = releases
-        self.scaler = scaler
-        self.modified = False
-        self.lasting = True
-        self.isolation = Isolation(module, mean=mean)
-        self.logs = LogCollector(module)
-        self.output: Any = None
-
-    def whole(self) -> Tensor:
-        """See `lightning_dropreg.step.BatchRunner`."""
-        return self._run(self.original, self.args, trace=self.lasting)
-
-    def aside(self) -> Tensor:
-        """See `lightning_dropreg.step.BatchRunner`."""
-        return self._run(self.original, self.args, trace=False)
-
-    def rows(self, fraction: float, dim: int, key: int) -> tuple[Callable[[], Tensor], float]:
-        """See `lightning_dropreg.step.BatchRunner`."""
-        batch = self.args[0]
-        rows = draw_rows(batch, fraction, dim, key)
-        count = next(leaf.shape[dim] for leaf in _tensors(batch) if leaf.ndim > dim)
-        args = (select_rows(batch, rows, dim, count), *self.args[1:])
-
-        def on_rows(*args: Any, **kwargs: Any) -> Any:
-            hook = getattr(self.module, "select_rows", None)
-            if hook is not None:
-                hook(rows, dim)
-            try:
-                return self.original(*args, **kwargs)
-            except (RuntimeError, IndexError) as error:
-                if isinstance(error, DropregError) or hook is not None or len(rows) == count:
-                    raise
-                raise UnsupportedModuleError(
-                    f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
-                    f"({str(error).splitlines()[0]}). If the module carries a state with a row for every row of the "
-                    "batch (a hidden state, a memory), let it define select_rows(self, rows, dim), which cuts that "
-                    "state down to the given rows; it is put back afterwards. Otherwise set batch_dim, or "
-                    "batch_fraction=None."
-                ) from error
-
-        return lambda: self._run(on_rows, args, trace=False), len(rows) / count
-
-    def instead(self, step: Callable[..., Any]) -> _Batch:
-        """Return the same batch for another step; no run of it leaves a trace."""
-        other = copy.copy(self)
-        other.original, other.lasting = step, False
-        return other
-
-    def call(self, step: Callable[..., Any], trace: bool) -> Any:
-        """Run `step` in the place of the user's and return its whole output."""
-        return self._output(step, self.args, trace)
-
-    def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
-        output = self._output(step, args, trace)
-        if output is None:
-            raise SkippedError
-        if trace and self.output is None:
-            # as Lightning would after the backward; a graph in it would live as long as the batch
-            self.output = apply_to_collection(output, Tensor, Tensor.detach)
-        return _loss_of(output)
-
-    def _output(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Any:
-        # every run gets containers of its own, and tensors where the step was seen to change them
-        args, kwargs = tree_map(lambda leaf: leaf, (args, self.kwargs))
-        if self.copies:
-            args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        tensors = _tensors((args, kwargs))
-        versions = [tensor._version for tensor in tensors]
-
-        def collecting() -> Any:
-            # inside the isolation, which would otherwise keep the collector as the module's attribute
-            with self.logs.run(keep=trace):
-                return step(*args, **kwargs)
-
-        output = self.isolation.run(collecting, trace)
-        self.modified = self.modified or any(t._version != v for t, v in zip(tensors, versions, strict=True))
-        return output
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
-
-
-def _loss_of(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        loss: Tensor = output["loss"]
-        return loss
-    raise InvalidArgumentError(
-        f"training_step returned {type(output).__name__} without a loss in it; return the loss tensor, or a dict whose "
-        "'loss' is one."
-    )
-
-
-def _with_loss(output: Any, total: Tensor) -> Any:
-    return total if isinstance(output, Tensor) else {**output, "loss": total}
+def own_step(module: LightningModule) -> Callable[..., Any]:
+    """Return the module's ``training_step`` as its author wrote it, also while a session has wrapped it."""
+    original = getattr(module.training_step, "_dropreg_original", None)
+    return module.training_step if original is None else types.MethodType(original, module)
 
 
 def _function_of(method: Any) -> Callable[..., Any]:
@@ -437,9 +379,13 @@ def _function_of(method: Any) -> Callable[..., Any]:
     return functools.wraps(method)(lambda _, *args, **kwargs: method(*args, **kwargs))
 
 
+def _norm_of(gradients: list[Tensor | None]) -> Tensor:
+    return _norm([gradient for gradient in gradients if gradient is not None])
+
+
 def _norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

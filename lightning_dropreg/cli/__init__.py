@@ -16,7 +16,7 @@ COMMANDS = {
     "inspect": "list the dropout sites that a training step reaches",
     "bench": "time one optimization step with each method",
     "compare": "run several configurations and put their results into one table",
-    "diagnose": "compare the estimates of the explicit effect with its true value, on one batch",
+    "diagnose": "show what dropout does to a model on one batch, and whether the theory holds there",
 }
 _LIGHTNING = ("fit", "validate", "test", "predict")
 

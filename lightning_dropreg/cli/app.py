@@ -82,7 +82,10 @@ class DropregCLI(LightningCLI):
             parser: The parser of a command.
         """
         parser.add_argument(
-            "--base", type=str | None, default=None, help="In a file: another file that this one changes."
+            "--base",
+            type=str | list[str] | None,
+            default=None,
+            help="In a file: another file that this one changes, or several, the later ones changing the earlier.",
         )
         parser.add_argument(
             "--test_after_fit",

@@ -121,7 +121,7 @@ class Comparison:
                     *(_text(Spread.of([r.test.get(name, math.nan) for r in results])) for name in tests),
                     f"{mean(r.seconds for r in results):.0f} s",
                     _text(Spread.of(seconds)),
-                    _text(reached) + (f" (never: {never} of {len(runs)})" if never else ""),
+                    " ".join([_text(reached), *([f"(never: {never} of {len(runs)})"] if never else [])]).strip(),
                     _text(Spread.of([self.at_equal_time(run) for run in runs])),
                 ]
             )

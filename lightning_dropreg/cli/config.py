@@ -8,6 +8,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 from yaml import safe_load  # type: ignore[import-untyped]
 
+from lightning_dropreg.cli.spelling import check_keys, nearest
 from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["ConfigParser", "LayeredConfigFile", "layers"]
@@ -17,10 +18,11 @@ _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneT
 
 
 class LayeredConfigFile(ActionConfigFile):
-    """A configuration file whose key ``base`` may name another file that it changes.
+    """A configuration file whose key ``base`` may name another file, or a list of files, that it changes.
 
     ``--config b.yaml`` with ``base: a.yaml`` in it is the same as ``--config a.yaml --config b.yaml``. The
-    path is relative to the file that names it. Keys are merged; a list replaces the other one.
+    path is relative to the file that names it. Keys are merged; a list replaces the other one, or goes on where it
+    ended if its key ends in ``+`` (``callbacks+:``).
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -32,7 +34,12 @@ class LayeredConfigFile(ActionConfigFile):
             values: Path of the file, or the configuration itself as a string.
             option_string: The option as given.
         """
-        for layer in layers(values):
+        files = layers(values)
+        readable = [file for file in files if Path(file).is_file()]
+        check_keys(
+            [(file, safe_load(Path(file).read_text(encoding="utf-8"))) for file in readable], parser, cfg.as_dict()
+        )
+        for layer in files:
             super().__call__(parser, cfg, layer, option_string)  # type: ignore[no-untyped-call]
         # Applied. In a saved copy of the configuration, elsewhere, the relative path would mislead.
         if "base" in cfg:
@@ -61,9 +68,12 @@ def layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
     base = content.get("base") if isinstance(content, dict) else None
     if base is None:
         return [file]
-    if not (path.parent / base).is_file():
-        raise InvalidArgumentError(f"{file} says base: {base}, but there is no file {path.parent / base}.")
-    return [*layers(str(path.parent / base), (*above, file)), file]
+    below = []
+    for one in base if isinstance(base, list) else [base]:
+        if not (path.parent / one).is_file():
+            raise InvalidArgumentError(f"{file} says base: {one}, but there is no file {path.parent / one}.")
+        below += layers(str(path.parent / one), (*above, file))
+    return [*below, file]
 
 
 class ConfigParser(LightningArgumentParser):
@@ -80,5 +90,7 @@ class ConfigParser(LightningArgumentParser):
             super().error(message, ex)
         prog = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
         told = "\n".join(line for line in message.splitlines() if not line.lstrip(" -").startswith(_NOISE))
-        sys.stderr.write(f"{prog}: {told}\n(all options: {prog} --help)\n")
+        meant = nearest(message, self)
+        hint = f"Did you mean {meant!r}?\n" if meant else ""
+        sys.stderr.write(f"{prog}: {told}\n{hint}(all options: {prog} --help)\n")
         self.exit(2)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_dropreg.callbacks.base import RegularizerCallback
+from lightning_dropreg.callbacks.session import own_step
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.errors import InvalidArgumentError
 
@@ -83,9 +84,7 @@ class _Look(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         ours = [callback for callback in callbacks if isinstance(callback, RegularizerCallback)]
-        for callback in ours:
-            callback.on_fit_end(trainer, pl_module)  # the step is to be looked at as it is without them
-        original = pl_module.training_step
+        original = own_step(pl_module)  # the step is to be looked at as it is without them
         named = is_param_in_hook_signature(original, "batch_idx", min_args=2)
 
         def step(*args: Any, **kwargs: Any) -> Any:

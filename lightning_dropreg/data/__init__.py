@@ -2,6 +2,19 @@
 
 from lightning_dropreg.data.corpus import Corpus, Split
 from lightning_dropreg.data.datamodule import LanguageModelingData
+from lightning_dropreg.data.named import CorpusName, make_corpus
 from lightning_dropreg.data.python_manual import PythonManual
+from lightning_dropreg.data.text_files import PennTreebank, TextFolder, WikiText2, WikiText103
 
-__all__ = ["Corpus", "LanguageModelingData", "PythonManual", "Split"]
+__all__ = [
+    "Corpus",
+    "CorpusName",
+    "LanguageModelingData",
+    "PennTreebank",
+    "PythonManual",
+    "Split",
+    "TextFolder",
+    "WikiText2",
+    "WikiText103",
+    "make_corpus",
+]

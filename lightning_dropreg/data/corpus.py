@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar, Literal
 
 __all__ = ["Corpus", "Split"]
@@ -28,3 +29,19 @@ class Corpus(ABC):
         Yields:
             One line: what an end-of-sentence token closes.
         """
+
+    def fingerprint(self, split: Split) -> str | None:
+        """Say what the text of one split is, in few letters.
+
+        Args:
+            split: Which part of the text.
+
+        Returns:
+            A checksum of the text; None if its token numbers need not be kept between runs.
+        """
+        return None
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Where token numbers may be kept between runs; None for nowhere."""
+        return None

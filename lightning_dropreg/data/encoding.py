@@ -1,19 +1,26 @@
 """From lines to token numbers, with torchtext's ``Field``, tokenizers and ``Vocab``."""
 
+import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dropreg.data.corpus import Corpus, Split
+from lightning_dropreg.data.token_cache import TokenCache
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 
 __all__ = ["EOS", "UNK", "MissingExtraError", "TextEncoder"]
 
 UNK = "<unk>"
 EOS = "<eos>"
+
+_FORMAT = "tokens-1"  # to change with whatever changes the numbers that one text and its options give
+_BETWEEN = "\0"  # in no word
 
 
 class MissingExtraError(DropregError, ImportError):
@@ -23,23 +30,40 @@ class MissingExtraError(DropregError, ImportError):
 class TextEncoder:
     """Tokenizes a corpus and numbers its tokens; the vocabulary is that of the training split alone.
 
+    Texts stream through: nothing larger than the token numbers, 4 bytes each, is ever in memory. What a corpus with
+    fingerprints gave is kept in a cache.
+
     Args:
         corpus: The text.
         vocab_size: Size of the vocabulary with ``<unk>`` and ``<eos>``: the most frequent words are kept.
         min_freq: Words rarer than this become ``<unk>``; at least 1.
+        cache_dir: Where to keep token numbers between runs; the corpus's own ``cache_dir`` by default.
 
     Raises:
         InvalidArgumentError: If the corpus has no training text.
         MissingExtraError: If torchtext is not installed.
     """
 
-    def __init__(self, corpus: Corpus, vocab_size: int, min_freq: int = 1) -> None:
+    def __init__(self, corpus: Corpus, vocab_size: int, min_freq: int = 1, cache_dir: Path | None = None) -> None:
         self.corpus = corpus
+        self._options = f"{_FORMAT} tokenizer={corpus.tokenizer} vocab_size={vocab_size} min_freq={min_freq}"
+        self._cache = TokenCache(corpus.cache_dir if cache_dir is None else cache_dir)
         # No pad token: streams are cut, never padded, so nothing ever has to be masked out of the loss.
         self._field: Any = _torchtext_field()(
             tokenize=corpus.tokenizer, unk_token=UNK, eos_token=EOS, pad_token=None, batch_first=True
         )
+        key = self._key("train")
+        kept = None if key is None else self._cache.load("vocabulary", key)
+        if kept is not None:
+            words = bytes(kept.numpy()).decode().split(_BETWEEN)
+            # Falling frequencies keep the order.
+            counts = Counter({word: len(words) - rank for rank, word in enumerate(words)})
+            self._field.vocab = self._field.vocab_cls(counts, specials=words[: len((UNK, EOS))])
+            return
         self._field.build_vocab(self._tokens("train"), max_size=vocab_size - 2, min_freq=min_freq)
+        if key is not None:
+            letters = bytearray(_BETWEEN.join(self.itos).encode())
+            self._cache.save("vocabulary", key, torch.frombuffer(letters, dtype=torch.uint8))
 
     @property
     def itos(self) -> list[str]:
@@ -51,6 +75,10 @@ class TextEncoder:
         """Return the size of the vocabulary."""
         return len(self.itos)
 
+    def digest(self) -> str:
+        """Return a checksum of the words and their numbers."""
+        return hashlib.sha256(_BETWEEN.join(self.itos).encode()).hexdigest()
+
     def encode(self, split: Split) -> Tensor:
         """Turn one split into one stream of token numbers.
 
@@ -58,19 +86,35 @@ class TextEncoder:
             split: Which part of the text.
 
         Returns:
-            Token numbers, of shape ``(tokens,)`` and type int64, ``<eos>`` after every line.
+            Token numbers, of shape ``(tokens,)`` and type int32, ``<eos>`` after every line.
         """
-        vocab = self._field.vocab
-        # Not vocab.stoi[...]: a defaultdict, it grows by every unknown word it is asked for.
-        numbers = (vocab[token] for line in self._tokens(split) for token in line)
-        # 8 bytes a token all along, where a list would take 36: corpora of 100 million tokens fit.
-        return torch.frombuffer(array("q", numbers), dtype=torch.int64)
+        key = self._key(split)
+        kept = None if key is None else self._cache.load(split, key)
+        if kept is not None:
+            return kept
+        number = self._field.vocab.stoi.get  # not stoi[...]: a defaultdict, it grows by every unknown word
+        unknown = self._field.vocab.unk_index
+        numbers = array("i")  # 4 bytes a token all along, where a list would take 36
+        for line in self._tokens(split):
+            numbers.extend([number(token, unknown) for token in line])
+        stream = torch.frombuffer(numbers, dtype=torch.int32)
+        if key is not None:
+            self._cache.save(split, key, stream)
+        return stream
+
+    def _key(self, split: Split) -> str | None:
+        """What token numbers depend on: options, the text of the vocabulary and the text itself."""
+        if self._cache.folder is None:
+            return None
+        prints = [self.corpus.fingerprint(s) for s in ("train", split)]
+        return None if None in prints else f"{self._options} train={prints[0]} text={prints[1]}"
 
     def _tokens(self, split: Split) -> Iterator[list[str]]:
         empty = True
         for line in self.corpus.lines(split):
-            empty = False
-            yield [*self._field.preprocess(line), EOS]
+            words = self._field.preprocess(line)
+            empty = empty and not words
+            yield [*words, EOS]
         if empty:
             raise InvalidArgumentError(
                 f"The {split} split of {type(self.corpus).__name__} has no text: it needs at least one line."

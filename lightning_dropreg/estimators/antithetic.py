@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_dropreg.curvature import element_weights, pair_quadratic_form
 from lightning_dropreg.errors import InconsistentPassesError
-from lightning_dropreg.estimators.base import Estimate
+from lightning_dropreg.estimators.base import Estimate, inactive
 from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
 from lightning_dropreg.sites import Directions
 
@@ -33,6 +33,8 @@ def antithetic(
     directions = Directions(key, mask)
     record = curvature is not None
     plus = run_pass(closure, Perturb(directions, step_size), record_losses=record)
+    if not plus.sites:
+        return inactive(plus.loss, curvature, noise)
     directions.rewind()
     minus = run_pass(closure, Perturb(directions, -step_size), record_losses=record)
     directions.rewind()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dropreg.curvature import element_weights, factor
 from lightning_dropreg.errors import UnsupportedOperationError
-from lightning_dropreg.estimators.base import Estimate
+from lightning_dropreg.estimators.base import Estimate, inactive
 from lightning_dropreg.passes import Closure, Pass, Tap, run_pass
 from lightning_dropreg.sites import Directions, KeyedGenerators, fold_key
 
@@ -33,6 +33,8 @@ def double_backward(
     """
     tap = Tap(Directions(key, mask), draw=noise)
     done = run_pass(closure, tap, record_losses=curvature is not None)
+    if not done.sites:
+        return inactive(done.loss, curvature, noise)
     return Estimate(
         loss=done.loss,
         penalty=None if curvature is None else _penalty(curvature, done, tap, key),

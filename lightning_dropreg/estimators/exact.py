@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.curvature import element_weights, matrix
-from lightning_dropreg.estimators.base import Estimate
+from lightning_dropreg.estimators.base import Estimate, inactive
 from lightning_dropreg.estimators.double_backward import check_twice_differentiable, noise_scalar
 from lightning_dropreg.passes import Closure, Pass, Tap, run_pass
 from lightning_dropreg.sites import Directions
@@ -26,6 +26,8 @@ def exact(closure: Closure, *, curvature: str | None, noise: bool, step_size: fl
     """
     tap = Tap(Directions(key, mask), draw=noise)
     done = run_pass(closure, tap, record_losses=curvature is not None)
+    if not done.sites:
+        return inactive(done.loss, curvature, noise)
     return Estimate(
         loss=done.loss,
         penalty=None if curvature is None else _penalty(curvature, done, tap),

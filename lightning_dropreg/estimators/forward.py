@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from lightning_dropreg.curvature import element_weights, quadratic_form
 from lightning_dropreg.errors import UnsupportedOperationError
-from lightning_dropreg.estimators.base import Estimate
+from lightning_dropreg.estimators.base import Estimate, inactive
 from lightning_dropreg.passes import Closure, Tangent, run_pass
 from lightning_dropreg.sites import Directions, noise_dtype
 
@@ -39,6 +39,8 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
                 f"{_place(error)} ({str(error).splitlines()[0]}). Use estimator='antithetic', which needs only a "
                 "backward."
             ) from error
+        if not done.sites:
+            return inactive(done.loss, curvature, noise)
         loss, slope = _split(done.loss)
         penalty = None
         if curvature is not None:

@@ -52,11 +52,13 @@ def drop(
             f"mask_shape={shape} of {kind} does not fit a tensor of shape {tuple(h.shape)}: it needs as many "
             "dimensions, each of the same size or 1."
         )
-    if not training or p == 0:
+    if not training:
         return h
-    if has_torch_function((h,)):
+    if has_torch_function((h,)):  # also where p is 0 at the moment: the pass counts it
         result: Tensor = handle_torch_function(drop, (h,), h, p, shape, training, kind)
         return result
+    if p == 0:
+        return h
     return h * torch.empty(shape, dtype=h.dtype, device=h.device).bernoulli_(1 - p).div_(1 - p)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_dropreg.losses.adaptive import adaptive_softmax_loss, describe_adaptive_softmax_loss
 from lightning_dropreg.losses.base import Loss
 from lightning_dropreg.losses.categorical import CategoricalLoss, DivergenceLoss, cross_entropy, kl_div, nll_loss
 from lightning_dropreg.losses.custom import HessianLoss, recognize
@@ -43,6 +44,7 @@ __all__ = [
     "ElementwiseLoss",
     "HessianLoss",
     "Loss",
+    "adaptive_softmax_loss",
     "recognize",
 ]
 
@@ -59,6 +61,7 @@ RECOGNIZED: dict[Callable[..., Any], Callable[..., tuple[Tensor, Loss]]] = {
     F.poisson_nll_loss: poisson_nll_loss,
     F.smooth_l1_loss: smooth_l1_loss,
     F.soft_margin_loss: soft_margin_loss,
+    adaptive_softmax_loss: describe_adaptive_softmax_loss,
 }
 
 REFUSED: dict[Callable[..., Any], str] = {

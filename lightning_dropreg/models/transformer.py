@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torchmetrics.text import Perplexity
 
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.models.lstm import adam
+from lightning_dropreg.models.language_model import adam
 
 __all__ = ["TransformerLanguageModel"]
 

@@ -1,0 +1,243 @@
+"""What dropout does to the model, measured while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from rich import get_console
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_dropreg.callbacks.logs import LogCollector
+from lightning_dropreg.callbacks.session import Session, own_step
+from lightning_dropreg.diagnostics import Diagnosis, measure_effect, measure_noise, read, show, trusted
+from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance
+from lightning_dropreg.diagnostics.effect import MIN_DRAWS
+from lightning_dropreg.diagnostics.figures import draw, need_matplotlib
+from lightning_dropreg.diagnostics.numbers import with_margin
+from lightning_dropreg.diagnostics.statistics import check_confidence
+from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.functional import check_count
+from lightning_dropreg.sites import fold_key
+from lightning_dropreg.step import Plan
+
+__all__ = ["DropoutDiagnostics"]
+
+BATCHES = ("first", "current")
+
+
+class DropoutDiagnostics(Callback):
+    """Measures on one batch, at chosen moments of training, what dropout does, and leaves training as it is.
+
+    The true explicit effect ``R_drop`` beside ``R_approx`` and its ablations, together and by site, and the gradient
+    noise of dropout beside ``xi_approx``, all with confidence intervals (see `lightning_dropreg.diagnostics`). It looks
+    at the model's dropout also where other callbacks of this package replace it in training. Logged under
+    ``dropreg/diagnostics/``; kept in `history`; the last one is shown as a table after training.
+
+    A measurement takes ``3 draws (1 + sites)`` forward passes, and ``4 draws`` forward and backward passes for the
+    noise. In a distributed run every process measures on a batch of its own, and the effects of the average loss are
+    reported.
+
+    Args:
+        draws: Draws of dropout for every number, at least 4.
+        every_n_epochs: Measure before the first step of every n-th epoch; None for not at all.
+        steps: Measure also before these optimizer steps, counted from 0.
+        at_end: Measure also after the last step.
+        per_site: Whether to look at every site alone too.
+        noise: Whether to look at the gradient noise.
+        batch: ``"first"`` holds the first training batch that is seen and measures always on that; ``"current"``
+            measures on the batch of the moment (after the last step: on the last one).
+        confidence: Probability with which an interval covers its value.
+        tolerance: ``R_approx`` is trusted where it is within this fraction of ``R_drop`` of ``R_drop``. Where it is not
+            for all sites together, a warning says so.
+        figures: Directory for figures (PNG and SVG) drawn after training, or None. Needs the extra `plot`.
+        verbose: Whether to print: a line for every measurement, and tables and a reading after training.
+
+    Attributes:
+        history: The measurements of the last fit, in order.
+
+    Raises:
+        InvalidArgumentError: If an argument is out of range or unknown.
+        MissingDependencyError: If `figures` is given and matplotlib is not installed.
+
+    Example:
+        >>> import lightning
+        >>> trainer = lightning.Trainer(
+        ...     callbacks=[DropoutDiagnostics(draws=16, steps=[100, 1000])], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False
+        ... )
+    """
+
+    def __init__(
+        self,
+        draws: int = 16,
+        every_n_epochs: int | None = 1,
+        steps: Sequence[int] = (),
+        at_end: bool = True,
+        per_site: bool = True,
+        noise: bool = True,
+        batch: str = "first",
+        confidence: float = 0.95,
+        tolerance: float = TOLERANCE,
+        figures: str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        check_count("draws", draws, MIN_DRAWS)
+        if every_n_epochs is not None:
+            check_count("every_n_epochs", every_n_epochs)
+        for step in steps:
+            check_count("steps", step, 0)
+        if batch not in BATCHES:
+            raise InvalidArgumentError(f"batch={batch!r} is unknown; choose one of {', '.join(BATCHES)}.")
+        check_confidence(confidence)
+        check_tolerance(tolerance)
+        if figures is not None:
+            need_matplotlib()
+        self.draws = draws
+        self.every_n_epochs = every_n_epochs
+        self.steps = frozenset(steps)
+        self.at_end = at_end
+        self.per_site = per_site
+        self.noise = noise
+        self.batch = batch
+        self.confidence = confidence
+        self.tolerance = float(tolerance)
+        self.figures = figures
+        self.verbose = verbose
+        self.history: list[Diagnosis] = []
+        self._held: tuple[Any, int] | None = None
+        self._last_epoch = -1
+        self._seed = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            UnsupportedModuleError: If the step cannot be repeated.
+        """
+        if not pl_module.automatic_optimization:
+            raise UnsupportedModuleError(
+                f"{type(pl_module).__name__} optimizes manually (automatic_optimization=False), so its training_step "
+                "cannot be repeated to look at it. Use automatic optimization, or lightning_dropreg.diagnostics with a "
+                "closure that computes the loss."
+            )
+        session = Session(trainer, pl_module, Plan(), None)
+        session.check()
+        self._seed = session.seed
+        self.history, self._held, self._last_epoch = [], None, -1
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure if it is time."""
+        if self._held is None or self.batch == "current":
+            self._held = (tree_map(_clone, batch) if self.batch == "first" else batch), batch_idx
+        if self._is_due(trainer):
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure once more, show tables and draw figures."""
+        if self.at_end and self._held is not None:
+            self._measure(trainer, pl_module)
+        self._held = None
+        if not self.history or not trainer.is_global_zero:
+            return
+        if self.verbose:
+            last = self.history[-1]
+            show(get_console(), last, [f"Measured at step {last.step}.", *read(last)])
+        if self.figures is not None:
+            for path in draw(self.history, Path(self.figures)):
+                if self.verbose:
+                    get_console().print(f"figure: {path}", highlight=False, soft_wrap=True)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        new_epoch = trainer.current_epoch != self._last_epoch
+        self._last_epoch = trainer.current_epoch
+        if any(diagnosis.step == trainer.global_step for diagnosis in self.history):
+            return False  # another micro-batch of the same step
+        by_epoch = self.every_n_epochs is not None and trainer.current_epoch % self.every_n_epochs == 0
+        return (new_epoch and by_epoch) or trainer.global_step in self.steps
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._held is not None
+        closure = _closure(trainer, module, *self._held)
+        generator = torch.Generator().manual_seed(fold_key(self._seed, trainer.global_rank, trainer.global_step))
+        common: dict[str, Any] = {"draws": self.draws, "confidence": self.confidence, "generator": generator}
+        noise = None
+        reduce = _averaging(trainer)
+        try:
+            with torch.enable_grad():
+                effect = measure_effect(closure, per_site=self.per_site, module=module, reduce=reduce, **common)
+                if self.noise:
+                    noise = measure_noise(closure, module, reduce=reduce, **common)
+        except _SkippedError:
+            self._held = None
+            return
+        diagnosis = Diagnosis(
+            effect, noise, tolerance=self.tolerance, step=trainer.global_step, epoch=trainer.current_epoch
+        )
+        self.history.append(diagnosis)
+        self._log(trainer, diagnosis)
+        self._tell(trainer, diagnosis)
+
+    def _log(self, trainer: Trainer, diagnosis: Diagnosis) -> None:
+        metrics = {f"dropreg/diagnostics/{name}": value for name, value in diagnosis.metrics().items()}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _tell(self, trainer: Trainer, diagnosis: Diagnosis) -> None:
+        effect = diagnosis.effect
+        verdict = trusted(effect, self.tolerance)
+        values = f"R_drop {with_margin(effect.truth())}, R_approx {with_margin(effect.approximation())}"
+        if self.verbose and trainer.is_global_zero:
+            get_console().print(f"Dropout at step {diagnosis.step}: {values}, trust: {verdict}", highlight=False)
+        before = [trusted(earlier.effect, self.tolerance) for earlier in self.history[:-1]]
+        if verdict == "no" and "no" not in before:
+            rank_zero_warn(
+                f"At step {diagnosis.step} R_approx is not within {100 * self.tolerance:g} % of the true explicit "
+                f"effect of dropout: {values}. The expansion is not to be trusted here; it gets worse as the drop "
+                "probability grows."
+            )
+
+
+class _SkippedError(Exception):
+    """The user's step returned None: Lightning skips such a batch, and so do we."""
+
+
+def _closure(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Callable[[], Tensor]:
+    """What runs the module's own step on a copy of the batch, logging nothing."""
+    step, logs = own_step(module), LogCollector(module)
+    named = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+
+    def closure() -> Tensor:
+        copy = tree_map(_clone, batch)
+        with logs.run(keep=False), trainer.precision_plugin.train_step_context():
+            output = step(copy, batch_idx) if named else step(copy)
+        if output is None:
+            raise _SkippedError
+        loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
+        return loss
+
+    return closure
+
+
+def _averaging(trainer: Trainer) -> Callable[[list[Tensor]], list[Tensor]] | None:
+    """What averages tensors over the processes, in one operation."""
+    if trainer.world_size == 1:
+        return None
+
+    def average(tensors: list[Tensor]) -> list[Tensor]:
+        flat = trainer.strategy.reduce(torch.cat([t.reshape(-1) for t in tensors]), reduce_op="mean")
+        pieces = flat.split([t.numel() for t in tensors])
+        return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
+
+    return average
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

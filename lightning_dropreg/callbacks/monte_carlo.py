@@ -1,0 +1,205 @@
+"""Predictions with dropout on, by ``trainer.predict``."""
+
+from __future__ import annotations
+
+import functools
+import os
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.functional import check_count
+from lightning_dropreg.sites import fold_key
+from lightning_dropreg.uncertainty import LIKELIHOODS, draw_predictions, first_order_variance, moments
+
+__all__ = ["MonteCarloDropout", "MonteCarloPrediction"]
+
+
+class MonteCarloPrediction(NamedTuple):
+    """What `MonteCarloDropout` predicts for a batch of ``N`` examples; entropies are in nats.
+
+    Attributes:
+        outputs: The model's own prediction, without dropout: logits, or values for ``"none"``, ``(N, ...)``.
+        mean: Mean over the draws, of probabilities unless the likelihood is ``"none"``.
+        variance: Variance over the draws of the same.
+        entropy: Predictive entropy; None for ``"none"``.
+        mutual_information: The part of it that is disagreement between the draws; None for ``"none"``.
+        output_variance: Variance over the draws of the outputs themselves.
+        first_order_variance: What that is to first order in the noise, if asked for.
+    """
+
+    outputs: Tensor
+    mean: Tensor
+    variance: Tensor
+    entropy: Tensor | None
+    mutual_information: Tensor | None
+    output_variance: Tensor
+    first_order_variance: Tensor | None
+
+
+class MonteCarloDropout(Callback):
+    """Lets ``trainer.predict`` return what several draws of dropout say of each example.
+
+    The module's ``predict_step`` is called once as it is and then with dropout on, `passes` times, several of them at
+    once by repeating the rows of the batch (not where a mask is shared between rows, or rows depend on each other;
+    that is found out by trying). Batch norm stays in evaluation mode. Mode, state and random state of the module are
+    what they would be after the one plain call. Masks are drawn from a seed, rank, data loader and batch, so a
+    prediction can be repeated.
+
+    Gal and Ghahramani, *Dropout as a Bayesian Approximation* (ICML 2016). `outputs` of the result beside `mean` tells
+    whether the draws are worth their cost: calibrate both (torchmetrics' ``CalibrationError``, see
+    `lightning_dropreg.uncertainty.figures.calibration`).
+
+    Args:
+        passes: Number of draws, at least 2.
+        chunk: Up to how many draws are made at once, at least 1; fewer where memory runs out.
+        likelihood: What the outputs are: ``"categorical"`` or ``"bernoulli"`` logits, or ``"none"`` for values.
+        class_dim: Dimension of the classes for ``"categorical"``; 1 for images ``(N, C, H, W)``.
+        output: Name of the field with the outputs, if ``predict_step`` returns a mapping; by default ``"logits"``.
+        first_order: Number of random directions for `lightning_dropreg.uncertainty.first_order_variance`; 0 for none.
+        estimator: How these are followed, ``"forward"`` or ``"antithetic"``.
+        seed: Seed of the masks; None for that of ``seed_everything``.
+
+    Raises:
+        InvalidArgumentError: If an argument is out of range or unknown.
+
+    Example:
+        >>> import lightning
+        >>> from torch.utils.data import DataLoader
+        >>> class Model(lightning.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+        ...     def forward(self, x):
+        ...         return self.net(x)
+        >>> trainer = lightning.Trainer(
+        ...     callbacks=[MonteCarloDropout(passes=16)], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False
+        ... )
+        >>> batches = trainer.predict(Model(), DataLoader(torch.randn(10, 4), batch_size=5))
+        >>> batches[0].mean.shape, batches[0].entropy.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        passes: int = 32,
+        chunk: int = 8,
+        likelihood: str = "categorical",
+        class_dim: int = -1,
+        output: str | None = None,
+        first_order: int = 0,
+        estimator: str = "forward",
+        seed: int | None = None,
+    ) -> None:
+        check_count("passes", passes, 2)
+        check_count("chunk", chunk)
+        check_count("first_order", first_order, 0)
+        if likelihood not in LIKELIHOODS:
+            raise InvalidArgumentError(f"likelihood={likelihood!r} is unknown; choose one of {', '.join(LIKELIHOODS)}.")
+        if estimator not in {"forward", "antithetic"}:
+            raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose 'forward' or 'antithetic'.")
+        self.passes = passes
+        self.chunk = chunk
+        self.likelihood = likelihood
+        self.class_dim = class_dim
+        self.output = output
+        self.first_order = first_order
+        self.estimator = estimator
+        self.seed = seed
+        self._position = (0, 0)
+        self._module: LightningModule | None = None
+        self._own: tuple[bool, Any] = (False, None)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wrap ``predict_step`` on the instance."""
+        original = pl_module.predict_step
+        callback, seed = self, self.seed
+        if seed is None:
+            seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+
+        @functools.wraps(getattr(original, "__func__", original))
+        def predict_step(self: LightningModule, batch: Any, *args: Any, **kwargs: Any) -> MonteCarloPrediction:
+            key = fold_key(seed, trainer.global_rank, *callback._position)
+            return callback.predict(self, lambda b: original(b, *args, **kwargs), batch, key)
+
+        self._own = ("predict_step" in pl_module.__dict__, pl_module.__dict__.get("predict_step"))
+        pl_module.__dict__["predict_step"] = types.MethodType(predict_step, pl_module)
+        self._module = pl_module
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Note which batch it is, whatever arguments ``predict_step`` takes."""
+        self._position = (batch_idx, dataloader_idx)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unwrap ``predict_step``."""
+        self._unwrap()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Unwrap ``predict_step``."""
+        self._unwrap()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Unwrap ``predict_step``."""
+        self._unwrap()
+
+    def predict(self, module: LightningModule, step: Any, batch: Any, key: int) -> MonteCarloPrediction:
+        """Predict one batch.
+
+        Args:
+            module: The module.
+            step: Maps a batch to what ``predict_step`` returns.
+            batch: The batch.
+            key: Seed of the masks.
+
+        Returns:
+            The prediction.
+        """
+
+        def forward(b: Any) -> Tensor:
+            outputs: Tensor = self._outputs_of(step(b))
+            return outputs
+
+        draws = draw_predictions(forward, batch, module=module, passes=self.passes, key=key, chunk=self.chunk)
+        first_order = None
+        if self.first_order:
+            first_order = first_order_variance(
+                forward,
+                batch,
+                module=module,
+                directions=self.first_order,
+                key=fold_key(key, -1),
+                chunk=self.chunk,
+                estimator=self.estimator,
+            )
+        outputs = forward(batch)  # last, for it leaves the module's state as the next batch is to find it
+        found = moments(draws, self.likelihood, self.class_dim)
+        return MonteCarloPrediction(outputs, *found, moments(draws, "none").variance, first_order)
+
+    def _outputs_of(self, prediction: Any) -> Any:
+        if self.output is None and not (isinstance(prediction, Mapping) and "logits" in prediction):
+            return prediction
+        name = self.output or "logits"
+        if isinstance(prediction, Mapping) and name in prediction:
+            return prediction[name]
+        fields = f"the fields {', '.join(map(str, prediction))}" if isinstance(prediction, Mapping) else "no fields"
+        raise InvalidArgumentError(
+            f"output={name!r}, but predict_step returned a {type(prediction).__name__} with {fields}."
+        )
+
+    def _unwrap(self) -> None:
+        if self._module is None:
+            return
+        had, own = self._own
+        if had:
+            self._module.__dict__["predict_step"] = own
+        else:
+            self._module.__dict__.pop("predict_step", None)
+        self._module, self._own = None, (False, None)

@@ -1,0 +1,26 @@
+"""Instruments that show what dropout does to a model on one batch: no Lightning, a closure is enough.
+
+`measure_effect` sets the true explicit effect beside its approximation, `measure_noise` the true gradient noise beside
+its own. A `Diagnosis` keeps them, `tables` and `read` show them, and `lightning_dropreg.diagnostics.figures` draws
+them.
+"""
+
+from lightning_dropreg.diagnostics.diagnosis import Diagnosis, trusted
+from lightning_dropreg.diagnostics.effect import EffectReport, measure_effect
+from lightning_dropreg.diagnostics.noise import NoiseReport, measure_noise
+from lightning_dropreg.diagnostics.reading import read
+from lightning_dropreg.diagnostics.statistics import Interval
+from lightning_dropreg.diagnostics.tables import show, tables
+
+__all__ = [
+    "Diagnosis",
+    "EffectReport",
+    "Interval",
+    "NoiseReport",
+    "measure_effect",
+    "measure_noise",
+    "read",
+    "show",
+    "tables",
+    "trusted",
+]

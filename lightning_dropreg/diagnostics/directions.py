@@ -1,0 +1,58 @@
+"""Dropout as the end of a path: ``h (1 + step eta)`` is the model without dropout at step 0, dropout at step 1.
+
+The Taylor expansion along this path is the paper's: its first-order term is the implicit noise ``s`` (mean zero), its
+second-order term ``1/2 u^T H u`` has the mean ``R_approx``, and what is left is the remainder.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dropreg.passes import Perturb
+from lightning_dropreg.sites import Directions, Site
+
+__all__ = ["DropoutDirections", "PerturbOne"]
+
+
+class DropoutDirections(Directions):
+    """The noise of dropout itself: ``eta = -1`` with probability ``q`` and ``q/(1-q)`` otherwise.
+
+    Args:
+        key: Seed; the same key gives the same noise.
+        drop_prob: ``q`` of all sites, in ``(0, 1)``, instead of their own.
+    """
+
+    def __init__(self, key: int, drop_prob: float | None = None) -> None:
+        super().__init__(key)
+        self._drop_prob = drop_prob
+
+    def _sample(self, site: Site, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        q = site.p if self._drop_prob is None else self._drop_prob
+        kept = torch.rand(self.shape_of(site), generator=generator, dtype=dtype, device=generator.device) >= q
+        return kept.to(dtype).div_(1 - q).sub_(1)
+
+
+class PerturbOne(Perturb):
+    """``h (1 + step r)`` at one site, no dropout at the others.
+
+    Args:
+        directions: The batch's directions, drawn for all the sites so that they are those of `Perturb`.
+        step: Size of the step.
+        only: Number of the site, in the order in which they are reached.
+    """
+
+    def __init__(self, directions: Directions, step: float, only: int) -> None:
+        super().__init__(directions, step)
+        self.only = only
+        self._next = 0
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        position, self._next = self._next, self._next + 1
+        self.directions.draw(site, h)
+        return self.again(position, h)
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.RepeatableRule`."""
+        return super().again(index, h) if index == self.only else h

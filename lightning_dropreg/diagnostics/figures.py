@@ -1,0 +1,258 @@
+"""What was found, drawn: effect by site, effect over training, approximation against truth. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_dropreg.curvature import CURVATURES
+from lightning_dropreg.diagnostics.diagnosis import Diagnosis
+from lightning_dropreg.diagnostics.statistics import Interval
+from lightning_dropreg.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["approximation_against_truth", "draw", "effect_by_site", "effect_over_training", "need_matplotlib"]
+
+# Okabe and Ito's palette, which can be told apart with any kind of colour vision; the markers differ too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+TRUTH, APPROX = r"$R_\mathrm{drop}$ (true)", r"$R_\mathrm{approx}$"
+GRAY = "#777777"
+LINES = 6
+"""Sites with a line of their own over training; the largest ones."""
+
+
+def need_matplotlib() -> None:
+    """Refuse to go on without matplotlib.
+
+    Raises:
+        MissingDependencyError: If it is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Figures need matplotlib, which is not installed. Install the extra `plot`: "
+            "pip install 'lightning-dropreg[plot]'."
+        ) from error
+
+
+def draw(history: Sequence[Diagnosis], folder: Path) -> list[Path]:
+    """Draw what there is to draw, each figure as PNG and as SVG.
+
+    Args:
+        history: Diagnoses of one run in the order of training; the figures by site show the last.
+        folder: Where to write; made if it is not there.
+
+    Returns:
+        The files.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+    """
+    need_matplotlib()
+    figures = {"effect_by_site": effect_by_site(history[-1])}
+    if not history[-1].effect.problem:
+        figures["approximation_against_truth"] = approximation_against_truth(history)
+    if len(history) > 1:
+        figures["effect_over_training"] = effect_over_training(history)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            path = folder / f"{name}.{kind}"
+            figure.savefig(path, dpi=150)
+            paths.append(path)
+    return paths
+
+
+def effect_by_site(diagnosis: Diagnosis) -> Figure:
+    """Draw truth and approximations for every site alone and for all together.
+
+    Args:
+        diagnosis: What was measured.
+
+    Returns:
+        The figure: truth and ``R_approx`` on the left, the ablations, on a scale of their own, on the right.
+    """
+    effect = diagnosis.effect
+    sites = sorted(range(len(effect.sites)), key=lambda i: effect.truth(i).value)
+    rows: list[int | None] = [*sites, None]
+    labels = [f"{effect.names[i]}  (q = {effect.sites[i].p:g})" for i in sites] + ["all together"]
+    panels: list[list[tuple[str, list[Interval], int]]] = [[(TRUTH, [effect.truth(i) for i in rows], 0)]]
+    if not effect.problem:
+        panels[0].append((APPROX, [effect.approximation(site=i) for i in rows], 1))
+        panels.append(
+            [
+                (f"{curvature} ablation", [effect.approximation(curvature, i) for i in rows], 2 + n)
+                for n, curvature in enumerate(CURVATURES[1:])
+            ]
+        )
+    longest = max(len(label) for label in labels)
+    figure = _figure(3.6 * len(panels) + 0.075 * longest, 1.9 + 0.42 * len(rows))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=True):
+        for n, (label, intervals, style) in enumerate(panel):
+            shift = 0.14 * (1 if n == 0 else -1) * (len(panel) > 1)
+            _points(ax, intervals, [y + shift for y in range(len(rows))], style, label)
+        ax.axvline(0, color=GRAY, linewidth=0.8, zorder=0)
+        ax.axhspan(len(rows) - 1.5, len(rows) - 0.5, color="#EEEEEE", zorder=0)
+        ax.set_ylim(-0.6, len(rows) - 0.4)
+        ax.set_xlabel("added to the loss of this batch")
+        ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
+        ax.locator_params(axis="x", nbins=5)
+        _legend_above(ax)
+    axes[0].set_yticks(range(len(rows)), labels)
+    figure.suptitle(f"Explicit effect of dropout by site ({_intervals(diagnosis)})", fontsize=10)
+    return figure
+
+
+def effect_over_training(history: Sequence[Diagnosis]) -> Figure:
+    """Draw the effect of all sites together, of the largest sites, and the noise, over training.
+
+    Args:
+        history: Diagnoses in the order of training, at least two.
+
+    Returns:
+        The figure, with a panel for each.
+    """
+    steps = [diagnosis.step for diagnosis in history]
+    last = history[-1]
+    with_sites = len(last.effect.sites) > 1 and all(len(d.effect.sites) == len(last.effect.sites) for d in history)
+    with_noise = all(d.noise is not None for d in history)
+    figure = _figure(3.9 * (1 + with_sites + with_noise), 3.6)
+    axes = list(figure.subplots(1, 1 + with_sites + with_noise, squeeze=False)[0])
+
+    _band(axes[0], steps, [d.effect.truth() for d in history], 0, TRUTH)
+    if not last.effect.problem:
+        _band(axes[0], steps, [d.effect.approximation() for d in history], 1, APPROX)
+    axes[0].set_ylabel("added to the loss of this batch")
+    if with_sites:
+        largest = sorted(range(len(last.effect.sites)), key=lambda i: -abs(last.effect.truth(i).value))[:LINES]
+        for style, i in enumerate(largest):
+            _band(axes[1], steps, [d.effect.truth(i) for d in history], style, last.effect.names[i])
+        axes[1].set_ylabel(f"{TRUTH}, each site alone")
+    if with_noise:
+        noises = [d.noise for d in history if d.noise is not None]
+        _band(axes[-1], steps, [n.trace_drop() for n in noises], 0, r"$\xi_\mathrm{drop}$ (true)")
+        _band(axes[-1], steps, [n.trace_approx() for n in noises], 1, r"$\xi_\mathrm{approx}$")
+        axes[-1].set_ylabel("gradient noise, trace of covariance")
+    for ax in axes:
+        ax.set_xlabel("optimizer step")
+        ax.grid(color="#DDDDDD", linewidth=0.6)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")  # no common factor in the legend's place
+        _legend_above(ax)
+    figure.suptitle(f"What dropout does, over training ({_intervals(last)})", fontsize=10)
+    return figure
+
+
+def approximation_against_truth(history: Sequence[Diagnosis]) -> Figure:
+    """Draw ``R_approx`` against ``R_drop``, with the range in which the approximation is trusted.
+
+    Args:
+        history: Diagnoses of one run; with one only, its sites (and drop probabilities, if some were tried) are the
+            points, else also all sites together at every moment.
+
+    Returns:
+        The figure.
+    """
+    last = history[-1]
+    groups: list[tuple[str, list[Interval], list[Interval]]] = []
+    if last.effect.sites:
+        numbers = range(len(last.effect.sites))
+        groups.append(
+            (
+                "each site alone",
+                [last.effect.truth(i) for i in numbers],
+                [last.effect.approximation(site=i) for i in numbers],
+            )
+        )
+    together = "all sites together" + (", at every measured step" if len(history) > 1 else "")
+    groups.append(
+        (together, [d.effect.truth() for d in history], [d.effect.approximation() for d in history]),
+    )
+    if last.sweep:
+        reports = [report for _, report in last.sweep]
+        groups.append(("all sites at other q", [r.truth() for r in reports], [r.approximation() for r in reports]))
+    figure = _figure(4.8, 5.0)
+    ax = figure.subplots()
+    logarithmic = all(i.low > 0 for _, xs, ys in groups for i in (*xs, *ys))
+    if logarithmic:
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+    for style, (label, xs, ys) in enumerate(groups):
+        ax.errorbar(
+            [x.value for x in xs],
+            [y.value for y in ys],
+            xerr=[x.margin for x in xs],
+            yerr=[y.margin for y in ys],
+            **{**_style(style), **({"markerfacecolor": "none", "markersize": 10} if label == together else {})},
+            label=label,
+        )
+    if last.sweep:
+        for q, report in last.sweep:
+            place = (report.truth().value, report.approximation().value)
+            ax.annotate(f"q = {q:g}", place, textcoords="offset points", xytext=(-8, 4), ha="right", fontsize=7)
+    ends = [end for _, xs, ys in groups for i in (*xs, *ys) for end in (i.low, i.high)]
+    low, high = min(ends), max(ends)
+    low, high = (low / 1.6, high * 1.6) if logarithmic else (low - 0.08 * (high - low), high + 0.08 * (high - low))
+    line = [low + (high - low) * k / 200 for k in range(201)]
+    ax.plot(line, line, color=GRAY, linewidth=1, zorder=0)
+    below, above = ([x + abs(x) * t for x in line] for t in (-last.tolerance, last.tolerance))
+    told = f"within {100 * last.tolerance:g} % of the truth"
+    ax.fill_between(line, below, above, color="#DDDDDD", zorder=0, linewidth=0, label=told)
+    ax.set_xlim(low, high)
+    ax.set_ylim(low, high)
+    ax.set_xlabel(f"{TRUTH}")
+    ax.set_ylabel(APPROX)
+    _legend_above(ax)
+    figure.suptitle(f"Approximation against truth ({_intervals(last)})", fontsize=10)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    # not pyplot: no window, no global state, no backend of the user's changed
+    from matplotlib.figure import Figure as New
+
+    return New(figsize=(width, height), layout="constrained")
+
+
+def _style(style: int) -> dict[str, Any]:
+    at = style % len(COLORS)
+    return {
+        "fmt": MARKERS[at],
+        "color": COLORS[at],
+        "markersize": 5,
+        "capsize": 2.5,
+        "elinewidth": 1.2,
+        "linestyle": "none",
+    }
+
+
+def _points(ax: Axes, intervals: Sequence[Interval], at: Sequence[float], style: int, label: str) -> None:
+    values, margins = [i.value for i in intervals], [i.margin for i in intervals]
+    ax.errorbar(values, at, xerr=margins, label=label, **_style(style))
+
+
+def _band(ax: Axes, steps: Sequence[int], intervals: Sequence[Interval], style: int, label: str) -> None:
+    at = style % len(COLORS)
+    values = [i.value for i in intervals]
+    ax.plot(steps, values, color=COLORS[at], marker=MARKERS[at], markersize=4, linewidth=1.4, label=label)
+    ax.fill_between(
+        steps, [i.low for i in intervals], [i.high for i in intervals], color=COLORS[at], alpha=0.18, linewidth=0
+    )
+
+
+def _legend_above(ax: Axes) -> None:
+    """Above the axes, where it covers no data."""
+    entries = len(ax.get_legend_handles_labels()[1])
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(2, entries), frameon=False, fontsize=8)
+
+
+def _intervals(diagnosis: Diagnosis) -> str:
+    return f"{100 * diagnosis.effect.confidence:g} % intervals, {diagnosis.effect.draws} draws"

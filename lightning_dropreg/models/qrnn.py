@@ -1,0 +1,97 @@
+"""A word-level language model of quasi-recurrent layers."""
+
+from itertools import pairwise
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_dropreg.models.language_model import RecurrentLanguageModel, adam, check_ranges
+from lightning_dropreg.nn import QRNN, LockedDropout
+
+__all__ = ["QRNNLanguageModel"]
+
+State = list[tuple[Tensor, Tensor | None]]
+
+
+class QRNNLanguageModel(RecurrentLanguageModel):
+    """Embedding, QRNN layers and tied decoder, with locked dropout before and after every layer.
+
+    The first layer sees two words at a time, the others one. The state (each layer's cell, and the first layer's last
+    input) is carried as in `lightning_dropreg.models.LSTMLanguageModel`. The paper's model for WikiText-103 is that of
+    Merity et al. (2018): four layers, ``embedding_dim=400``, ``hidden_dim=2500``, all drop probabilities 0.1.
+
+    Args:
+        vocab_size: Number of words, at least 2.
+        embedding_dim: Width of the word vectors and of the last layer, at least 1.
+        hidden_dim: Width of the other layers, at least 1.
+        num_layers: Number of layers, at least 1.
+        input_drop_prob: Drop probability, in ``[0, 1)``, of the word vectors.
+        hidden_drop_prob: Drop probability, in ``[0, 1)``, between the layers.
+        output_drop_prob: Drop probability, in ``[0, 1)``, of the last layer's output.
+        init_range: Word vectors start uniform in ``[-init_range, init_range]``, positive.
+        optimizer: Makes the optimizer from the parameters.
+        window: Length of the batches that take a full step, see
+            `lightning_dropreg.models.language_model.RecurrentLanguageModel`.
+        lr_scheduler: Makes a schedule, stepped every epoch, from the optimizer; none by default.
+
+    Raises:
+        InvalidArgumentError: If an argument is outside its range.
+
+    Example:
+        >>> import torch
+        >>> model = QRNNLanguageModel(vocab_size=50, embedding_dim=8, hidden_dim=16)
+        >>> logits, state = model(torch.randint(50, (4, 7)))
+        >>> logits.shape
+        torch.Size([4, 7, 50])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int = 200,
+        hidden_dim: int = 400,
+        num_layers: int = 4,
+        input_drop_prob: float = 0.1,
+        hidden_drop_prob: float = 0.1,
+        output_drop_prob: float = 0.1,
+        init_range: float = 0.1,
+        optimizer: OptimizerCallable = adam,
+        window: int | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        floors = {"vocab_size": 2, "embedding_dim": 1, "hidden_dim": 1, "num_layers": 1}
+        probabilities = ["input_drop_prob", "hidden_drop_prob", "output_drop_prob"]
+        check_ranges("QRNNLanguageModel", locals(), floors, probabilities)
+        super().__init__(vocab_size, window, optimizer, lr_scheduler)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        widths = [embedding_dim, *[hidden_dim] * (num_layers - 1), embedding_dim]
+        between = [hidden_drop_prob] * (num_layers - 1)
+        self.embedding = nn.Embedding(vocab_size, embedding_dim)
+        self.layers = nn.ModuleList(
+            QRNN(width, next_width, window=1 if index else 2)
+            for index, (width, next_width) in enumerate(pairwise(widths))
+        )
+        self.dropouts = nn.ModuleList(map(LockedDropout, [input_drop_prob, *between, output_drop_prob]))
+        self.decoder = nn.Linear(embedding_dim, vocab_size)
+        nn.init.uniform_(self.embedding.weight, -init_range, init_range)
+        nn.init.zeros_(self.decoder.bias)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, text: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Predict the word after each word.
+
+        Args:
+            text: Word numbers, of shape ``(batch, time)``.
+            state: Each layer's cell, of shape ``(batch, width)``, and the first layer's last input; the start of a
+                text by default.
+
+        Returns:
+            Logits, of shape ``(batch, time, vocab_size)``, and the state after the last word.
+        """
+        hidden = self.dropouts[0](self.embedding(text))
+        new_state: State = []
+        for index, layer in enumerate(self.layers):
+            output, layer_state = layer(hidden, None if state is None else state[index])
+            hidden = self.dropouts[index + 1](output)
+            new_state.append(layer_state)
+        return self.decoder(hidden), new_state
