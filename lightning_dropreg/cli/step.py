@@ -85,6 +85,8 @@ class _Look(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         ours = [callback for callback in callbacks if isinstance(callback, RegularizerCallback)]
         original = own_step(pl_module)  # the step is to be looked at as it is without them
+        for callback in ours:
+            callback.on_fit_end(trainer, pl_module)  # and the batch goes on without them, which may refuse it
         named = is_param_in_hook_signature(original, "batch_idx", min_args=2)
 
         def step(*args: Any, **kwargs: Any) -> Any:
