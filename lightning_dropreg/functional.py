@@ -23,6 +23,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from lightning_dropreg.checks import is_one_of
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS, Estimate
@@ -263,7 +264,7 @@ def check_estimation(estimator: str, step_size: float, mask: str) -> None:
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
     """
-    if estimator not in ESTIMATORS:
+    if not is_one_of(estimator, ESTIMATORS):
         raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}.")
     if mask not in MASKS:
         raise InvalidArgumentError(f"mask={mask!r} is unknown; choose one of {', '.join(MASKS)}.")

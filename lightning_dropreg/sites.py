@@ -202,7 +202,11 @@ def check_drop_prob(p: float, kind: str) -> None:
     Raises:
         InvalidArgumentError: If `p` is not in ``[0, 1)``.
     """
-    if not 0.0 <= p < 1.0:
+    try:
+        valid = bool(0.0 <= p < 1.0)
+    except TypeError:
+        valid = False
+    if not valid:
         raise InvalidArgumentError(
             f"{kind} was called with drop probability {p}; the variance p/(1-p) of its noise is finite only for "
             "0 <= p < 1. Lower the probability."

@@ -91,6 +91,8 @@ class DropoutDiagnostics(Callback):
         check_count("draws", draws, MIN_DRAWS)
         if every_n_epochs is not None:
             check_count("every_n_epochs", every_n_epochs)
+        if not isinstance(steps, (list, tuple, set, frozenset, range)):
+            raise InvalidArgumentError(f"steps={steps!r} must be a list of numbers of optimizer steps.")
         for step in steps:
             check_count("steps", step, 0)
         if batch not in BATCHES:

@@ -119,15 +119,15 @@ class DropProbSchedule(Callback):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise InvalidArgumentError(f"{name}={value!r} must be a finite number of at least 0.")
         for name, names in (("modules", modules), ("attributes", attributes)):
-            if isinstance(names, str):
-                raise InvalidArgumentError(f"{name}={names!r} must be a list of strings, [{names!r}] for one.")
+            if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
+                raise InvalidArgumentError(f"{name}={names!r} must be a list of strings, also for one.")
         self.schedule = schedule
         self.length = length
         self.interval = interval
         self.start = float(start)
         self.end = float(end)
         self.modules = modules
-        self.attributes = tuple(attributes)
+        self.attributes = tuple(attributes or ())
         self._places: list[tuple[nn.Module, str, float]] = []
 
     def factor(self, time: float) -> float:

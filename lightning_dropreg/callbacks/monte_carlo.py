@@ -102,7 +102,7 @@ class MonteCarloDropout(Callback):
         check_count("first_order", first_order, 0)
         if likelihood not in LIKELIHOODS:
             raise InvalidArgumentError(f"likelihood={likelihood!r} is unknown; choose one of {', '.join(LIKELIHOODS)}.")
-        if estimator not in {"forward", "antithetic"}:
+        if estimator not in ("forward", "antithetic"):
             raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose 'forward' or 'antithetic'.")
         self.passes = passes
         self.chunk = chunk

@@ -50,6 +50,8 @@ def main(args: Sequence[str]) -> None:
     unknown = [name for name in options["methods"] or () if name not in METHODS]
     if unknown:
         raise InvalidArgumentError(f"--methods: {', '.join(unknown)} unknown; choose from: {'; '.join(METHODS)}.")
+    if options["threads"] is not None and options["threads"] < 1:
+        raise InvalidArgumentError(f"--threads {options['threads']}: at least 1 is needed.")
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     load_weights(cli)

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_dropreg.checks import below_floor, is_number
 from lightning_dropreg.data.corpus import Corpus, Split
 from lightning_dropreg.data.encoding import TextEncoder
 from lightning_dropreg.data.named import CorpusName, make_corpus
@@ -71,8 +72,8 @@ class LanguageModelingData(LightningDataModule):
             "num_workers": 0,
         }
         given = locals()
-        wrong = [f"{name}={given[name]} (at least {floor})" for name, floor in floors.items() if given[name] < floor]
-        if not 0 < train_fraction <= 1:
+        wrong = below_floor(given, floors)
+        if not is_number(train_fraction) or not 0 < train_fraction <= 1:
             wrong.append(f"train_fraction={train_fraction} (in (0, 1])")
         if wrong:
             raise InvalidArgumentError(f"LanguageModelingData: out of range: {', '.join(wrong)}.")

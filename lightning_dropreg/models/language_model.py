@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from torchmetrics.text import Perplexity
 
+from lightning_dropreg.checks import below_floor, is_integer, is_number, is_probability
 from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["Batch", "RecurrentLanguageModel", "adam", "check_ranges"]
@@ -61,7 +62,7 @@ class RecurrentLanguageModel(LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__()
-        if window is not None and window < 1:
+        if window is not None and not is_integer(window, 1):
             raise InvalidArgumentError(f"{type(self).__name__}: window={window} must be None or at least 1.")
         self.vocab_size = vocab_size
         self.window = window
@@ -255,9 +256,9 @@ def check_ranges(model: str, given: Mapping[str, Any], floors: Mapping[str, int]
     Raises:
         InvalidArgumentError: If one is outside its range.
     """
-    wrong = [f"{name}={given[name]} (at least {floor})" for name, floor in floors.items() if given[name] < floor]
-    wrong += [f"{name}={given[name]} (in [0, 1))" for name in probabilities if not 0 <= given[name] < 1]
-    if given["init_range"] <= 0:
+    wrong = below_floor(given, floors)
+    wrong += [f"{name}={given[name]} (in [0, 1))" for name in probabilities if not is_probability(given[name])]
+    if not is_number(given["init_range"]) or given["init_range"] <= 0:
         wrong.append(f"init_range={given['init_range']} (above 0)")
     if wrong:
         raise InvalidArgumentError(f"{model}: out of range: {', '.join(wrong)}.")

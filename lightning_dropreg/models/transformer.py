@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics.text import Perplexity
 
+from lightning_dropreg.checks import below_floor, is_integer, is_probability
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.models.language_model import adam
 
@@ -56,10 +57,10 @@ class TransformerLanguageModel(LightningModule):
         super().__init__()
         floors = {"vocab_size": 2, "num_layers": 1, "num_heads": 1, "feedforward_dim": 1, "max_length": 1}
         given = locals()
-        wrong = [f"{name}={given[name]} (at least {floor})" for name, floor in floors.items() if given[name] < floor]
-        if not 0 <= drop_prob < 1:
+        wrong = below_floor(given, floors)
+        if not is_probability(drop_prob):
             wrong.append(f"drop_prob={drop_prob} (in [0, 1))")
-        if width < 1 or (num_heads > 0 and width % num_heads):
+        if not is_integer(width, 1) or (is_integer(num_heads, 1) and width % num_heads):
             wrong.append(f"width={width} (a positive multiple of num_heads={num_heads})")
         if wrong:
             raise InvalidArgumentError(f"TransformerLanguageModel: out of range: {', '.join(wrong)}.")

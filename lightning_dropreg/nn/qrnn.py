@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_dropreg.checks import is_integer
 from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["QRNN", "linear_recurrence"]
@@ -39,7 +40,7 @@ class QRNN(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, window: int = 1) -> None:
         super().__init__()
-        if input_size < 1 or hidden_size < 1 or window not in {1, 2}:
+        if not is_integer(input_size, 1) or not is_integer(hidden_size, 1) or window not in (1, 2):
             raise InvalidArgumentError(
                 f"QRNN: input_size={input_size} and hidden_size={hidden_size} must be at least 1, window={window} must "
                 "be 1 or 2."

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lightning_dropreg.checks import is_integer
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.losses.adaptive import adaptive_log_probs, adaptive_softmax_loss
 
@@ -31,10 +32,11 @@ class AdaptiveSoftmax(nn.Module):
 
     def __init__(self, dim: int, vocab_size: int, cutoffs: Sequence[int] = ()) -> None:
         super().__init__()
-        bounds = [0, *cutoffs, vocab_size]
-        if any(a >= b for a, b in pairwise(bounds)):
+        whole = isinstance(cutoffs, (list, tuple)) and all(is_integer(cutoff, 1) for cutoff in cutoffs)
+        if not whole or any(a >= b for a, b in pairwise([0, *cutoffs, vocab_size])):
             raise InvalidArgumentError(
-                f"AdaptiveSoftmax: cutoffs={list(cutoffs)} must rise and lie in [1, vocab_size={vocab_size})."
+                f"AdaptiveSoftmax: cutoffs={cutoffs!r} must be a list of integers that rise and lie in [1, "
+                f"vocab_size={vocab_size})."
             )
         self.cutoffs = tuple(cutoffs)
         self.weight = nn.Parameter(torch.randn(vocab_size, dim) * 0.02)

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_dropreg.checks import below_floor, is_integer, is_probability
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.models.perplexity import MeanPerplexity
 from lightning_dropreg.models.transformer_xl.adaptive_softmax import AdaptiveSoftmax
@@ -84,13 +85,13 @@ class TransformerXLLanguageModel(LightningModule):
         super().__init__()
         floors = {"vocab_size": 2, "num_layers": 1, "heads": 1, "head_dim": 1, "inner_dim": 1, "memory_length": 0}
         given = locals()
-        wrong = [f"{name}={given[name]} (at least {floor})" for name, floor in floors.items() if given[name] < floor]
+        wrong = below_floor(given, floors)
         wrong += [
             f"{name}={given[name]} (in [0, 1))"
             for name in ("drop_prob", "attention_drop_prob")
-            if not 0 <= given[name] < 1
+            if not is_probability(given[name])
         ]
-        if dim < 2 or dim % 2:
+        if not is_integer(dim, 2) or dim % 2:
             wrong.append(f"dim={dim} (even, at least 2)")
         if wrong:
             raise InvalidArgumentError(f"TransformerXLLanguageModel: out of range: {', '.join(wrong)}.")
