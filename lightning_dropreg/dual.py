@@ -2,8 +2,9 @@
 
 In torch 2.13 the forward-mode formulas of ``softmax``, ``log_softmax`` and ``logsumexp`` overwrite a value that their
 own backward needs (an error), those of ``layer_norm``, ``batch_norm`` and ``instance_norm`` take mean and scale for
-constants when they are differentiated backward (a wrong gradient, without a word), and fused attention has none. A pass
-with dual numbers puts these in place of torch's (`REPLACEMENTS`).
+constants when they are differentiated backward (a wrong gradient, without a word). A pass with dual numbers puts these
+in place of torch's (`REPLACEMENTS`), and refuses those of torch's that are wrong and have no stand-in here (`REFUSED`).
+``tests/test_dual.py`` compares what torch has, operation by operation, with finite differences.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
+from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.sites import noise_dtype
 
-__all__ = ["REPLACEMENTS", "log_softmax", "make_dual"]
+__all__ = ["REFUSED", "REPLACEMENTS", "log_softmax", "make_dual"]
 
 _softmax, _log_softmax, _logsumexp = torch.softmax, torch.log_softmax, torch.logsumexp
 
@@ -66,32 +69,6 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) 
         return result
     tangent = ((x - value).exp() * t).sum(dim, keepdim=keepdim)
     return make_dual(result, tangent)
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` without dropout, written out."""
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        bias = attn_mask
-        if attn_mask.dtype == torch.bool:
-            bias = torch.zeros(attn_mask.shape, dtype=scores.dtype, device=scores.device)
-            bias = bias.masked_fill(~attn_mask, -math.inf)
-        scores = scores + bias
-    return softmax(scores, -1) @ value
 
 
 def _normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,12 +153,117 @@ def _channel_norm(
     return (normal if bias is None else normal + bias.view(shape)).to(input.dtype)
 
 
+def torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """`torch.batch_norm`, whose arguments are in another order."""
+    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """`torch.instance_norm`, whose arguments are in another order."""
+    return instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    """`torch.nn.functional.glu`, written out."""
+    value, gate = input.chunk(2, dim)
+    return value * torch.sigmoid(gate)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.hardsigmoid`, written out."""
+    result = F.relu6(input + 3) / 6
+    return input.copy_(result) if inplace else result
+
+
+def _norm(func: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """Make what replaces a vector norm: torch's formula for the sum of absolute values has no backward."""
+
+    def norm(input: Tensor, order: Any = None, dim: Any = None, keepdim: bool = False, **rest: Any) -> Tensor:
+        order = rest.pop(name, order)
+        rest = {key: value for key, value in rest.items() if value is not None}
+        if order == 1 and not rest and not isinstance(order, bool):
+            dims = tuple(range(input.ndim)) if dim is None else dim
+            return input.abs().sum(dims, keepdim=keepdim)
+        options = {} if order is None else {name: order}
+        return func(input, dim=dim, keepdim=keepdim, **options, **rest)
+
+    return norm
+
+
+def _refuse(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Make what replaces a function that torch differentiates wrongly: constants go through, duals do not."""
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        problem, option = REFUSED[func]
+        chosen = option is None or any(isinstance(leaf, str) and leaf == option for leaf in leaves)
+        if chosen and any(_is_dual(leaf) for leaf in leaves):
+            raise UnsupportedOperationError(
+                f"The model calls {func.__name__}{f' with {option!r}' if option else ''}, whose forward-mode "
+                f"derivative cannot be differentiated: in torch {problem}. Use estimator='antithetic' or "
+                "'double_backward'."
+            )
+        return func(*args, **kwargs)
+
+    return refused
+
+
+def _is_dual(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+_WRONG = "its gradient is wrong, without an error", None
+_NAN = "its gradient is nan", None
+_FAILS = "its backward fails", None
+_NO_GRADIENT = "its gradient is missing, without an error", "prod"  # of the reductions only this one
+
+REFUSED: dict[Callable[..., Any], tuple[str, str | None]] = {
+    **dict.fromkeys((torch.det, Tensor.det, torch.linalg.det), _WRONG),
+    **dict.fromkeys((torch.logdet, Tensor.logdet), _WRONG),
+    **dict.fromkeys((torch.slogdet, Tensor.slogdet, torch.linalg.slogdet), _WRONG),
+    **dict.fromkeys((torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve), _WRONG),
+    **dict.fromkeys((torch.cholesky_inverse, Tensor.cholesky_inverse), _WRONG),
+    **dict.fromkeys((torch.linalg.householder_product, torch.orgqr, Tensor.orgqr), _WRONG),
+    **dict.fromkeys((torch.native_layer_norm, torch.native_batch_norm), _WRONG),
+    torch.linalg.eigh: _NAN,  # eigvalsh is right
+    **dict.fromkeys((torch.logcumsumexp, Tensor.logcumsumexp), _FAILS),
+    **dict.fromkeys((torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_), _NO_GRADIENT),
+}
+"""What is wrong with each, and the option with which it is."""
+
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **dict.fromkeys((F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax), softmax),
+    **dict.fromkeys((F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax, torch._softmax), softmax),
     **dict.fromkeys((F.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax), log_softmax),
+    torch._log_softmax: log_softmax,
     **dict.fromkeys((torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp), logsumexp),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
-    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    torch.batch_norm: torch_batch_norm,
+    torch.instance_norm: torch_instance_norm,
+    F.glu: glu,
+    F.hardsigmoid: hardsigmoid,
+    **{func: _norm(func, "p") for func in (torch.norm, Tensor.norm)},
+    torch.linalg.vector_norm: _norm(torch.linalg.vector_norm, "ord"),
+    **{func: _refuse(func) for func in REFUSED},
 }

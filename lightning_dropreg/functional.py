@@ -18,6 +18,8 @@ states and metrics advanced once.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -25,11 +27,13 @@ from lightning_dropreg.checks import is_one_of
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS, Estimate
+from lightning_dropreg.interception import constants_marked
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.passes import Closure, Drop, Off, run_pass
 from lightning_dropreg.sites import Site, fold_key
+from lightning_dropreg.support import find_support
 
-__all__ = ["dropout_loss", "explicit_penalty", "find_sites", "implicit_noise", "plain_loss"]
+__all__ = ["dropout_loss", "explicit_penalty", "find_sites", "find_support", "implicit_noise", "plain_loss"]
 
 MASKS = ("as_model", "elementwise")
 
@@ -226,7 +230,8 @@ def _estimate(
 ) -> Estimate:
     check_estimation(estimator, step_size, mask)
     key = draw_key(generator)  # before the random state is remembered, or the first pass would start from another one
-    with Isolation(module, mean=True) as isolation:
+    # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
+    with Isolation(module, mean=True) as isolation, constants_marked() if curvature else nullcontext():
         return ESTIMATORS[estimator](
             lambda: isolation.run(closure),
             curvature=curvature,

@@ -17,7 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from lightning_dropreg.errors import UnsupportedOperationError
 
-__all__ = ["GradientSum", "Gradients", "Scaler", "backpropagate", "gradients_in", "leaves_of"]
+__all__ = [
+    "GradientSum",
+    "Gradients",
+    "Scaler",
+    "backpropagate",
+    "gradients_in",
+    "has_reentrant_checkpoint",
+    "leaves_of",
+]
 
 Scaler = Callable[[Tensor], Tensor]
 """Multiplies a tensor by the scale of a gradient scaler."""
@@ -75,6 +83,21 @@ def leaves_of(*values: Tensor) -> list[Tensor] | None:
 
 
 _NOT_ASIDE = frozenset({"CheckpointFunctionBackward", "_ReentrantBackward"})
+
+
+def has_reentrant_checkpoint(value: Tensor) -> bool:
+    """Whether `value` depends on a reentrant checkpoint: ``autograd.grad`` passes by its parameters without a word."""
+    seen: set[Any] = set()
+    stack: list[Any] = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() in _NOT_ASIDE:
+            return True
+        seen.add(node)
+        stack.extend(next_node for next_node, _ in node.next_functions)
+    return False
 
 
 def backpropagate(total: Tensor, leaves: Sequence[Tensor], scaler: Scaler | None = None) -> Gradients:

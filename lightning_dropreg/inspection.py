@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_dropreg.errors import NonFinitePenaltyError, UnsupportedSiteError
+from lightning_dropreg.curvature import element_weights
+from lightning_dropreg.errors import DropregError, NonFinitePenaltyError, UnsupportedModuleError, UnsupportedSiteError
 from lightning_dropreg.naming import name_caller
 from lightning_dropreg.passes import Closure, Off, Pass, Tap, is_dormant, run_pass
 from lightning_dropreg.sites import Directions, Site
 
-__all__ = ["check_finite", "check_masks_of_rows", "inspect_step"]
+__all__ = ["all_at_once", "check_finite", "check_masks_of_rows", "inspect_step"]
 
 
-def inspect_step(closure: Closure, need_losses: bool) -> Pass:
-    """Run a step once and raise what would keep it from being regularized.
+def inspect_step(closure: Closure, need_losses: bool) -> tuple[Pass, list[DropregError]]:
+    """Run a step once and find everything that would keep it from being regularized.
 
     Taps at the sites make every way from a site to the loss visible, also from sites on inputs that need no gradient.
 
@@ -28,13 +29,26 @@ def inspect_step(closure: Closure, need_losses: bool) -> Pass:
         need_losses: Whether its losses must be recognized (for the penalty).
 
     Returns:
-        The pass, its sites named.
+        The pass, its sites named, and what was found wrong.
     """
+    problems: list[DropregError] = []
     with _RandomnessWatch() as watch:
-        done = run_pass(closure, Tap(Directions(0)), record_losses=need_losses, name_sites=True, written_out=False)
-    for loss in done.losses:
-        loss.check()
-    if not done.sites and not is_dormant():
+        done = run_pass(
+            closure,
+            Tap(Directions(0)),
+            record_losses=need_losses,
+            name_sites=True,
+            written_out=False,
+            problems=problems,
+        )
+    whole = isinstance(done.loss, Tensor) and done.loss.requires_grad
+    for loss in done.losses if whole else ():
+        try:
+            loss.check()
+            element_weights(done.loss, [loss])
+        except DropregError as problem:
+            problems.append(problem)
+    if not done.sites and not problems and not is_dormant():
         warnings.warn(
             "Every dropout that the step reached has drop probability 0, so nothing is regularized until that changes. "
             "Set the probabilities, or let lightning_dropreg.DropProbSchedule raise them.",
@@ -50,7 +64,32 @@ def inspect_step(closure: Closure, need_losses: bool) -> Pass:
             "call lightning_dropreg.drop, or its effect is neither penalized nor turned into noise.",
             stacklevel=2,
         )
-    return done
+    return done, problems
+
+
+def all_at_once(problems: Sequence[DropregError], where: str) -> DropregError:
+    """Make one error of several, so that nobody has to find them one by one.
+
+    Args:
+        problems: At least one.
+        where: Where they were found, for the message.
+
+    Returns:
+        The only one itself; of several an error of their common type, `UnsupportedModuleError` if they have none.
+
+    Example:
+        >>> from lightning_dropreg.errors import NoDropoutSiteError
+        >>> print(all_at_once([NoDropoutSiteError("None."), UnsupportedModuleError("Compiled.")], "Net"))
+        Net has 2 problems:
+          1. None.
+          2. Compiled.
+    """
+    if len(problems) == 1:
+        return problems[0]
+    types = {type(problem) for problem in problems}
+    lines = [f"  {number}. {problem}" for number, problem in enumerate(problems, 1)]
+    kind = types.pop() if len(types) == 1 else UnsupportedModuleError
+    return kind("\n".join([f"{where} has {len(problems)} problems:", *lines]))
 
 
 def check_masks_of_rows(sites: Sequence[Site], on_rows: Closure) -> None:

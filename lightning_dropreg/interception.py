@@ -9,19 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg import checkpointing
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, LossNotRecognizedError, UnsupportedSiteError
 from lightning_dropreg.handlers import HANDLERS
+from lightning_dropreg.handlers.attention import attention_is_ignored
 from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
 from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.naming import name_caller
 from lightning_dropreg.sites import Site, check_drop_prob
 
-__all__ = ["Interception", "RepeatableRule", "Rule"]
+__all__ = ["Interception", "RepeatableRule", "Rule", "constants_marked"]
+
+
+_marking: ContextVar[bool] = ContextVar("marking", default=False)
+
+
+@contextmanager
+def constants_marked() -> Iterator[None]:
+    """Give sites on inputs that need no gradient a node in the autograd graph, so that every way from them is seen.
+
+    Yields:
+        Nothing.
+    """
+    token = _marking.set(True)
+    try:
+        yield
+    finally:
+        _marking.reset(token)
 
 
 class Rule(Protocol):
@@ -49,6 +70,8 @@ class Interception(TorchFunctionMode):
         name_sites: Whether to look up which module each site belongs to (slow, for people to read).
         written_out: Whether the pass will be differentiated twice or forward, so that fused kernels without formulas
             for that are to be avoided.
+        problems: Collects the errors of sites and losses that are not understood, which then do what they always do;
+            without it the first one is raised.
 
     Attributes:
         sites: The sites in the order in which they were reached.
@@ -56,6 +79,7 @@ class Interception(TorchFunctionMode):
         losses: The losses in the order in which they were computed.
         inactive: How many dropouts were reached whose drop probability is 0 at the moment (a schedule may raise it).
         refused: What was found wrong with losses that have no known curvature.
+        ignores_attention: Whether dropout on attention probabilities is left out.
         checkpoints: How many checkpointed regions the running code is in.
     """
 
@@ -67,6 +91,7 @@ class Interception(TorchFunctionMode):
         name_sites: bool = False,
         replacements: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
         written_out: bool = False,
+        problems: list[DropregError] | None = None,
     ) -> None:
         super().__init__()
         self.rule = rule
@@ -74,6 +99,8 @@ class Interception(TorchFunctionMode):
         self.name_sites = name_sites
         self.replacements = replacements or {}
         self.written_out = written_out
+        self.problems = problems
+        self.ignores_attention = attention_is_ignored()
         self.checkpoints = 0
         self._first = 0
         self._kind: str | None = None
@@ -88,18 +115,24 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Route one call; `args` and `kwargs` are those of `func`."""
         kwargs = kwargs or {}
-        handler = HANDLERS.get(func)
-        if handler is not None:
-            return handler(self, func, *args, **kwargs)
-        if is_registered(func):
-            return self._registered(func, *args, **kwargs)
-        if self.record_losses:
-            loss = RECOGNIZED.get(func)
-            if loss is not None:
-                return self._record(*loss(*args, **kwargs))
-            if func in REFUSED:
-                self.refused.append(f"{func.__name__} was called, but {REFUSED[func]}")
-        return self.plain(func, *args, **kwargs)
+        try:
+            handler = HANDLERS.get(func)
+            if handler is not None:
+                return handler(self, func, *args, **kwargs)
+            if is_registered(func):
+                return self._registered(func, *args, **kwargs)
+            if self.record_losses:
+                loss = RECOGNIZED.get(func)
+                if loss is not None:
+                    return self._record(*loss(*args, **kwargs))
+                if func in REFUSED:
+                    self.refused.append(f"{func.__name__} was called, but {REFUSED[func]}")
+            return self.plain(func, *args, **kwargs)
+        except (UnsupportedSiteError, InvalidArgumentError, LossNotRecognizedError) as problem:
+            if self.problems is None:
+                raise
+            self.problems.append(problem)
+            return func(*args, **kwargs)
 
     def __enter__(self) -> Interception:
         """Start to intercept."""
@@ -132,6 +165,7 @@ class Interception(TorchFunctionMode):
             replacements=self.replacements,
             written_out=self.written_out,
         )
+        replay.ignores_attention = self.ignores_attention  # in the backward, where nobody's choice is in force
         replay._first = start
         replay.checkpoints = 1
         return replay
@@ -187,5 +221,8 @@ class Interception(TorchFunctionMode):
         site = Site(name_caller() if self.name_sites else "", p, tuple(h.shape), mask_shape, self._kind or kind)
         self.sites.append(site)
         dropped = self.rule(site, h.clone() if inplace else h)
+        if _marking.get() and not dropped.requires_grad and torch.is_grad_enabled():
+            dropped = dropped.requires_grad_()
+            dropped = dropped.view_as(dropped)  # has a node in the graph
         self.site_nodes.append(dropped.grad_fn)
         return h.copy_(dropped) if inplace else dropped

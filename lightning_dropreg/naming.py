@@ -13,6 +13,8 @@ __all__ = ["name_caller"]
 _ONE_PLACE = ("torch.nn.modules.", "lightning_dropreg.nn.")
 _OURS = (
     "lightning_dropreg.interception",
+    "lightning_dropreg.callbacks.manual",
+    "lightning_dropreg.checkpointing",
     "lightning_dropreg.handlers",
     "lightning_dropreg.naming",
     "lightning_dropreg.inspection",

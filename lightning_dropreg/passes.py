@@ -18,12 +18,30 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_dropreg.dual import REPLACEMENTS, make_dual
-from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, NoDropoutSiteError
-from lightning_dropreg.interception import Interception, Rule
+from lightning_dropreg.errors import (
+    DropregError,
+    InvalidArgumentError,
+    LossNotRecognizedError,
+    NoDropoutSiteError,
+    UnsupportedSiteError,
+)
+from lightning_dropreg.interception import Interception, RepeatableRule, Rule
 from lightning_dropreg.losses import RECOGNIZED, Loss
 from lightning_dropreg.sites import Directions, KeyedGenerators, Site, fold_key, noise_dtype
 
-__all__ = ["Closure", "Drop", "Off", "Pass", "Perturb", "Tangent", "Tap", "dormant_sites", "is_dormant", "run_pass"]
+__all__ = [
+    "Closure",
+    "Drop",
+    "Off",
+    "Pass",
+    "Perturb",
+    "Tangent",
+    "Tap",
+    "dormant_sites",
+    "focus",
+    "is_dormant",
+    "run_pass",
+]
 
 Closure = Callable[[], Tensor]
 """Runs forward and loss of a model and returns the scalar loss."""
@@ -149,6 +167,45 @@ def is_dormant() -> bool:
     return _dormant.get()
 
 
+class _Focus:
+    """A rule that acts at one site of the pass; the others do nothing."""
+
+    def __init__(self, rule: Rule, index: int) -> None:
+        self.rule = rule
+        self.index = index
+        self._met = 0
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.Rule`."""
+        position, self._met = self._met, self._met + 1
+        return self.rule(site, h) if position == self.index else h.view_as(h)
+
+
+class _RepeatableFocus(_Focus):
+    """The same for a rule that can do the same thing again."""
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.RepeatableRule`."""
+        return self.rule.again(0, h) if index == self.index else h.view_as(h)  # type: ignore[attr-defined]
+
+
+_focus: ContextVar[int | None] = ContextVar("focus", default=None)
+
+
+@contextmanager
+def focus(index: int) -> Iterator[None]:
+    """Let only site number `index` be a dropout site in the passes run inside, to see what it needs by itself.
+
+    Yields:
+        Nothing.
+    """
+    token = _focus.set(index)
+    try:
+        yield
+    finally:
+        _focus.reset(token)
+
+
 @dataclass
 class Pass:
     """What one pass gave.
@@ -172,6 +229,7 @@ def run_pass(
     name_sites: bool = False,
     need_sites: bool = True,
     written_out: bool | None = None,
+    problems: list[DropregError] | None = None,
 ) -> Pass:
     """Run `closure` once with `rule` at its dropout sites.
 
@@ -183,6 +241,7 @@ def run_pass(
         need_sites: Whether reaching no dropout site is an error.
         written_out: Whether to avoid fused kernels that cannot be differentiated twice or forward; by default that
             depends on the rule.
+        problems: Collects the errors instead of raising the first one.
 
     Returns:
         Loss, recognized losses and sites of the pass.
@@ -191,27 +250,52 @@ def run_pass(
         NoDropoutSiteError: If `need_sites` and no dropout was reached, not even one whose probability is 0 for now.
         LossNotRecognizedError: If `record_losses` and no known loss function was called with an output that needs a
             gradient.
+        DropregError: If there is something else wrong with the loss.
     """
     dual = isinstance(rule, Tangent)
     if written_out is None:
         written_out = isinstance(rule, (Tangent, Tap))
+    index = _focus.get()
+    if index is not None:
+        rule = (_RepeatableFocus if isinstance(rule, RepeatableRule) else _Focus)(rule, index)
     with Interception(
         rule,
         record_losses=record_losses or dual,  # torch's cross entropy has no tangent that has a backward, ours has
         name_sites=name_sites,
         replacements=REPLACEMENTS if dual else None,
         written_out=written_out,
+        problems=problems,
     ) as interception:
         loss = closure()
-    check_loss(loss)
-    if need_sites and not (interception.sites or interception.inactive or is_dormant()):
-        raise NoDropoutSiteError(
+    try:
+        check_loss(loss)
+        if record_losses:
+            _check_losses(loss, interception)
+    except DropregError as problem:
+        if problems is None:
+            raise
+        problems.append(problem)
+    met = interception.sites or any(isinstance(p, (UnsupportedSiteError, InvalidArgumentError)) for p in problems or ())
+    if need_sites and not (met or interception.inactive or is_dormant()):
+        missing = NoDropoutSiteError(
             "No dropout was reached in this step, so there is nothing to regularize. Check that the model is in "
             "training mode, that it has dropout, and that the dropout is computed by torch.nn.functional.dropout, "
             "dropout1d, dropout2d or dropout3d (or the modules around them). Dropout inside recurrent networks and "
             "attention counts where its probability is above 0."
         )
-    if record_losses and not interception.losses:
+        if problems is None:
+            raise missing
+        problems.append(missing)
+    return Pass(loss, interception.losses, interception.sites)
+
+
+def _check_losses(loss: Tensor, interception: Interception) -> None:
+    """Refuse a pass in which no loss was recognized, or not all of the returned loss.
+
+    Raises:
+        LossNotRecognizedError: If that is so.
+    """
+    if not interception.losses:
         raise LossNotRecognizedError(
             "The step returned a loss, but none of the loss functions that this package knows was called on the way "
             f"({', '.join(_torch_losses())} of torch.nn.functional, or the modules "
@@ -219,9 +303,7 @@ def run_pass(
             "Compute the loss with one of them, make your own known with lightning_dropreg.recognize, or use "
             "ImplicitNoise, which needs no curvature."
         )
-    if record_losses:
-        _check_recognized(loss, interception)
-    return Pass(loss, interception.losses, interception.sites)
+    _check_recognized(loss, interception)
 
 
 def _check_recognized(loss: Tensor, interception: Interception) -> None:
@@ -246,8 +328,8 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
             found = True
         elif node in sites:
             raise LossNotRecognizedError(
-                f"A part of the returned loss depends on the dropout site {sites[node]} by a way that does not lead "
-                f"through a recognized loss function (found: {names}), so its "
+                f"A part of the returned loss depends on the dropout site {_called(sites[node])} by a way that does "
+                f"not lead through a recognized loss function (found: {names}), so its "
                 f"curvature is unknown and the penalty would miss it.{_refused(interception)} Compute that part with "
                 "a loss function of torch.nn.functional that this package knows, make it known with "
                 "lightning_dropreg.recognize, or leave it out of the returned loss."
@@ -263,6 +345,10 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
 
 def _torch_losses() -> list[str]:
     return sorted(known.__name__ for known in RECOGNIZED if known.__module__ == F.__name__)
+
+
+def _called(site: Site) -> str:
+    return f"{site.name} ({site.kind})" if site.name else f"with p={site.p:g} and shape {site.shape} ({site.kind})"
 
 
 def _refused(interception: Interception) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic_in_turn
 from lightning_dropreg.gradients import Gradients, GradientSum, Scaler, backpropagate, leaves_of
+from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.passes import Drop, Off, run_pass
 from lightning_dropreg.sites import fold_key
 
@@ -132,12 +133,14 @@ class Plan:
         penalty: The penalty, or None.
         noise: The noise, or None.
         low_memory: Whether each of the k draws is differentiated before the next one is made.
+        attention: What becomes of dropout on attention probabilities: ``"site"`` or ``"ignore"``.
     """
 
     k: int | None = None
     penalty: PenaltySettings | None = None
     noise: NoiseSettings | None = None
     low_memory: bool = True
+    attention: str = "site"
 
     def penalty_at(self, step: int) -> PenaltySettings | None:
         """Return the penalty if it acts in optimizer step `step`."""
@@ -177,7 +180,9 @@ class Plan:
     @property
     def untouched(self) -> bool:
         """Whether the plan leaves every step exactly as it is."""
-        return self.k == 1 or (self.k is None and self.penalty is None and self.noise is None)
+        if self.k == 1:
+            return self.attention == "site"
+        return self.k is None and self.penalty is None and self.noise is None
 
     @property
     def row_dims(self) -> set[int]:
@@ -218,6 +223,10 @@ class Plan:
         Returns:
             Total loss and its parts.
         """
+        with attention_dropout(self.attention):
+            return self._run(runner, key, step, measure_noise)
+
+    def _run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool) -> StepResult:
         if self.k is not None:
             return self._dropout_k(runner, key, self.k, measure_noise)
         result: StepResult | None = None
@@ -243,9 +252,10 @@ class Plan:
             The scaled scalar whose gradient is to be added.
         """
         assert self.noise is not None
-        if self.noise.source == "dropout":
-            return self.noise_scale * self._difference(runner, key)
-        return _Share(self.noise.estimation, noise=self.noise_scale).carry_out(runner, key, False).total
+        with attention_dropout(self.attention):
+            if self.noise.source == "dropout":
+                return self.noise_scale * self._difference(runner, key)
+            return _Share(self.noise.estimation, noise=self.noise_scale).carry_out(runner, key, False).total
 
     def _shares(self, step: int) -> list[_Share]:
         """Sort out which passes bring what; penalty and noise with equal settings come from the same ones."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_batch_fraction_of_one_gives_the_whole_batch():
 def test_batch_fraction_is_unbiased_and_keeps_the_noise():
     """Over 300 keys, the mean penalty on a third of the rows and the mean squared noise: three standard errors."""
     torch.set_default_dtype(torch.float64)
-    from lightning_dropreg.callbacks.session import _Batch
+    from lightning_dropreg.callbacks.batch import Batch
     from lightning_dropreg.step import Estimation, NoiseSettings, PenaltySettings, Plan
 
     model, batch = Classifier(), next(iter(make_loader(12, 12)))
@@ -209,7 +210,7 @@ def test_batch_fraction_is_unbiased_and_keeps_the_noise():
         plan = Plan(penalty=PenaltySettings(1.0, "loss_hessian", 1, e), noise=NoiseSettings(1.0, "taylor", "loss", e))
         values = []
         for key in range(300):
-            runner = _Batch(type(module).training_step.__get__(module), (batch, 0), {}, module, True, key)
+            runner = Batch(type(module).training_step.__get__(module), (batch, 0), {}, module, True, key)
             with runner.isolation:
                 result = plan.run(runner, key, 0)
             gradients = torch.autograd.grad(result.noise, list(module.parameters()), allow_unused=True)
@@ -400,16 +401,16 @@ def test_micro_batches_have_noise_of_their_own_without_batch_idx():
 
     from lightning_dropreg.callbacks import session
 
-    class Spy(session._Batch):
+    class Spy(session.Batch):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             keys.append(kwargs["key"])
 
-    original, session._Batch = session._Batch, Spy
+    original, session.Batch = session.Batch, Spy
     try:
         train([dr.ImplicitNoise()], make=NoIndex, accumulate_grad_batches=4)
     finally:
-        session._Batch = original
+        session.Batch = original
     assert len(set(keys)) == 5  # the look at the first step, and four micro-batches
 
 
@@ -446,3 +447,40 @@ def test_noise_on_rows_is_scaled_by_the_fraction_that_was_drawn():
         plan = Plan(noise=NoiseSettings(1.0, "taylor", "loss", Estimation("antithetic", 0.1, "as_model", fraction, 0)))
         noise.append(plan.run(Runner(), 0, 0).noise)
     torch.testing.assert_close(noise[1], noise[0] / 2)
+
+
+class Attending(Classifier):
+    """Attention with dropout on its probabilities, computed again in the backward, and an ordinary dropout."""
+
+    def __init__(self, q=0.5):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(4, 2, dropout=q, batch_first=True, dtype=torch.float64)
+
+    def training_step(self, batch, batch_idx):
+        attend = lambda x: self.attention(x, x, x)[0]
+        h = torch.utils.checkpoint.checkpoint(attend, batch[0][:, None], use_reentrant=False)[:, 0]
+        return F.cross_entropy(self.net(h), batch[1])
+
+
+class AttendingMixin(dr.ExplicitPenaltyMixin, Attending):
+    explicit_penalty = MappingProxyType({"attention": "ignore"})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: [dr.ExplicitPenalty(**o), dr.ImplicitNoise(**o)],
+        lambda **o: [dr.MiniBatchDropout(2, **o), dr.ImplicitNoise(**o)],
+        lambda **o: [dr.ImplicitNoise(source="dropout", injection="after_backward", **o)],
+    ],
+)
+def test_attention_ignored_is_attention_without_dropout(make):
+    without = train(make(), make=Attending, model_options={"q": 0.0})
+    assert same(train(make(attention="ignore"), make=Attending), without)
+    assert not same(train(make(), make=Attending), without)
+
+
+def test_attention_ignored_by_a_mixin_and_with_one_draw():
+    assert same(train(make=AttendingMixin), train([dr.ExplicitPenalty(attention="ignore")], make=Attending))
+    by_one = train([dr.MiniBatchDropout(1, attention="ignore")], make=Attending)
+    assert not same(by_one, train(make=Attending))  # not left alone, as k=1 is otherwise

@@ -6,14 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from conftest import Classifier, make_loader
 
+import lightning_dropreg as dr
 from lightning_dropreg.cli import COMMANDS, main
 from lightning_dropreg.cli.bench import METHODS
 from lightning_dropreg.cli.comparison import Comparison, Run
 from lightning_dropreg.cli.summary import FitResult
+from lightning_dropreg.estimators import ESTIMATORS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # the others, under paper/ and small/, have tests of their own
@@ -104,13 +109,87 @@ def test_a_run_can_be_repeated_from_its_own_record_and_evaluated(capsys):
         assert capsys.readouterr().out.strip()
 
 
-def test_inspect_lists_the_sites(capsys):
+def test_inspect_lists_sites_losses_and_what_would_happen(capsys):
     assert main(["inspect", "--config", QUICKSTART, "--json"]) == 0
-    sites = printed_json(capsys)
-    assert [site["name"] for site in sites] == ["dropouts.0", "dropouts.1", "dropouts.2"]
-    assert all(site["shape"] == site["mask_shape"] == [20, 35, 200] for site in sites)
-    assert main(["inspect", "--config", QUICKSTART, "--model.drop_prob=0"]) == 0
-    assert "No dropout" in capsys.readouterr().out
+    found = printed_json(capsys)
+    assert [site["name"] for site in found["sites"]] == ["dropouts.0", "dropouts.1", "dropouts.2"]
+    assert all(site["shape"] == site["mask_shape"] == [20, 35, 200] for site in found["sites"])
+    assert all(site["estimators"] == list(ESTIMATORS) for site in found["sites"])
+    [loss] = found["losses"]
+    assert (loss["name"], loss["outputs_shape"]) == ("cross_entropy", [700, 2000])
+    assert loss["estimators"] == ["antithetic", "forward", "double_backward"]
+    assert "1,400,000 backward passes" in loss["untried"]["exact"]
+    [outlook] = found["plans"]
+    assert outlook["callbacks"] == ["ExplicitPenalty", "ImplicitNoise"]
+    assert "Back-propagated: loss + 2 R_approx + 1 s (whose gradient is xi_approx)." in outlook["plan"]
+    assert outlook["values"].keys() == {"loss", "explicit penalty", "norm of the gradient"}
+    assert not found["problems"]
+    assert not outlook["refused"]
+
+
+def test_inspect_without_dropout_tells_of_each_callback(capsys):
+    with pytest.warns(UserWarning, match="drop probability 0"):
+        assert main(["inspect", "--config", str(CONFIGS / "quickstart_none.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "No dropout" in out
+    assert all(name in out for name in ("ExplicitPenalty", "ImplicitNoise", "MiniBatchDropout"))
+    assert "explicit penalty 0, " in out
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+class Troubled(dr.ImplicitNoiseMixin, Classifier):
+    """Manual optimization, two compiled parts, an operation without second derivatives and half of a known loss."""
+
+    def __init__(self, compiles: bool = True):
+        super().__init__(dtype=torch.float32)
+        self.automatic_optimization = False
+        self.last = torch.nn.Linear(3, 3)
+        for part in (self.net[0], self.last) if compiles else ():
+            part.compile()
+
+    def training_step(self, batch, batch_idx):
+        z = self.last(F.dropout(Once.apply(self.net(batch[0])), 0.1))
+        loss = F.cross_entropy(z, batch[1]) + F.l1_loss(z, z.detach() + 1) + 0.1 * z.square().mean()
+        self.manual_backward(loss)
+        self.optimizers().step()
+        return {"loss": loss}
+
+
+class Examples(L.LightningDataModule):
+    def train_dataloader(self):
+        return make_loader(dtype=torch.float32)
+
+
+def test_inspect_finds_out_what_is_supported_and_all_that_is_not(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    command = ["inspect", "--model=test_cli.Troubled", "--data=test_cli.Examples", "--trainer.accelerator=cpu"]
+    assert main([*command, "--json"]) == 0
+    found = printed_json(capsys)
+    behind, before = found["sites"]
+    assert behind["estimators"] == ["antithetic"]
+    assert "Once" in behind["refused"]["double_backward"]
+    assert before["estimators"] == list(ESTIMATORS)
+    assert [loss["name"] for loss in found["losses"] if not loss["refused"]] == ["cross_entropy"]
+    parts = ("net.0 is compiled", "last is compiled", "does not lead through")
+    assert all(part in problem for part, problem in zip(parts, found["problems"], strict=True))
+    [outlook] = found["plans"]
+    assert outlook["callbacks"] == ["ImplicitNoise"]
+    assert "has 2 problems" in outlook["refused"]
+    assert main([*command, "--model.compiles=false"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "A [1] [2]" in out
+    assert "On the first batch: loss" in out
 
 
 def test_bench_measures_every_method(capsys):
@@ -260,7 +339,7 @@ def test_a_file_changes_its_base(capsys):
     Path("base.yaml").write_text(f"base: {QUICKSTART}\nmodel:\n  init_args:\n    num_layers: 3\n")
     Path("below/top.yaml").write_text("base: ../base.yaml\nmodel:\n  init_args:\n    drop_prob: 0.25\n")
     assert main(["inspect", "--config", "below/top.yaml", "--json"]) == 0
-    assert [site["drop_prob"] for site in printed_json(capsys)] == [0.25] * 4
+    assert [site["drop_prob"] for site in printed_json(capsys)["sites"]] == [0.25] * 4
 
 
 @pytest.mark.parametrize(("base", "message"), [("gone.yaml", "no file gone.yaml"), ("loop.yaml", "its own base")])

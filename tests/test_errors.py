@@ -69,6 +69,7 @@ def test_bad_arguments(value):
         (dr.ImplicitNoise, "source", False),
         (dr.ImplicitNoise, "injection", False),
         (dr.MiniBatchDropout, "k", count(1)),
+        *((callback, "attention", False) for callback in (dr.ExplicitPenalty, dr.ImplicitNoise, dr.MiniBatchDropout)),
     ]
     for callback, name, valid in cases:
         if valid:
@@ -118,6 +119,28 @@ def test_unrecognized_part_on_a_site_of_the_input():
 
     with pytest.raises(errors.LossNotRecognizedError):
         train([dr.ExplicitPenalty()], make=Input, model_options={"p": 0.0})
+
+
+@pytest.mark.parametrize("estimator", ["antithetic", "forward", "double_backward", "exact"])
+def test_unrecognized_part_on_a_site_of_the_input_without_lightning(estimator):
+    net, x = nn.Linear(3, 2), torch.randn(5, 3)
+
+    def closure(weight=0.0):
+        h = F.dropout(x, 0.3)
+        return F.mse_loss(net(h), torch.zeros(5, 2)) + weight * (net.weight.sum() * h).square().mean()
+
+    with pytest.raises(errors.LossNotRecognizedError, match="does not lead through"):
+        explicit_penalty(lambda: closure(1.0), estimator=estimator)
+    assert explicit_penalty(lambda: F.mse_loss(net(F.dropout(x, 0.3)), x[:, :2]), estimator=estimator) > 0
+    assert x.grad is None
+    assert not x.requires_grad
+
+
+def test_native_dropout():
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(errors.UnsupportedSiteError, match=r"native_dropout in .*test_errors.*mask"):
+        implicit_noise(lambda: 2 * torch.native_dropout(x, 0.5, True)[0].sum())
+    assert implicit_noise(lambda: F.dropout(torch.native_dropout(x, 0.5, False)[0], 0.1).sum()).requires_grad
 
 
 def test_weight_decay_in_the_loss_is_no_unrecognized_part():
@@ -183,6 +206,11 @@ def test_minibatch_dropout_with_penalty():
         train([dr.MiniBatchDropout(2), dr.ExplicitPenalty()])
 
 
+def test_callbacks_that_disagree_about_attention():
+    with pytest.raises(errors.CompositionError, match=r"ImplicitNoise\(attention='ignore'\)"):
+        train([dr.ExplicitPenalty(), dr.ImplicitNoise(attention="ignore")])
+
+
 def test_compiled_module():
     class Compiled(Classifier):
         def __init__(self):
@@ -193,6 +221,27 @@ def test_compiled_module():
         train([dr.ExplicitPenalty()], make=Compiled)
 
 
+def test_all_problems_at_once():
+    class Troubled(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net[0].compile()
+            self.net[4].compile()
+
+        def training_step(self, batch, batch_idx):
+            z = self.net(DropInside.apply(batch[0]))
+            self.manual_backward(F.cross_entropy(z, batch[1]) + z.square().mean())
+            self.optimizers().step()
+
+    with pytest.raises(errors.UnsupportedModuleError) as raised:
+        train([dr.ExplicitPenalty()], make=Troubled)
+    lines = str(raised.value).splitlines()
+    assert lines[0].endswith("has 4 problems:")
+    found = ("net.0 is compiled", "net.4 is compiled", "test_errors.py", "does not lead through")
+    assert all(part in line for part, line in zip(found, lines[1:], strict=True))
+
+
 def test_compiled_lightning_module():
     import lightning as L
     from conftest import make_loader, make_trainer
@@ -201,17 +250,6 @@ def test_compiled_lightning_module():
     model = torch.compile(Classifier())
     with pytest.raises(errors.UnsupportedModuleError, match="compiled"):
         make_trainer([dr.ExplicitPenalty()]).fit(model, make_loader())
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_manual_optimization(make):
-    class Manual(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-    with pytest.raises(errors.UnsupportedModuleError, match="optimizes manually"):
-        train([make()], make=Manual)
 
 
 def test_non_finite_penalty_names_step_and_site():
@@ -302,5 +340,5 @@ def test_parameters_changed_in_the_step():
                 self.net[4].weight.mul_(0.9)
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(errors.UnsupportedModuleError, match=r"net\.4\.weight.*on_train_batch_end"):
+    with pytest.raises(errors.UnsupportedModuleError, match=r"net\.4\.weight.*net\.4\.bias.*on_train_batch_end"):
         train([dr.ExplicitPenalty()], make=Averaging)

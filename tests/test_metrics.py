@@ -156,7 +156,9 @@ def in_process(rank, folder):
     closure = lambda: F.cross_entropy(net(x[rows]), y[rows])
     metrics[3].update(closure, net, examples=len(y[rows]))
     metrics[4].update(closure, net)
-    local = [metric.metric_state for metric in metrics[3:]]
+    same = MeanExplicitPenalty()
+    same.update(lambda: F.cross_entropy(net(x), y), net, examples=12)
+    local = [metric.metric_state for metric in [*metrics[3:], same]]
     local = [{name: value.clone() for name, value in state.items()} for state in local]
     torch.save(([metric.compute() for metric in metrics], local), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -172,7 +174,7 @@ def test_two_processes_are_one(tmp_path):
     whole[1].update(x @ w.T, y)
     whole[2].update(x, w, y)
     torch.testing.assert_close(values[:3], [metric.compute() for metric in whole])
-    # ranks draw their own directions, so what is added up is theirs
+    assert one[2]["total"] != two[2]["total"]  # on the same data ranks draw directions of their own
     penalty = (one[0]["total"] + two[0]["total"]) / 12
     scale = ((one[1]["noise"] + two[1]["noise"]) / (one[1]["gradient"] + two[1]["gradient"])).sqrt()
     torch.testing.assert_close(values[3:], [penalty.float(), scale.float()])

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as torch_checkpoint
 from agreement import gradients, run
+from conftest import Classifier, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+import lightning_dropreg as dr
 from lightning_dropreg.errors import (
     InconsistentPassesError,
     LossNotRecognizedError,
@@ -190,3 +192,16 @@ def test_a_teacher_without_gradient_is_no_recomputation():
         return F.mse_loss(F.dropout(net(X), 0.5), target)
 
     assert len(find_sites(closure)) == 2
+
+
+class Reentrant(Classifier):
+    def training_step(self, batch, batch_idx):
+        h = checkpoint(self.net[:4], batch[0].requires_grad_(), use_reentrant=True)
+        return F.cross_entropy(self.net[4](h), batch[1])
+
+
+def test_noise_with_a_reentrant_checkpoint():
+    with pytest.raises(UnsupportedOperationError, match=r"injection='loss'.*use_reentrant=False"):
+        train([dr.ImplicitNoise(injection="after_backward")], make=Reentrant)
+    ours = train([dr.ImplicitNoise()], make=Reentrant, log_every_n_steps=1)
+    torch.testing.assert_close(ours.gradients, train([dr.ImplicitNoise()]).gradients)

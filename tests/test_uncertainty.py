@@ -112,6 +112,12 @@ def test_draws_have_the_distribution_of_the_masks(chunk):
     assert torch.cat([lag, across]).abs().max() < 4.5 / math.sqrt(count)
 
 
+def test_batch_norm_stays_in_evaluation():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.0)).eval()
+    x = 5 + torch.randn(4, 3)
+    assert torch.equal(draw_predictions(net, x, module=net, passes=2, chunk=1), torch.stack([net(x)] * 2))
+
+
 class Shared(nn.Module):
     """DropConnect: one mask of the weight for all rows."""
 
@@ -300,7 +306,7 @@ def test_figure_shows_what_was_found(tmp_path, monkeypatch):
     figure = uncertainty_figure({"plain": p, "mean": p.sqrt()}, target, variance, 2 * variance)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels[0] == f"plain (ECE {error:.3f})"
-    assert "sum: 0.50 of" in figure.axes[1].get_title()
+    assert "outputs: 0.50 of" in figure.axes[1].get_title()
     figure.savefig(tmp_path / "figure.svg")
     with pytest.raises(errors.InvalidArgumentError, match="shapes"):
         uncertainty_figure({"plain": p}, target, variance, variance[:3])

@@ -11,6 +11,7 @@ from lightning_dropreg.callbacks.resume import STATE_VERSION, check_resumable, s
 from lightning_dropreg.callbacks.session import Session
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
 from lightning_dropreg.functional import check_estimation
+from lightning_dropreg.handlers.attention import check_attention
 from lightning_dropreg.step import Estimation, NoiseSettings, PenaltySettings, Plan
 
 __all__ = ["RegularizerCallback", "check_flag", "check_strength", "estimation"]
@@ -22,11 +23,14 @@ class RegularizerCallback(Callback):
     penalty: PenaltySettings | None = None
     noise: NoiseSettings | None = None
     k: int | None = None
+    attention = "site"
     low_memory = True
     accept_checkpoint_settings = False
     from_mixin = False
 
-    def __init__(self) -> None:
+    def __init__(self, attention: str = "site") -> None:
+        check_attention(attention)
+        self.attention = attention
         self._session: Session | None = None
         self._loaded: dict[str, Any] | None = None
         self._used_seed: int | None = None
@@ -108,11 +112,19 @@ class RegularizerCallback(Callback):
                 "the penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), or "
                 "ExplicitPenalty with ImplicitNoise (Algorithm 2)."
             )
+        treatments = {callback.attention for callback in companions}
+        if len(treatments) > 1:
+            raise CompositionError(
+                "The callbacks of the Trainer disagree about dropout on attention probabilities: "
+                + ", ".join(f"{type(callback).__name__}(attention={callback.attention!r})" for callback in companions)
+                + ". It is a site for all of them or for none: give all the same."
+            )
         return Plan(
             k=drawing[0].k if drawing else None,
             low_memory=all(callback.low_memory for callback in drawing),
             penalty=penalties[0] if penalties else None,
             noise=noises[0] if noises else None,
+            attention=treatments.pop() if treatments else "site",
         )
 
     @staticmethod

@@ -35,6 +35,9 @@ class ImplicitNoise(RegularizerCallback):
         mask: ``"as_model"`` or ``"elementwise"``.
         low_memory: With ``estimator="antithetic"``: keep one autograd graph at a time instead of two, for one more
             forward pass (about 1.2 times the time).
+        attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
+            ``"ignore"``: it is left out, and fused kernels stay. The same for all callbacks of a Trainer; see
+            `lightning_dropreg.attention_dropout`.
         accept_checkpoint_settings: Whether a run may resume from a checkpoint that was written with other settings, or
             without this callback; refused otherwise.
 
@@ -61,10 +64,11 @@ class ImplicitNoise(RegularizerCallback):
         batch_dim: int = 0,
         mask: str = "as_model",
         low_memory: bool = False,
+        attention: str = "site",
         *,
         accept_checkpoint_settings: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(attention)
         check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
         self.accept_checkpoint_settings = accept_checkpoint_settings
         if source not in SOURCES:

@@ -20,19 +20,29 @@ class MiniBatchDropout(RegularizerCallback):
         low_memory: Differentiate every draw before the next one is made, so that memory does not grow with `k`. The
             gradient reaches the parameters in the one backward of the Trainer as always, but cannot be differentiated
             again (an optimizer that needs ``create_graph=True``): False is for those.
+        attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
+            ``"ignore"``: it is left out, for ``k=1`` too, and fused kernels stay. The same for all callbacks of a
+            Trainer; see `lightning_dropreg.attention_dropout`.
         accept_checkpoint_settings: Whether a run may resume from a checkpoint that was written with other settings, or
             without this callback; refused otherwise.
 
     Raises:
-        InvalidArgumentError: If ``k < 1``, or `low_memory` is no bool.
+        InvalidArgumentError: If ``k < 1``, `low_memory` is no bool or `attention` is unknown.
 
     Example:
         >>> MiniBatchDropout(k=8).k
         8
     """
 
-    def __init__(self, k: int = 4, low_memory: bool = True, *, accept_checkpoint_settings: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        k: int = 4,
+        low_memory: bool = True,
+        attention: str = "site",
+        *,
+        accept_checkpoint_settings: bool = False,
+    ) -> None:
+        super().__init__(attention)
         check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
         self.accept_checkpoint_settings = accept_checkpoint_settings
         check_count("k", k)

@@ -10,34 +10,44 @@ import functools
 import inspect
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_dropreg.callbacks.batch import Batch, SkippedError, with_loss
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
-from lightning_dropreg.callbacks.logs import LogCollector
-from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks, unsupported_strategy
-from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
-from lightning_dropreg.gradients import Scaler
-from lightning_dropreg.inspection import check_finite, check_masks_of_rows, inspect_step
-from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.callbacks.manual import ManualStep, joined
+from lightning_dropreg.callbacks.problems import (
+    changed_parameters,
+    fingerprints,
+    module_problems,
+    takes_iterator,
+    uncompiled,
+)
+from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
+from lightning_dropreg.errors import (
+    DropregError,
+    UnsupportedOperationError,
+)
+from lightning_dropreg.gradients import Scaler, has_reentrant_checkpoint
+from lightning_dropreg.handlers.attention import attention_dropout
+from lightning_dropreg.inspection import all_at_once, check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.passes import dormant_sites
 from lightning_dropreg.precision import bfloat16_step_size
 from lightning_dropreg.reduction import check_mean_over_rows
-from lightning_dropreg.rows import draw_rows, select_rows
-from lightning_dropreg.sites import fold_key
-from lightning_dropreg.step import Plan, StepResult
+from lightning_dropreg.sites import Site, fold_key
+from lightning_dropreg.step import BatchRunner, Plan, StepResult
 
 __all__ = ["Session", "own_step"]
+
+_REFUSED = " cannot be trained with this package's callbacks and"
 
 
 class Session:
@@ -65,7 +75,7 @@ class Session:
         self._had_own_step = False
         self._own_step: Any = None
         self._installed = False
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._later: list[Tensor | None] | None = None
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
@@ -74,34 +84,16 @@ class Session:
         self._whole_parameters = has_whole_parameters(trainer.strategy)
 
     def check(self) -> None:
-        """Refuse what cannot work, before anything is trained.
+        """Refuse what makes it impossible to run the step; whatever else is wrong is told with the first step.
 
         Raises:
-            UnsupportedModuleError: If the module or the trainer is set up in such a way.
+            error: If the module is set up in such a way.
         """
-        problems = []
-        if not self.module.automatic_optimization:
-            problems.append(
-                "it optimizes manually (automatic_optimization=False), so its training_step cannot be repeated "
-                "without stepping its optimizers several times. Use automatic optimization, or call the functions of "
-                "lightning_dropreg.functional inside the step."
+        if takes_iterator(self.module):
+            error = all_at_once(
+                module_problems(self.trainer, self.module, self.plan), f"{type(self.module).__name__}{_REFUSED}"
             )
-        compiled = [name or "the module itself" for name, child in self.module.named_modules() if _is_compiled(child)]
-        if compiled:
-            problems.append(
-                f"{', '.join(compiled)} is compiled by torch.compile, and dropout inside a compiled graph cannot be "
-                "seen. Train it uncompiled."
-            )
-        if "dataloader_iter" in inspect.signature(self.module.training_step).parameters:
-            problems.append(
-                "its training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx)."
-            )
-        problems += unsupported_strategy(self.trainer.strategy, self.plan)
-        if problems:
-            raise UnsupportedModuleError(
-                f"{type(self.module).__name__} cannot be trained with this package's callbacks: "
-                + " Also, ".join(problems)
-            )
+            raise error
 
     def install(self) -> None:
         """Wrap ``training_step`` on the instance."""
@@ -148,12 +140,14 @@ class Session:
             The output of its first run, with the total loss in it; None if the user's step returned None.
         """
         if not self._inspected:
-            self._inspect(original, args, kwargs)
+            self.inspect(original, args, kwargs)
         if self.plan.untouched:
             return original(*args, **kwargs)
+        if not self.module.automatic_optimization:
+            return self._manual_step(original, args, kwargs)
         step = self.trainer.global_step
         batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx  # a step need not take it as an argument
-        batch = _Batch(
+        batch = Batch(
             original,
             args,
             kwargs,
@@ -168,7 +162,7 @@ class Session:
             with batch.isolation, self._dormant():
                 result = self.plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
                 self._check_finite(batch, result)
-        except _SkippedError:
+        except SkippedError:
             batch.logs.replay()
             return None
         batch.logs.replay()
@@ -178,7 +172,34 @@ class Session:
             self._later = self._gradients(result.later, retain_graph=True)
         elif self.plan.noise_after_backward:
             self._batch = batch  # its state before the step is what the noise's own passes start from
-        return _with_loss(batch.output, result.total)
+        return with_loss(batch.output, result.total)
+
+    def _manual_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # optimizer steps are the user's to count here, so the penalty acts in every n-th batch
+        number = self.trainer.fit_loop.total_batch_idx
+        key = fold_key(self.seed, self.trainer.global_rank, number, 0)
+        batch = Batch(
+            original,
+            args,
+            kwargs,
+            self.module,
+            mean=False,
+            key=key,
+            copies=self._copies,
+            releases=True,  # module_problems has seen to the strategy
+            scaler=self._scaler(),
+        )
+        values: list[dict[str, Tensor]] = []
+
+        def watch(runner: BatchRunner, result: StepResult) -> None:
+            self._check_finite(runner, result)
+            values.append(self._values(result))
+
+        with batch.isolation:
+            output = ManualStep(batch, self.trainer).run(self.plan, number, watch, self._is_logging_step())
+        batch.logs.replay()
+        self._log_values(joined(values))
+        return output
 
     def after_backward(self) -> None:
         """Add the noise to the gradients, where the plan says so.
@@ -242,6 +263,12 @@ class Session:
         """Differentiate in the parameters, treating `scalar` exactly as Lightning treats the loss."""
         scalar, scaler = scalar / self.trainer.accumulate_grad_batches, self._scaler()
         scaled = scalar if scaler is None else scaler(scalar)
+        if has_reentrant_checkpoint(scaled):
+            raise UnsupportedOperationError(
+                f"{type(self.module).__name__} has a checkpoint with use_reentrant=True, and torch differentiates such "
+                "a checkpoint only in the one backward of the loss. Use ImplicitNoise(injection='loss'), or "
+                "torch.utils.checkpoint with use_reentrant=False."
+            )
         return list(torch.autograd.grad(scaled, self._parameters(), retain_graph=retain_graph, allow_unused=True))
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -261,60 +288,74 @@ class Session:
             norm = norm / scaler(torch.ones_like(norm))  # a fused optimizer unscales in its own step
         self._log_values({"grad_norm": norm})
 
-    def _inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
-        batch = _Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
-        versions = {name: parameter._version for name, parameter in self.module.named_parameters()}
+        name = f"{type(self.module).__name__}{_REFUSED}"
+        batch = self.to_look_at(original, args, kwargs)
+        problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
+        before = fingerprints(self.module)
         try:
-            with batch.isolation, self._dormant():
-                sites = inspect_step(batch.aside, self.plan.penalty is not None).sites
-                self._check_rows(batch)
-                chosen = self.plan.noise.estimation if self.plan.noise is not None else None
-                if chosen is not None and chosen.batch_fraction is not None:
-                    on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
-                    if fraction < 1:
-                        check_masks_of_rows(sites, on_rows)
-        except _SkippedError:
+            with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
+                seen, found = inspect_step(batch.aside, self.plan.penalty is not None)
+                problems += found
+                if not problems:
+                    self._check_rows(batch, seen.sites)
+        except SkippedError:
+            if problems:
+                raise all_at_once(problems, name) from None
             return  # nothing to see in this batch; look at the next one
         self._inspected = True
         self._copies = batch.modified
+        if not self.plan.untouched:
+            problems += changed_parameters(self.module, before)
+        if problems:
+            raise all_at_once(problems, name)
         if self._in_bfloat16():
-            self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, sites))
-        changed = [name for name, p in self.module.named_parameters() if p._version != versions.get(name, p._version)]
-        if changed and not self.plan.untouched:
-            raise UnsupportedModuleError(
-                f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
-                "Change them in on_train_batch_end (a moving average, say)."
-            )
+            self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
 
-    def _check_rows(self, batch: _Batch) -> None:
-        """Refuse a loss for which some of the rows do not stand for all."""
+    def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """Return a batch whose step has a loss, however the module optimizes, to run it aside."""
+        batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
+        if self.module.automatic_optimization:
+            return batch
+        return batch.instead(ManualStep(batch, self.trainer).rehearsed)
+
+    def _check_rows(self, batch: Batch, sites: Sequence[Site]) -> None:
+        """Refuse a loss for which some of the rows do not stand for all, and noise that they share."""
         for dim in self.plan.row_dims:
             halves = batch.halves(dim)
             if halves is not None:
                 first, second, fraction = halves
                 check_mean_over_rows(batch.aside().item(), first().item(), second().item(), fraction)
+        chosen = self.plan.noise.estimation if self.plan.noise is not None else None
+        if chosen is not None and chosen.batch_fraction is not None:
+            on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
+            if fraction < 1:
+                check_masks_of_rows(sites, on_rows)
 
     def _in_bfloat16(self) -> bool:
         precision = str(self.trainer.precision)
         return precision.startswith("bf16") or any(p.dtype == torch.bfloat16 for p in self.module.parameters())
 
-    def _check_finite(self, batch: _Batch, result: StepResult) -> None:
+    def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # an overflow in half precision is the scaler's to skip
         where = f"optimizer step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
         check_finite({"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.aside, where)
 
     def _log(self, result: StepResult) -> None:
+        self._log_values(self._values(result))
+
+    def _values(self, result: StepResult) -> dict[str, Tensor]:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
-        measured = self._whole_parameters and self._is_logging_step()
-        if result.noise is not None and result.noise.requires_grad and measured:
+        noise = result.noise if self._whole_parameters and self._is_logging_step() else None
+        if noise is not None and noise.requires_grad and not has_reentrant_checkpoint(noise):
             # one more backward, so only where somebody reads it
-            gradients = torch.autograd.grad(result.noise, self._parameters(), retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(noise, self._parameters(), retain_graph=True, allow_unused=True)
             values["noise_norm"] = _norm_of(list(gradients))
-        self._log_values(values)
+        return values
 
     def _log_values(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -323,130 +364,6 @@ class Session:
     def _is_logging_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.trainer.global_step % every == every - 1 or self.trainer.global_step == 0)
-
-
-class _SkippedError(Exception):
-    """The user's step returned None: Lightning skips such a batch, and so do we."""
-
-
-class _Batch:
-    """One batch: runs the user's step on it (a `lightning_dropreg.step.BatchRunner`)."""
-
-    def __init__(
-        self,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        module: LightningModule,
-        mean: bool,
-        key: int,
-        copies: bool = False,
-        releases: bool = False,
-        scaler: Scaler | None = None,
-    ) -> None:
-        self.original = original
-        self.args = args
-        self.kwargs = kwargs
-        self.module = module
-        self.key = key
-        self.copies = copies
-        self.releases = releases
-        self.scaler = scaler
-        self.modified = False
-        self.isolation = Isolation(module, mean=mean)
-        self.logs = LogCollector(module)
-        self.output: Any = None
-
-    def whole(self) -> Tensor:
-        """See `lightning_dropreg.step.BatchRunner`."""
-        return self._run(self.original, self.args, trace=True)
-
-    def aside(self) -> Tensor:
-        """See `lightning_dropreg.step.BatchRunner`."""
-        return self._run(self.original, self.args, trace=False)
-
-    def rows(self, fraction: float, dim: int, key: int) -> tuple[Callable[[], Tensor], float]:
-        """See `lightning_dropreg.step.BatchRunner`."""
-        rows = draw_rows(self.args[0], fraction, dim, key)
-        count = self._row_count(dim)
-        return self._on_rows(rows, dim, count), len(rows) / count
-
-    def halves(self, dim: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], float] | None:
-        """Return what runs on a random half of the rows, on the others, and the first's fraction; None if one row."""
-        count = self._row_count(dim)
-        if count < 2:
-            return None
-        rows = draw_rows(self.args[0], 0.5, dim, self.key)
-        others = torch.tensor(sorted(set(range(count)) - set(rows.tolist())))
-        return self._on_rows(rows, dim, count), self._on_rows(others, dim, count), len(rows) / count
-
-    def _row_count(self, dim: int) -> int:
-        return next((leaf.shape[dim] for leaf in _tensors(self.args[0]) if leaf.ndim > dim), 0)
-
-    def _on_rows(self, rows: Tensor, dim: int, count: int) -> Callable[[], Tensor]:
-        batch = self.args[0]
-        args = (select_rows(batch, rows, dim, count), *self.args[1:])
-
-        def on_rows(*args: Any, **kwargs: Any) -> Any:
-            hook = getattr(self.module, "select_rows", None)
-            if hook is not None:
-                hook(rows, dim)
-            try:
-                return self.original(*args, **kwargs)
-            except (RuntimeError, IndexError) as error:
-                if isinstance(error, (DropregError, torch.OutOfMemoryError)) or hook is not None or len(rows) == count:
-                    raise
-                raise UnsupportedModuleError(
-                    f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
-                    f"({str(error).splitlines()[0]}). If the module carries a state with a row for every row of the "
-                    "batch (a hidden state, a memory), let it define select_rows(self, rows, dim), which cuts that "
-                    "state down to the given rows; it is put back afterwards. Otherwise set batch_dim, or "
-                    "batch_fraction=None."
-                ) from error
-
-        return lambda: self._run(on_rows, args, trace=False)
-
-    def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
-        # every run gets containers of its own, and tensors where the step was seen to change them
-        args, kwargs = tree_map(lambda leaf: leaf, (args, self.kwargs))
-        if self.copies:
-            args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        tensors = _tensors((args, kwargs))
-        versions = [tensor._version for tensor in tensors]
-
-        def collecting() -> Any:
-            # inside the isolation, which would otherwise keep the collector as the module's attribute
-            with self.logs.run(keep=trace):
-                return step(*args, **kwargs)
-
-        output = self.isolation.run(collecting, trace)
-        self.modified = self.modified or any(t._version != v for t, v in zip(tensors, versions, strict=True))
-        if output is None:
-            raise _SkippedError
-        if trace and self.output is None:
-            # as Lightning would after the backward; a graph in it would live as long as the batch
-            self.output = apply_to_collection(output, Tensor, Tensor.detach)
-        return _loss_of(output)
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
-
-
-def _loss_of(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        loss: Tensor = output["loss"]
-        return loss
-    raise InvalidArgumentError(
-        f"training_step returned {type(output).__name__} without a loss in it; return the loss tensor, or a dict whose "
-        "'loss' is one."
-    )
-
-
-def _with_loss(output: Any, total: Tensor) -> Any:
-    return total if isinstance(output, Tensor) else {**output, "loss": total}
 
 
 def own_step(module: LightningModule) -> Callable[..., Any]:
@@ -460,14 +377,6 @@ def _function_of(method: Any) -> Callable[..., Any]:
     if inspect.ismethod(method):
         return method.__func__
     return functools.wraps(method)(lambda _, *args, **kwargs: method(*args, **kwargs))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return (
-        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or getattr(module, "_compiler_ctx", None) is not None
-    )
 
 
 def _norm_of(gradients: list[Tensor | None]) -> Tensor:

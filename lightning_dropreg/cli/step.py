@@ -1,6 +1,7 @@
 """One training step of a configured model, to be looked at instead of taken."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,11 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_dropreg.callbacks.base import RegularizerCallback
 from lightning_dropreg.callbacks.session import own_step
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["QUIET_TRAINER", "load_weights", "look_at_first_step"]
+__all__ = ["QUIET_TRAINER", "FirstStep", "load_weights", "look_at_first_batch", "look_at_first_step"]
 
 T = TypeVar("T")
 
@@ -37,27 +39,62 @@ QUIET_TRAINER: dict[str, Any] = {
 """Trainer arguments for a run that writes and prints nothing."""
 
 
+@dataclass(frozen=True)
+class FirstStep:
+    """The first training batch of a configuration, and the user's step on it.
+
+    Attributes:
+        trainer: The trainer that brought it.
+        model: The model, set up as ``fit`` does.
+        step: Its ``training_step``, in the precision of the trainer.
+        args: What the trainer calls it with.
+        callbacks: This package's callbacks that mixins of the model brought; they do not act.
+    """
+
+    trainer: Trainer
+    model: LightningModule
+    step: Callable[..., Any]
+    args: tuple[Any, ...]
+    callbacks: list[RegularizerCallback]
+
+    def loss(self) -> Tensor:
+        """Run the step.
+
+        Returns:
+            Its loss.
+
+        Raises:
+            InvalidArgumentError: If it returns none.
+        """
+        output = self.step(*self.args)
+        loss = output["loss"] if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor):
+            raise InvalidArgumentError(
+                f"{type(self.model).__name__}.training_step returned {type(loss).__name__}, not a loss: "
+                "this command needs automatic optimization."
+            )
+        return loss
+
+
 class _Look(Callback):
-    def __init__(self, look: Callable[[LightningModule, Callable[[], Tensor]], Any]) -> None:
+    def __init__(self, look: Callable[[FirstStep], Any]) -> None:
         self._look = look
         self.seen: list[Any] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = own_step(pl_module)  # a mixin may have brought a regularizer
-        named = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        ours = [callback for callback in callbacks if isinstance(callback, RegularizerCallback)]
+        original = own_step(pl_module)  # the step is to be looked at as it is without them
+        for callback in ours:
+            callback.on_fit_end(trainer, pl_module)  # and the batch goes on without them, which may refuse it
+        named = is_param_in_hook_signature(original, "batch_idx", min_args=2)
 
-        def closure() -> Tensor:
+        def step(*args: Any, **kwargs: Any) -> Any:
             with trainer.precision_plugin.train_step_context():
-                output: Any = step(batch, batch_idx) if named else step(batch)
-            loss = output["loss"] if isinstance(output, dict) else output
-            if not isinstance(loss, Tensor):
-                raise InvalidArgumentError(
-                    f"{type(pl_module).__name__}.training_step returned {type(loss).__name__}, not a loss: "
-                    "this command needs automatic optimization."
-                )
-            return loss
+                return original(*args, **kwargs)
 
-        self.seen.append(self._look(pl_module, closure))
+        args = (batch, batch_idx) if named else (batch,)
+        self.seen.append(self._look(FirstStep(trainer, pl_module, step, args, ours)))
 
 
 def look_at_first_step(cli: DropregCLI, look: Callable[[LightningModule, Callable[[], Tensor]], T]) -> T:
@@ -69,9 +106,22 @@ def look_at_first_step(cli: DropregCLI, look: Callable[[LightningModule, Callabl
 
     Returns:
         What ``look`` returned.
+    """
+    return look_at_first_batch(cli, lambda first: look(first.model, first.loss))
+
+
+def look_at_first_batch(cli: DropregCLI, look: Callable[[FirstStep], T]) -> T:
+    """Bring the model to its first training batch as ``fit`` would, and look at all that is there.
+
+    Args:
+        cli: The configured command.
+        look: Called with what is there.
+
+    Returns:
+        What ``look`` returned.
 
     Raises:
-        InvalidArgumentError: If there is no training batch, or the step returns no loss.
+        InvalidArgumentError: If there is no training batch.
     """
     load_weights(cli)
     watcher = _Look(look)

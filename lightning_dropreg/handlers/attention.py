@@ -23,8 +23,9 @@ from lightning_dropreg.handlers.composite import open_up
 if TYPE_CHECKING:
     from lightning_dropreg.interception import Interception
 
-__all__ = ["HANDLERS", "attention_dropout"]
+__all__ = ["ATTENTION", "HANDLERS", "attention_dropout", "attention_is_ignored", "check_attention"]
 
+ATTENTION = ("site", "ignore")
 _ignored: ContextVar[bool] = ContextVar("attention_ignored", default=False)
 
 
@@ -45,13 +46,27 @@ def attention_dropout(treatment: str) -> Iterator[None]:
     Raises:
         InvalidArgumentError: If `treatment` is neither.
     """
-    if treatment not in {"site", "ignore"}:
-        raise InvalidArgumentError(f"attention={treatment!r} is unknown; choose 'site' or 'ignore'.")
+    check_attention(treatment)
     token = _ignored.set(treatment == "ignore")
     try:
         yield
     finally:
         _ignored.reset(token)
+
+
+def attention_is_ignored() -> bool:
+    """Whether passes that begin now leave out dropout on attention probabilities."""
+    return _ignored.get()
+
+
+def check_attention(treatment: object) -> None:
+    """Refuse an unknown treatment of attention dropout.
+
+    Raises:
+        InvalidArgumentError: If it is neither ``"site"`` nor ``"ignore"``.
+    """
+    if not isinstance(treatment, str) or treatment not in ATTENTION:
+        raise InvalidArgumentError(f"attention={treatment!r} is unknown; choose 'site' or 'ignore'.")
 
 
 def fused(
@@ -67,7 +82,7 @@ def fused(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`F.scaled_dot_product_attention`: a site on the probabilities ``(..., queries, keys)``."""
-    drops = dropout_p > 0 and not _ignored.get()
+    drops = dropout_p > 0 and not mode.ignores_attention
     if not (drops or mode.written_out):
         options = {"enable_gqa": True} if enable_gqa else {}  # an argument that older torch has not
         result: Tensor = func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, **options)
@@ -112,7 +127,7 @@ _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 def multi_head(mode: Interception, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`F.multi_head_attention_forward`, whose only dropout is that of the probabilities."""
     call = _SIGNATURE.bind(*args, **kwargs)
-    if _ignored.get():
+    if mode.ignores_attention:
         call.arguments["dropout_p"] = 0.0
     with mode.sites_of_kind("attention"):
         return open_up(mode, func, *call.args, **call.kwargs)

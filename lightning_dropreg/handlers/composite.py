@@ -11,7 +11,9 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning_dropreg.interception import Interception
@@ -40,5 +42,15 @@ def open_up(mode: Interception, func: Callable[..., Any], *args: Any, **kwargs: 
         return transparent(func)(*args, **kwargs)
 
 
-# attention is in attention.py; the others hold a softmax, which a pass with dual numbers replaces
-HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {F.gumbel_softmax: open_up, F.softmin: open_up}
+def weight_norm(mode: Interception, func: Callable[..., Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`torch._weight_norm`, written out where its second derivatives are needed: torch's own are wrong."""
+    return v * (g / torch.norm_except_dim(v, 2, dim)) if mode.written_out else func(v, g, dim)
+
+
+# attention is in attention.py; the others hold a softmax or a norm, which a pass with dual numbers replaces
+HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.gumbel_softmax: open_up,
+    F.softmin: open_up,
+    F.normalize: open_up,
+    torch._weight_norm: weight_norm,
+}

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_dropreg.errors import UnsupportedSiteError
+from lightning_dropreg.naming import name_caller
+
 if TYPE_CHECKING:
     from lightning_dropreg.interception import Interception
 
@@ -58,6 +61,25 @@ def torch_namespace(handler: Callable[..., Tensor], inplace: bool) -> Callable[.
     return handle
 
 
+def native(
+    mode: Interception, func: Callable[..., tuple[Tensor, Tensor]], input: Tensor, p: float, train: bool | None
+) -> tuple[Tensor, Tensor]:
+    """`torch.native_dropout`, which gives its mask away: what is done with that is not known.
+
+    Returns:
+        What it returns when it drops nothing.
+
+    Raises:
+        UnsupportedSiteError: If it drops something.
+    """
+    if train is False or p == 0:
+        return func(input, p, train)
+    raise UnsupportedSiteError(
+        f"torch.native_dropout in {name_caller()} returns the mask besides the result, so what the model does with the "
+        "noise cannot be known. Use torch.nn.functional.dropout, or lightning_dropreg.drop."
+    )
+
+
 HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout: elementwise,
     F.dropout1d: featurewise("dropout1d", 2),
@@ -65,6 +87,7 @@ HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout3d: featurewise("dropout3d", 4),
     torch.dropout: torch_namespace(elementwise, inplace=False),
     torch.dropout_: torch_namespace(elementwise, inplace=True),
+    torch.native_dropout: native,
     torch.feature_dropout: torch_namespace(featurewise("feature_dropout", None), inplace=False),
     torch.feature_dropout_: torch_namespace(featurewise("feature_dropout", None), inplace=True),
 }

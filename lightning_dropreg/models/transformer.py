@@ -37,6 +37,7 @@ class TransformerLanguageModel(LightningModule):
         InvalidArgumentError: If an argument is outside its range.
 
     Example:
+        >>> import torch
         >>> model = TransformerLanguageModel(vocab_size=50, width=8, num_layers=1, num_heads=2, feedforward_dim=16)
         >>> model(torch.randint(50, (4, 7))).shape
         torch.Size([4, 7, 50])

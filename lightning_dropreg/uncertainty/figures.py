@@ -125,6 +125,8 @@ def _draw_reliability(axes: Axes, probabilities: Mapping[str, Tensor], target: T
 
 
 def _draw_variances(axes: Axes, variance: Tensor, first_order: Tensor) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     keep = (variance > 0) & (first_order > 0)
     variance, first_order = variance[keep].double(), first_order[keep].double()
     axes.scatter(first_order, variance, s=9, alpha=0.4, color=_STYLES[0][0], linewidths=0, rasterized=True)
@@ -133,5 +135,10 @@ def _draw_variances(axes: Axes, variance: Tensor, first_order: Tensor) -> None:
     axes.plot([low, high], [low, high], color="0.6", linewidth=1, linestyle="--", zorder=0)
     ratio = float(variance.sum() / first_order.sum())
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
+    thirds = high / low < 1000  # less than three decades have few powers of ten
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if thirds else (1.0,)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="first-order variance", ylabel="variance over draws")
-    axes.set_title(f"Variance of the outputs (sum: {ratio:.2f} of first order)")
+    axes.set_title(f"Variance of the outputs: {ratio:.2f} of first order")

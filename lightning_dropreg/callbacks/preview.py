@@ -1,0 +1,78 @@
+"""What callbacks would find and do, without training: for `dropreg inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning import LightningModule, Trainer
+
+from lightning_dropreg.callbacks.batch import SkippedError
+from lightning_dropreg.callbacks.problems import changed_parameters, fingerprints, module_problems, uncompiled
+from lightning_dropreg.callbacks.session import Session
+from lightning_dropreg.errors import DropregError, InvalidArgumentError
+from lightning_dropreg.step import Plan
+from lightning_dropreg.support import Support, find_support, gradient_norm
+
+__all__ = ["look", "rehearse"]
+
+
+def look(
+    trainer: Trainer, module: LightningModule, step: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Support, list[DropregError]]:
+    """Find what is in a step, and everything that stands in the way of any callback, without raising it.
+
+    Args:
+        trainer: The trainer, set up to fit.
+        module: The module.
+        step: Its ``training_step``.
+        args: What that is called with.
+
+    Returns:
+        Sites and losses, and the problems.
+
+    Raises:
+        InvalidArgumentError: If there is nothing to look at.
+    """
+    batch = Session(trainer, module, Plan(), seed=0).to_look_at(step, args, {})
+    before = fingerprints(module)
+    try:
+        with batch.isolation, uncompiled():
+            support = find_support(batch.aside)
+    except SkippedError:
+        raise InvalidArgumentError("The first training step has no loss.") from None
+    problems = module_problems(trainer, module, Plan())
+    return support, [*problems, *support.problems, *changed_parameters(module, before)]
+
+
+def rehearse(
+    trainer: Trainer, module: LightningModule, plan: Plan, step: Callable[..., Any], args: tuple[Any, ...]
+) -> dict[str, float]:
+    """Carry out a plan on a batch up to the gradient, leaving no trace.
+
+    Args:
+        trainer: The trainer, set up to fit.
+        module: The module.
+        plan: The plan.
+        step: The module's ``training_step``.
+        args: What that is called with.
+
+    Returns:
+        Loss, penalty and norm of the gradient.
+    """
+    session = Session(trainer, module, plan, seed=0)
+    session.inspect(step, args, {})
+    if plan.untouched:
+        return {}
+    batch = session.to_look_at(step, args, {})
+    batch.lasting = False
+    with batch.isolation:
+        result = plan.run(batch, 0, 0)
+        total = result.total
+        if result.later is not None:
+            total = total + result.later
+        elif plan.noise_after_backward:
+            total = total + plan.extra(batch, 0)
+        norm = gradient_norm(total)
+    values = {"loss": result.loss.item(), "norm of the gradient": norm}
+    return values if result.penalty is None else {"explicit penalty": result.penalty.item(), **values}

@@ -1,0 +1,42 @@
+"""Every script in examples/ runs, on two batches."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = {
+    "existing_trainer": ["dropreg/explicit_penalty", "val_loss"],
+    "mixin": ["dropreg/explicit_penalty", "dropreg/noise_norm"],
+    "lightning_cli": [],
+    "ddp": ["2 replicas, equal"],
+    "huggingface_classifier": ["attention", "predictive entropy"],
+    "vision": ["accuracy"],
+    "disentangle": [],
+    "mathematics": ["covariance of DROPOUT_4"],
+}
+NEEDS = {"huggingface_classifier": "transformers", "vision": "matplotlib", "disentangle": "matplotlib"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_example(name, tmp_path, monkeypatch, capfd):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    arguments = ["--fast"]
+    if name == "lightning_cli":
+        arguments = ["fit", "--config", str(EXAMPLES / "lightning_cli.yaml"), "--fast"]
+    elif name in {"vision", "disentangle"}:
+        arguments += ["--figure", str(tmp_path / "figure.png")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    printed = capfd.readouterr().out
+    assert all(words in printed for words in SCRIPTS[name])
+    if "--figure" in arguments:
+        assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_all_examples_are_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
