@@ -109,8 +109,9 @@ def implicit_noise(
 
     Args:
         closure: Runs forward and loss with the model in training mode; returns the scalar loss (any loss will do).
-        estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; the same noise from all, the
-            first up to ``step_size**2``.
+        estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; in smooth networks the same
+            noise from all, the first up to ``step_size**2``. In networks with kinks (ReLU) the first is larger: its two
+            passes may lie on different sides of a kink, and the difference of their gradients is divided by the step.
         step_size: See `explicit_penalty`.
         mask: See `explicit_penalty`.
         generator: See `explicit_penalty`.

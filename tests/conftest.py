@@ -12,6 +12,13 @@ from torch.utils.data import DataLoader, TensorDataset
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 
+def pytest_collection_modifyitems(items):
+    """Leave out what needs a GPU where there is none."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _random_state():
     """Every test starts from the same random state and leaves float32 as the default."""

@@ -12,7 +12,7 @@ from lightning_dropreg import recognize
 from lightning_dropreg.curvature import matrix
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, UnsupportedOperationError
 from lightning_dropreg.functional import explicit_penalty, plain_loss
-from lightning_dropreg.inspection import inspect_step
+from lightning_dropreg.inspection import all_at_once, inspect_step
 from lightning_dropreg.interception import Interception
 
 T, C, Q = 5, 4, 0.3
@@ -273,7 +273,7 @@ def test_log_probabilities_are_checked():
     refused(LossNotRecognizedError, "not made of log-probabilities", lambda z: F.kl_div(z, SOFT))
     net, x, y = nn.Linear(3, C), torch.randn(T, 3), torch.arange(T) % C
     with pytest.raises(LossNotRecognizedError, match="not made of log-probabilities"):
-        inspect_step(lambda: F.nll_loss(net(F.dropout(x, Q)), y), need_losses=True)
+        raise all_at_once(inspect_step(lambda: F.nll_loss(net(F.dropout(x, Q)), y), need_losses=True)[1], "net")
 
 
 @pytest.mark.parametrize("name", ["huber", "nll"])
@@ -301,7 +301,7 @@ def test_recognize_refuses():
     mixed = recognize(lambda z: (z - z.mean(0)).square().sum(-1))
     net, x = nn.Linear(3, C), torch.randn(T, 3)
     with pytest.raises(LossNotRecognizedError, match="outputs of other examples"):
-        inspect_step(lambda: mixed(net(F.dropout(x, Q))).mean(), need_losses=True)
+        raise all_at_once(inspect_step(lambda: mixed(net(F.dropout(x, Q))).mean(), need_losses=True)[1], "net")
 
 
 def test_recognize_a_module_outside_of_passes():

@@ -192,7 +192,7 @@ def test_the_memory_is_that_of_the_pass_without_dropout_to_second_order():
     "callbacks",
     [
         [dr.ExplicitPenalty, dr.ImplicitNoise],
-        [partial(dr.ExplicitPenalty, batch_fraction=0.5), partial(dr.ImplicitNoise, batch_fraction=0.5)],
+        [partial(dr.ExplicitPenalty, batch_fraction=0.5), dr.ImplicitNoise],  # rows share the mask of the positions
         [partial(dr.MiniBatchDropout, 2), dr.ImplicitNoise],
         [partial(dr.ExplicitPenalty, estimator="double_backward")],
         [partial(dr.ExplicitPenalty, estimator="forward")],

@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_dropreg.callbacks.ranks import unsupported_strategy
@@ -92,7 +93,9 @@ def changed_parameters(module: nn.Module, before: Mapping[str, object]) -> list[
 
 
 def _has_norm(parameter: nn.Parameter) -> bool:
-    return not isinstance(parameter, UninitializedParameter) and parameter.is_floating_point()
+    # what FSDP2 shards is gathered and let go around every forward
+    unknown = isinstance(parameter, (UninitializedParameter, DTensor))
+    return not unknown and parameter.is_floating_point()
 
 
 def _is_compiled(module: nn.Module) -> bool:
