@@ -37,7 +37,8 @@ def describe(plan: Plan) -> list[str]:
     sentences = [] if plan.attention == "site" else ["Dropout on attention probabilities is left out."]
     terms = ["loss"]
     if plan.k is not None:
-        sentences.append(f"{plan.k} forward passes with fresh dropout masks (DROPOUT_{plan.k}), one backward.")
+        how = "each differentiated before the next" if plan.low_memory else "one backward of all"
+        sentences.append(f"{plan.k} forward passes with fresh dropout masks (DROPOUT_{plan.k}), {how}.")
         terms = [f"mean of the {plan.k} losses"]
     else:
         sentences.append("Dropout drops nothing.")

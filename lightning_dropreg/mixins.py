@@ -11,7 +11,9 @@ Example:
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +21,7 @@ from lightning import Callback
 
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
 from lightning_dropreg.callbacks.base import RegularizerCallback
-from lightning_dropreg.errors import CompositionError
+from lightning_dropreg.errors import CompositionError, InvalidArgumentError
 
 __all__ = ["ExplicitPenaltyMixin", "ImplicitNoiseMixin", "MiniBatchDropoutMixin"]
 
@@ -53,13 +55,31 @@ def _adding_regularizers(configure: Callable[[Any], Sequence[Callback] | Callbac
             if any(type(callback) is make for callback in callbacks):
                 continue  # a super() call brought it
             _check_alone(self, make)
-            callback = make(**getattr(self, options))
+            given = getattr(self, options)
+            _check_names(type(self).__name__, options, given, make)
+            callback = make(**given)
             callback.from_mixin = True
             callbacks.append(callback)
         return callbacks
 
     configure_callbacks._adds_regularizers = True  # type: ignore[attr-defined]
     return configure_callbacks
+
+
+def _check_names(module: str, attribute: str, given: Mapping[str, Any], make: type[RegularizerCallback]) -> None:
+    """Refuse options that the callback does not have.
+
+    Raises:
+        InvalidArgumentError: If there is one.
+    """
+    known = list(inspect.signature(make).parameters)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"It has: {', '.join(known)}."
+            raise InvalidArgumentError(
+                f"{module}.{attribute} has the key {name!r}, which {make.__name__} does not know. {hint}"
+            )
 
 
 def _check_alone(module: Any, kind: type[RegularizerCallback]) -> None:

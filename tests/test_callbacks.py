@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import Classifier, make_loader, make_trainer, train
 
 import lightning_dropreg as dr
+from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.passes import Drop, Off, Perturb, run_pass
 from lightning_dropreg.sites import Directions, fold_key
 
@@ -281,6 +282,14 @@ def test_mixin_keeps_the_users_callbacks_and_options():
     found = Mixed().configure_callbacks()
     assert [type(callback).__name__ for callback in found] == ["ExplicitPenalty", "ImplicitNoise"]
     assert found[1].noise.strength == 0.25
+
+
+def test_mixin_option_that_is_misspelt():
+    class Misspelt(dr.ExplicitPenaltyMixin, Classifier):
+        explicit_penalty = {"strenght": 2.0}  # noqa: RUF012
+
+    with pytest.raises(InvalidArgumentError, match=r"Misspelt.explicit_penalty.*'strength'"):
+        train(make=Misspelt)
 
 
 def test_mixin_and_callback_of_one_kind_are_refused():

@@ -292,6 +292,24 @@ def test_compare_keeps_finished_runs(capsys):
     assert "finished before" not in capsys.readouterr().out  # another configuration
 
 
+def test_compare_survives_a_run_that_fails(monkeypatch, capsys):
+    from lightning_dropreg.models import LSTMLanguageModel
+
+    def broken(self, *args):
+        raise ZeroDivisionError("in the user's step")
+
+    assert compare("--out=first") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(LSTMLanguageModel, "training_step", broken)
+        assert compare("--out=second") == 1
+        assert "every run failed" in capsys.readouterr().err
+        Path("first").rename("third")
+        assert compare("--out=third", "--seeds", "1", "2") == 0
+    out = capsys.readouterr().out
+    assert out.count("finished before") == 2
+    assert "failed: quickstart_none, seed 2: ZeroDivisionError" in out
+
+
 def test_compare_goes_on_where_it_was_killed(monkeypatch, capsys):
     from lightning_dropreg.models import LSTMLanguageModel
 

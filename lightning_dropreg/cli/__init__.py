@@ -1,5 +1,6 @@
 """The command ``dropreg``: Lightning's four sub-commands and four of our own."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -32,6 +33,8 @@ def main(args: Sequence[str] | None = None) -> int:
         traceback, 2 for an unknown command.
     """
     argv = list(sys.argv[1:] if args is None else args)
+    if args is None and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a class_path may name a module beside the configuration, as for `python -m`
     if not argv or argv[0] in {"-h", "--help"}:
         print(_help())
         return 0 if argv else 2

@@ -15,7 +15,7 @@ from lightning_dropreg.cli.comparison import Comparison, Run
 from lightning_dropreg.cli.config import layers
 from lightning_dropreg.cli.curves import draw_curves
 from lightning_dropreg.cli.summary import FitResult
-from lightning_dropreg.errors import DropregError, InvalidArgumentError
+from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["main"]
 
@@ -40,8 +40,8 @@ def main(args: Sequence[str]) -> None:
             folder = options.out / name / f"seed-{seed}"
             try:
                 runs.append(Run(name, seed, _finished(folder, config, seed, args[cut + 1 :])))
-            except DropregError as error:  # the other runs may have taken hours
-                problems[f"{name}, seed {seed}"] = str(error)
+            except Exception as error:  # the other runs may take or have taken hours
+                problems[f"{name}, seed {seed}"] = f"{type(error).__name__}: {error}"
                 get_console().print(f"failed: {error}", highlight=False, markup=False)
     if not runs:
         raise InvalidArgumentError("every run failed, as said above.")
