@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -71,12 +71,13 @@ class Isolation:
         """Leave the state of one step."""
         self.settle()
 
-    def run(self, step: Callable[[], T], trace: bool = True) -> T:
+    def run(self, step: Callable[[], T], trace: bool = True, cuts: Sequence[Callable[[], None]] = ()) -> T:
         """Call `step`, starting from the state at the beginning of the batch.
 
         Args:
             step: The step; called with no arguments.
             trace: Whether this run counts for the state that is left in the end.
+            cuts: A run that did the work of several leaves the state that each of these makes of its own.
 
         Returns:
             What `step` returned.
@@ -88,11 +89,47 @@ class Isolation:
             self._start_random.restore()
         self._untouched = False
         try:
-            return step()
+            result = step()
+        except BaseException:
+            cuts = ()
+            raise
         finally:
             if trace:
-                self._ends.append(self._current())
                 self._end_random = self._end_random or _RandomState()
+                self._ends += self._cut(cuts) if cuts else [self._current()]
+        return result
+
+    def _cut(self, cuts: Sequence[Callable[[], None]]) -> list[list[_ModuleState]]:
+        whole, ends = self._current(), []
+        for cut in cuts:
+            # buffers are the same objects in all: others hold on to them
+            copies = [_ModuleState(a.buffers, b.attributes) for a, b in zip(whole, _fresh(whole), strict=True)]
+            self._install(copies)
+            cut()
+            ends.append(self._current())
+        return ends
+
+    def forget(self) -> None:
+        """Let no run so far count."""
+        self._ends, self._end_random = [], None
+        self._original = [
+            _ModuleState(a.buffers, b.attributes)
+            for a, b in zip(self._original, _fresh(self._start), strict=True)
+        ]
+
+    def outcome(self, cuts: Sequence[Callable[[], None]] = ()) -> list[dict[str, Any]]:
+        """Return buffers and attributes of every module as the last run would leave them, had it counted.
+
+        Args:
+            cuts: See `run`.
+
+        Returns:
+            One dict for each module.
+        """
+        ends = self._cut(cuts) if cuts else [self._current()]
+        memo: dict[tuple[int, ...], Any] = {}
+        states = ends[0] if len(ends) == 1 else [_ModuleState.mean(list(e), memo) for e in zip(*ends, strict=True)]
+        return [{**state.buffers, **state.attributes} for state in states]
 
     def settle(self) -> None:
         """Put the state that one step leaves in place: nothing has happened if no run counted."""

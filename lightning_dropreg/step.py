@@ -22,10 +22,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic_in_turn
+from lightning_dropreg.estimators import ESTIMATORS, Estimate, Pairs, antithetic_in_turn, one_pass
 from lightning_dropreg.gradients import Gradients, GradientSum, Scaler, backpropagate, leaves_of
 from lightning_dropreg.handlers.attention import attention_dropout
-from lightning_dropreg.passes import Drop, Off, run_pass
+from lightning_dropreg.layout import Layout, RowsNotFoundError
+from lightning_dropreg.passes import Closure, Drop, Off, run_pass
 from lightning_dropreg.sites import fold_key
 
 __all__ = ["BatchRunner", "Estimation", "NoiseSettings", "PenaltySettings", "Plan", "StepResult"]
@@ -123,6 +124,19 @@ class BatchRunner(Protocol):
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Callable[[], Tensor], float]:
         """Return what runs on random rows, those of `key`, leaving no trace, and the fraction they really are."""
 
+    def paired(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs] | None:
+        """Return what runs on the whole batch with random rows in it twice; the run counts for module state and logs.
+
+        None if the rows cannot be told apart in the step. What the closure raises as `RowsNotFoundError` can be
+        followed by `forget` and another way.
+        """
+
+    def counts_as(self, returned: Tensor, loss: Tensor) -> None:
+        """Let `loss` be logged where the step logged the loss that it `returned`."""
+
+    def forget(self) -> None:
+        """Let no run so far count."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -190,6 +204,12 @@ class Plan:
         return {e.batch_dim for e in self._estimations() if e.batch_fraction is not None}
 
     @property
+    def on_rows(self) -> Estimation | None:
+        """How everything is estimated, if that is on some rows and may be done in the pass that gives the loss."""
+        shares = [] if self.k is not None else self._shares(0)
+        return shares[0].estimation if len(shares) == 1 and shares[0].may_be_one_pass else None
+
+    @property
     def estimators(self) -> set[str]:
         """Names of the estimators that the plan uses."""
         return {e.estimator for e in self._estimations()}
@@ -229,8 +249,9 @@ class Plan:
     def _run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool) -> StepResult:
         if self.k is not None:
             return self._dropout_k(runner, key, self.k, measure_noise)
-        result: StepResult | None = None
-        for share in self._shares(step):
+        shares = self._shares(step)
+        result = shares[0].in_one_pass(runner, key, measure_noise) if len(shares) == 1 else None
+        for share in shares if result is None else ():
             part = share.carry_out(runner, key, measure_noise)
             if result is None and not share.has_loss:
                 result = _clean(runner)
@@ -358,19 +379,12 @@ class _Share:
         """
         closure, fraction = runner.whole if self.has_loss else runner.aside, 1.0
         chosen = self.estimation
-        if chosen.batch_fraction is not None:
+        if chosen.batch_fraction is not None:  # estimates of penalty and noise alone, on these rows
             closure, fraction = runner.rows(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
-        # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all
-        spread = math.sqrt(fraction) * (self.noise or self.later)
+        spread = self._spread(fraction)
 
         def weigh(estimate: Estimate) -> list[Tensor]:
-            scalars = [estimate.loss] if self.has_loss else []
-            if estimate.penalty is not None:
-                scalars.append(self.penalty * estimate.penalty)
-            if estimate.noise is not None and self.noise:
-                scalars.append(spread * estimate.noise)
-            total = sum(scalars[1:], scalars[0])
-            return [total] if estimate.noise is None or not measure_noise else [total, spread * estimate.noise]
+            return self._weigh(estimate, fraction, measure_noise)
 
         if chosen.low_memory and runner.releases:
             estimate, scalars = antithetic_in_turn(
@@ -394,7 +408,74 @@ class _Share:
                 key=key,
             )
             scalars = weigh(estimate)
-        noise = None if estimate.noise is None else spread * estimate.noise
+        return self._result(estimate, scalars, fraction)
+
+    @property
+    def may_be_one_pass(self) -> bool:
+        """Whether `in_one_pass` may be tried."""
+        chosen = self.estimation
+        return chosen.batch_fraction is not None and chosen.estimator == "antithetic" and not chosen.low_memory
+
+    def in_one_pass(self, runner: BatchRunner, key: int, measure_noise: bool) -> StepResult | None:
+        """Do the same together with the loss, in one pass over the batch with some rows twice; None if that is no way.
+
+        It takes ``1 + f`` times what the loss alone takes, if ``f`` is the fraction of the rows.
+
+        Args:
+            runner: Runs the user's step.
+            key: Seed of the batch's noise.
+            measure_noise: Whether the gradient of the noise alone is wanted, too.
+
+        Returns:
+            The loss, this share's part of the total, and the values in it.
+        """
+        chosen = self.estimation
+        if not self.may_be_one_pass or chosen.batch_fraction is None:
+            return None
+        found = runner.paired(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
+        if found is None:
+            return None
+        closure, layout, pairs = found
+        returned: list[Tensor] = []
+
+        def keeping() -> Tensor:
+            returned.append(closure())
+            return returned[0]
+
+        try:
+            estimate = one_pass(
+                keeping,
+                layout,
+                pairs,
+                curvature=self.curvature,
+                noise=self._spread(pairs.fraction) != 0,
+                step_size=chosen.step_size,
+                mask=chosen.mask,
+                key=key,
+            )
+        except RowsNotFoundError:
+            runner.forget()
+            return None
+        runner.counts_as(returned[0], estimate.loss)
+        share = replace(self, has_loss=True)
+        return share._result(estimate, share._weigh(estimate, pairs.fraction, measure_noise), pairs.fraction)
+
+    def _spread(self, fraction: float) -> float:
+        # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all
+        return math.sqrt(fraction) * (self.noise or self.later)
+
+    def _weigh(self, estimate: Estimate, fraction: float, measure_noise: bool) -> list[Tensor]:
+        """The scalar to differentiate, and the noise alone if that is to be measured."""
+        scalars = [estimate.loss] if self.has_loss else []
+        if estimate.penalty is not None:
+            scalars.append(self.penalty * estimate.penalty)
+        if estimate.noise is not None and self.noise:
+            scalars.append(self._spread(fraction) * estimate.noise)
+        total = sum(scalars[1:], scalars[0])
+        return [total] if estimate.noise is None or not measure_noise else [total, self._spread(fraction) * estimate.noise]
+
+    def _result(self, estimate: Estimate, scalars: list[Tensor], fraction: float) -> StepResult:
+        noise = None if estimate.noise is None else self._spread(fraction) * estimate.noise
         if len(scalars) > 1:
             noise = scalars[1]
         return StepResult(

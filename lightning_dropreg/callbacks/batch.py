@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from lightning_dropreg.errors import (
     InvalidArgumentError,
     UnsupportedModuleError,
 )
+from lightning_dropreg.estimators import Pairs
 from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.layout import Layout
+from lightning_dropreg.passes import Closure
 from lightning_dropreg.rows import draw_rows, select_rows
 
 __all__ = ["Batch", "SkippedError", "with_loss"]
@@ -43,6 +47,7 @@ class Batch:
         copies: bool = False,
         releases: bool = False,
         scaler: Scaler | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.original = original
         self.args = args
@@ -52,11 +57,14 @@ class Batch:
         self.copies = copies
         self.releases = releases
         self.scaler = scaler
+        self.layout = layout
         self.modified = False
         self.lasting = True
         self.isolation = Isolation(module, mean=mean)
         self.logs = LogCollector(module)
         self.output: Any = None
+        self.returned: Any = None
+        self.instead: dict[Tensor, Tensor] = {}
 
     def whole(self) -> Tensor:
         """See `lightning_dropreg.step.BatchRunner`."""
@@ -66,25 +74,76 @@ class Batch:
         """See `lightning_dropreg.step.BatchRunner`."""
         return self._run(self.original, self.args, trace=False)
 
-    def rows(self, fraction: float, dim: int, key: int) -> tuple[Callable[[], Tensor], float]:
+    def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
         """See `lightning_dropreg.step.BatchRunner`."""
         rows = draw_rows(self.args[0], fraction, dim, key)
-        count = self._row_count(dim)
+        count = self.row_count(dim)
         return self._on_rows(rows, dim, count), len(rows) / count
 
-    def halves(self, dim: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], float] | None:
+    def paired(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs] | None:
+        """See `lightning_dropreg.step.BatchRunner`."""
+        if self.layout is None:
+            return None
+        run, pairs, _ = self.on_pairs(fraction, dim, key, trace=self.lasting)
+        return run, self.layout, pairs
+
+    def on_pairs(
+        self, fraction: float, dim: int, key: int, trace: bool
+    ) -> tuple[Closure, Pairs, list[Callable[[], None]]]:
+        """Return what runs on all rows, some of them twice and last.
+
+        Args:
+            fraction: Fraction of the rows that are there twice.
+            dim: Dimension of the rows.
+            key: Seed of their choice.
+            trace: Whether the run counts as that of the batch.
+
+        Returns:
+            The closure, how many rows there are of which kind, and what makes of the state after the run those of the
+            two runs that it stands for.
+        """
+        count = self.row_count(dim)
+        rows = draw_rows(self.args[0], fraction, dim, key)
+        alone = torch.ones(count, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
+        pairs = Pairs(len(alone), len(rows))
+        first, second = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.long)
+        first[alone] = second[alone] = torch.arange(pairs.single)
+        first[rows] = pairs.single + torch.arange(pairs.count)
+        second[rows] = first[rows] + pairs.count
+        hook = getattr(self.module, "select_rows", None)
+        cuts = [] if hook is None else [partial(hook, first, dim), partial(hook, second, dim)]
+        return self._on_rows(torch.cat([alone, rows, rows]), dim, count, trace, cuts), pairs, cuts
+
+    def counts_as(self, returned: Tensor, loss: Tensor) -> None:
+        """See `lightning_dropreg.step.BatchRunner`."""
+        self.instead[returned] = loss
+
+    def forget(self) -> None:
+        """See `lightning_dropreg.step.BatchRunner`."""
+        self.isolation.forget()
+        self.logs.forget()
+        self.output = None
+
+    def on_rows(self, rows: Tensor, dim: int) -> Closure:
+        """Return what runs on the rows of these numbers, leaving no trace."""
+        return self._on_rows(rows, dim, self.row_count(dim))
+
+    def halves(self, dim: int) -> tuple[Closure, Closure, float] | None:
         """Return what runs on a random half of the rows, on the others, and the first's fraction; None if one row."""
-        count = self._row_count(dim)
+        count = self.row_count(dim)
         if count < 2:
             return None
         rows = draw_rows(self.args[0], 0.5, dim, self.key)
         others = torch.tensor(sorted(set(range(count)) - set(rows.tolist())))
         return self._on_rows(rows, dim, count), self._on_rows(others, dim, count), len(rows) / count
 
-    def _row_count(self, dim: int) -> int:
+    def row_count(self, dim: int) -> int:
+        """Return how many rows the batch has along `dim`; 0 if nothing in it has that dimension."""
         return next((leaf.shape[dim] for leaf in _tensors(self.args[0]) if leaf.ndim > dim), 0)
 
-    def _on_rows(self, rows: Tensor, dim: int, count: int) -> Callable[[], Tensor]:
+    def _on_rows(
+        self, rows: Tensor, dim: int, count: int, trace: bool = False, cuts: Sequence[Callable[[], None]] = ()
+    ) -> Closure:
         batch = self.args[0]
         args = (select_rows(batch, rows, dim, count), *self.args[1:])
 
@@ -106,7 +165,7 @@ class Batch:
                     "batch_fraction=None."
                 ) from error
 
-        return lambda: self._run(on_rows, args, trace=False)
+        return lambda: self._run(on_rows, args, trace, cuts)
 
     def instead(self, step: Callable[..., Any]) -> Batch:
         """Return the same batch for another step; no run of it leaves a trace."""
@@ -118,16 +177,22 @@ class Batch:
         """Run `step` in the place of the user's and return its whole output."""
         return self._output(step, self.args, trace)
 
-    def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
-        output = self._output(step, args, trace)
+    def _run(
+        self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool, cuts: Sequence[Callable[[], None]] = ()
+    ) -> Tensor:
+        output = self._output(step, args, trace, cuts)
         if output is None:
             raise SkippedError
+        self.loss = _loss_of(output).detach()
+        self.returned = with_loss(apply_to_collection(output, Tensor, Tensor.detach), self.loss)
         if trace and self.output is None:
             # as Lightning would after the backward; a graph in it would live as long as the batch
             self.output = apply_to_collection(output, Tensor, Tensor.detach)
         return _loss_of(output)
 
-    def _output(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Any:
+    def _output(
+        self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool, cuts: Sequence[Callable[[], None]] = ()
+    ) -> Any:
         # every run gets containers of its own, and tensors where the step was seen to change them
         args, kwargs = tree_map(lambda leaf: leaf, (args, self.kwargs))
         if self.copies:
@@ -140,7 +205,7 @@ class Batch:
             with self.logs.run(keep=trace):
                 return step(*args, **kwargs)
 
-        output = self.isolation.run(collecting, trace)
+        output = self.isolation.run(collecting, trace, cuts)
         self.modified = self.modified or any(t._version != v for t, v in zip(tensors, versions, strict=True))
         return output
 

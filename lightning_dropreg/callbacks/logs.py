@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ class LogCollector:
     def __init__(self, module: LightningModule) -> None:
         self._module = module
         self._runs: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._last: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     @contextmanager
     def run(self, keep: bool) -> Iterator[None]:
@@ -37,6 +38,7 @@ class LogCollector:
             Nothing.
         """
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._last = calls
 
         def log(*args: Any, **kwargs: Any) -> None:
             # values without their graphs, which would otherwise live as long as the batch
@@ -54,8 +56,29 @@ class LogCollector:
         if keep:
             self._runs.append(calls)
 
-    def replay(self) -> None:
-        """Log what the kept runs logged, averaged where it is a number."""
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self._runs.clear()
+
+    def last(self, instead: Mapping[Tensor, Tensor] | None = None) -> list[tuple[str, Any]]:
+        """Return what the last run logged, kept or not.
+
+        Args:
+            instead: See `replay`.
+
+        Returns:
+            Names and values.
+        """
+        return [_named_value(*_with(call, instead or {})) for call in self._last]
+
+    def replay(self, instead: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Log what the kept runs logged, averaged where it is a number.
+
+        Args:
+            instead: Tensors to log in the place of others.
+        """
+        if instead:
+            self._runs = [[_with(call, instead) for call in calls] for calls in self._runs]
         if not self._runs:
             return
         first, *others = self._runs
@@ -71,6 +94,19 @@ class LogCollector:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _with(
+    call: tuple[tuple[Any, ...], dict[str, Any]], instead: Mapping[Tensor, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def exchanged(value: Any) -> Any:
+        for old, new in instead.items():
+            if isinstance(value, Tensor) and value.numel() == 1 and value.data_ptr() == old.data_ptr():
+                return new.detach().reshape(value.shape)
+        return value
+
+    args, kwargs = call
+    return tuple(exchanged(arg) for arg in args), {k: exchanged(v) for k, v in kwargs.items()}
 
 
 def _named_value(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:

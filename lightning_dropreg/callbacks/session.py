@@ -32,6 +32,7 @@ from lightning_dropreg.callbacks.problems import (
     uncompiled,
 )
 from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
+from lightning_dropreg.callbacks.same_traces import layout_with_same_traces
 from lightning_dropreg.errors import (
     DropregError,
     UnsupportedOperationError,
@@ -39,6 +40,7 @@ from lightning_dropreg.errors import (
 from lightning_dropreg.gradients import Scaler, has_reentrant_checkpoint
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import all_at_once, check_finite, check_masks_of_rows, inspect_step
+from lightning_dropreg.layout import Layout
 from lightning_dropreg.passes import dormant_sites
 from lightning_dropreg.precision import bfloat16_step_size
 from lightning_dropreg.reduction import check_mean_over_rows
@@ -72,6 +74,7 @@ class Session:
         self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self._inspected = False
         self._copies = False
+        self._layout: Layout | None = None
         self._had_own_step = False
         self._own_step: Any = None
         self._installed = False
@@ -157,6 +160,7 @@ class Session:
             copies=self._copies,
             releases=self._whole_parameters,
             scaler=self._scaler(),
+            layout=self._layout,
         )
         try:
             with batch.isolation, self._dormant():
@@ -165,7 +169,7 @@ class Session:
         except SkippedError:
             batch.logs.replay()
             return None
-        batch.logs.replay()
+        batch.logs.replay(batch.instead)
         self._log(result)
         self._show(result)
         if result.later is not None:
@@ -300,6 +304,10 @@ class Session:
                 problems += found
                 if not problems:
                     self._check_rows(batch, seen.sites)
+                    chosen = self.plan.on_rows
+                    if chosen is not None and self.module.automatic_optimization:
+                        assert chosen.batch_fraction is not None
+                        self._layout = layout_with_same_traces(batch, chosen.batch_fraction, chosen.batch_dim)
         except SkippedError:
             if problems:
                 raise all_at_once(problems, name) from None

@@ -7,7 +7,8 @@
 `exact`                     the full Jacobian                          small problems; the oracle of the others
 ==========================  =========================================  ====================================
 
-`antithetic_in_turn` is the first with one graph alive at a time.
+`antithetic_in_turn` is the first with one graph alive at a time, `one_pass` the first for some rows of the batch within
+the pass over all of them.
 """
 
 from lightning_dropreg.estimators.antithetic import antithetic
@@ -16,16 +17,19 @@ from lightning_dropreg.estimators.double_backward import double_backward
 from lightning_dropreg.estimators.exact import exact
 from lightning_dropreg.estimators.forward import forward
 from lightning_dropreg.estimators.in_turn import antithetic_in_turn
+from lightning_dropreg.estimators.one_pass import Pairs, one_pass
 
 __all__ = [
     "ESTIMATORS",
     "Estimate",
     "Estimator",
+    "Pairs",
     "antithetic",
     "antithetic_in_turn",
     "double_backward",
     "exact",
     "forward",
+    "one_pass",
 ]
 
 ESTIMATORS: dict[str, Estimator] = {

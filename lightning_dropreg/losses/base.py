@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -32,7 +33,11 @@ class Loss(ABC):
         outputs: The model outputs ``z``, shape ``(T, C)``, part of the pass's autograd graph.
         elements: The unreduced loss, in the shape that ``reduction="none"`` gives.
         function: Maps outputs ``(T, C)`` to elements (flattened); its Hessian defines the ``loss_hessian`` curvature.
+        mass: What each element (`per_element`) counts in the denominator of the mean that the loss function took; None
+            where all count 1, or the loss function took no mean.
     """
+
+    mass: Tensor | None = None
 
     def __init__(self, name: str, outputs: Tensor, elements: Tensor, function: Callable[[Tensor], Tensor]) -> None:
         self.name = name
@@ -63,6 +68,23 @@ class Loss(ABC):
     @abstractmethod
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
         """Return ``v`` of shape ``(T, C)`` with ``E[v_t v_t^T] = w_t H_t(z_t)`` over random `signs` ``(T, C)``."""
+
+    def some(self, take: Callable[[Tensor], Tensor]) -> Loss | None:
+        """Return the loss of some of its examples, to compare with another one in `pair_hessian_form`.
+
+        Args:
+            take: Takes them along the first dimension of a tensor ``(T, ...)``.
+
+        Returns:
+            The loss; None for a kind of loss that can be had of all its examples only.
+        """
+        return None
+
+    def reordered(self, order: Tensor) -> Loss:
+        """Return the loss with the outputs and elements of its examples in another order, and nothing else."""
+        other = copy.copy(self)
+        other.outputs, other.elements = self.outputs[order], self.per_element(self.elements)[order]
+        return other
 
     def check(self) -> None:  # noqa: B027
         """Raise if the values are not what the curvature supposes; reads values, so the device is waited for."""

@@ -5,6 +5,7 @@ All have the Hessian ``s (diag(p) - p p^T)`` with ``p = softmax(z)``, one exampl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -103,6 +104,13 @@ class CategoricalLoss(Loss):
         """See `Loss`."""
         return softmax_factor(self.name, z, weights * self.scale, signs)
 
+    def some(self, take: Callable[[Tensor], Tensor]) -> Loss:
+        """See `Loss`."""
+        other = copy.copy(self)
+        other.outputs, other.elements = take(self.outputs), take(self.per_element(self.elements))
+        other.scale, other.counted = take(self.scale), take(self.counted)
+        return other
+
     def check(self) -> None:
         """See `Loss`."""
         if self.name == "nll_loss":
@@ -180,6 +188,7 @@ def _categorical(
         counted = (labels != ignore_index).to(dtype)
         scale = class_weights[labels.clamp(0, classes - 1)] * counted
         denominator = scale.sum()
+    mass = None if soft or reduction != "mean" else scale
     if label_smoothing:
         scale = (1 - label_smoothing) * scale + label_smoothing / classes * class_weights.sum() * counted
 
@@ -198,7 +207,9 @@ def _categorical(
 
     # the curvature is that of `function` for log-probabilities too: log_softmax leaves their values alone
     elements = (of_log_probabilities if log_probabilities else function)(outputs).reshape(shape)
-    return reduced(elements, reduction, denominator), CategoricalLoss(name, outputs, elements, function, scale, counted)
+    loss = CategoricalLoss(name, outputs, elements, function, scale, counted)
+    loss.mass = mass
+    return reduced(elements, reduction, denominator), loss
 
 
 def cross_entropy(

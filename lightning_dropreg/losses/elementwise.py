@@ -66,12 +66,13 @@ def _loss(
     function: Function,
     second_derivative: Function,
     reduction: str,
-    denominator: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> tuple[Tensor, Loss]:
-    """Compute and describe a loss whose elements have `shape`, reduced by `reduction`."""
+    """Compute and describe a loss whose elements have `shape`, reduced by `reduction`; `mass` as in `Loss`."""
     elements = function(outputs).reshape(shape)
     loss = ElementwiseLoss(name, outputs, elements, function, second_derivative, reduction != "sum")
-    count = float(max(elements.numel(), 1)) if denominator is None else denominator
+    loss.mass = mass if reduction == "mean" else None
+    count = float(max(elements.numel(), 1)) if mass is None else mass.sum()
     return reduced(elements, reduction, count), loss
 
 
@@ -106,7 +107,7 @@ def mse_loss(
         _weighted(lambda z: F.mse_loss(z, labels, reduction="none"), weights),
         _weighted(lambda z: torch.full_like(z, 2.0), weights),
         reduction_of(size_average, reduce, reduction),
-        None if weights is None else weights.sum(),
+        weights,
     )
 
 
@@ -178,6 +179,7 @@ def l1_loss(
     elements = distance(outputs).reshape(shape)
     reduction = reduction_of(size_average, reduce, reduction)
     loss = ElementwiseLoss("l1_loss", outputs, elements, refuse, refuse, reduction != "sum")
+    loss.mass = weights if reduction == "mean" else None
     count = float(max(elements.numel(), 1)) if weights is None else weights.sum()
     return reduced(elements, reduction, count), loss
 
