@@ -113,8 +113,7 @@ class Isolation:
         """Let no run so far count."""
         self._ends, self._end_random = [], None
         self._original = [
-            _ModuleState(a.buffers, b.attributes)
-            for a, b in zip(self._original, _fresh(self._start), strict=True)
+            _ModuleState(a.buffers, b.attributes) for a, b in zip(self._original, _fresh(self._start), strict=True)
         ]
 
     def outcome(self, cuts: Sequence[Callable[[], None]] = ()) -> list[dict[str, Any]]:

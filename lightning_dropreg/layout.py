@@ -1,8 +1,8 @@
 """Where the rows of a batch lie in the tensors that a model makes of it.
 
-A batch of ``B`` rows becomes tensors of shape ``(B, T, C)``, ``(T, B, C)``, ``(B T, C)`` or ``(T B, C)``, as the author of
-the model liked. Which it is, is found out by exchanging a row of the batch for another and looking at what changes; that
-shows as well whether rows depend on one another (batch norm), in which case they have no place of their own.
+A batch of ``B`` rows becomes tensors of shape ``(B, T, C)``, ``(T, B, C)``, ``(B T, C)`` or ``(T B, C)``, as the
+author of the model liked. Which it is, is found out by exchanging a row of the batch for another and looking at what
+changes; that shows as well whether rows depend on one another (batch norm) and have no place of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Layout", "RowAxis", "RowsNotFoundError", "find_layout"]
 
 
 class RowsNotFoundError(DropregError):
-    """A tensor has not the shape that the rows of this batch would give it. Caught: the rows get a pass of their own."""
+    """A tensor has not the shape that the rows would give it. Always caught: they get a pass of their own."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class RowAxis:
 
     Attributes:
         dim: The dimension along which they lie.
-        first: Whether the number of the row is the slow index of that dimension, as in ``(B T, C)``, or the fast one, as
-            in ``(T B, C)``.
+        first: Whether the number of the row is the slow index of that dimension, as in ``(B T, C)``, or the fast
+            one, as in ``(T B, C)``.
 
     Example:
         >>> RowAxis(0, first=True).part(torch.arange(6), rows=3, start=1, count=1)
@@ -58,7 +58,9 @@ class RowAxis:
         """
         size = shape[self.dim] if self.dim < len(shape) else 0
         if size == 0 or size % rows:
-            raise RowsNotFoundError(f"{rows} rows do not fill dimension {self.dim} of a tensor of shape {tuple(shape)}.")
+            raise RowsNotFoundError(
+                f"{rows} rows do not fill dimension {self.dim} of a tensor of shape {tuple(shape)}."
+            )
         pair = (rows, size // rows) if self.first else (size // rows, rows)
         return (*shape[: self.dim], *pair, *shape[self.dim + 1 :]), self.dim + (not self.first)
 
@@ -79,6 +81,15 @@ class Layout:
 
     sites: tuple[RowAxis, ...]
     losses: tuple[RowAxis, ...]
+
+    def plain(self) -> list[list[tuple[int, bool]]]:
+        """Return it as plain numbers, for a checkpoint."""
+        return [[(axis.dim, axis.first) for axis in axes] for axes in (self.sites, self.losses)]
+
+    @classmethod
+    def of(cls, plain: Sequence[Sequence[Sequence[int]]]) -> Layout:
+        """Return the layout that `plain` was made of."""
+        return cls(*(tuple(RowAxis(int(dim), bool(first)) for dim, first in axes) for axes in plain))
 
 
 def find_layout(on_rows: Callable[[Tensor], Closure], rows: int) -> Layout | None:
@@ -148,7 +159,9 @@ def _axis_of(changed: Sequence[Tensor], rows: int, dims: Sequence[int]) -> RowAx
             if changed[0].shape[dim] % rows or (changed[0].shape[dim] == rows and not first):
                 continue
             places = [axis.unfold(c.shape, rows) for c in changed]
-            moved = [c.reshape(shape).movedim(d, 0).flatten(1).any(1) for c, (shape, d) in zip(changed, places, strict=True)]
+            moved = [
+                c.reshape(shape).movedim(d, 0).flatten(1).any(1) for c, (shape, d) in zip(changed, places, strict=True)
+            ]
             if all(int(m.sum()) == 1 and bool(m[row]) for m, row in zip(moved, (0, -1), strict=True)):
                 found.append(axis)
     return found[0] if len(found) == 1 else None

@@ -472,7 +472,9 @@ class _Share:
         if estimate.noise is not None and self.noise:
             scalars.append(self._spread(fraction) * estimate.noise)
         total = sum(scalars[1:], scalars[0])
-        return [total] if estimate.noise is None or not measure_noise else [total, self._spread(fraction) * estimate.noise]
+        return (
+            [total] if estimate.noise is None or not measure_noise else [total, self._spread(fraction) * estimate.noise]
+        )
 
     def _result(self, estimate: Estimate, scalars: list[Tensor], fraction: float) -> StepResult:
         noise = None if estimate.noise is None else self._spread(fraction) * estimate.noise

@@ -34,6 +34,7 @@ class RegularizerCallback(Callback):
         self._session: Session | None = None
         self._loaded: dict[str, Any] | None = None
         self._used_seed: int | None = None
+        self._found: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the composition of callbacks."""
@@ -48,6 +49,8 @@ class RegularizerCallback(Callback):
             check_resumable(companions, states, resuming=bool(trainer.ckpt_path))
             seeds = [state["seed"] for state in states if state is not None]
             self._session = Session(trainer, pl_module, self.plan(trainer), seeds[0] if seeds else None)
+            if states[0] is not None and states[0]["settings"] == settings_of(companions[0]):
+                self._session.found = states[0].get("found", {})
             self._session.check()
             for companion in companions:
                 companion._used_seed = self._session.seed
@@ -79,7 +82,9 @@ class RegularizerCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings, and the seed, so that a resumed run draws the noise of an uninterrupted one."""
         if self._used_seed is not None:  # after fit too, for Trainer.save_checkpoint
-            state = {"version": STATE_VERSION, "seed": self._used_seed, "settings": settings_of(self)}
+            found = self._found if self._session is None else self._session.found
+            settings = settings_of(self)
+            state = {"version": STATE_VERSION, "seed": self._used_seed, "settings": settings, "found": found}
             checkpoint.setdefault("lightning_dropreg", {})[type(self).__name__] = state
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -138,6 +143,7 @@ class RegularizerCallback(Callback):
     def _end(self) -> None:
         self._loaded = None
         if self._session is not None:
+            self._found = self._session.found
             self._session.remove()
             self._session = None
 

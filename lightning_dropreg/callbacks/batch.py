@@ -64,7 +64,7 @@ class Batch:
         self.logs = LogCollector(module)
         self.output: Any = None
         self.returned: Any = None
-        self.instead: dict[Tensor, Tensor] = {}
+        self.corrected: dict[Tensor, Tensor] = {}
 
     def whole(self) -> Tensor:
         """See `lightning_dropreg.step.BatchRunner`."""
@@ -111,12 +111,12 @@ class Batch:
         first[rows] = pairs.single + torch.arange(pairs.count)
         second[rows] = first[rows] + pairs.count
         hook = getattr(self.module, "select_rows", None)
-        cuts = [] if hook is None else [partial(hook, first, dim), partial(hook, second, dim)]
+        cuts: list[Callable[[], None]] = [] if hook is None else [partial(hook, first, dim), partial(hook, second, dim)]
         return self._on_rows(torch.cat([alone, rows, rows]), dim, count, trace, cuts), pairs, cuts
 
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
         """See `lightning_dropreg.step.BatchRunner`."""
-        self.instead[returned] = loss
+        self.corrected[returned] = loss
 
     def forget(self) -> None:
         """See `lightning_dropreg.step.BatchRunner`."""

@@ -55,6 +55,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _alike_leaf(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        a, b = a.detach(), b.detach()
         if a.shape != b.shape or a.dtype != b.dtype or a.is_sparse or b.is_sparse:
             return False
         if not a.is_floating_point():

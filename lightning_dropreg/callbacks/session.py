@@ -75,6 +75,8 @@ class Session:
         self._inspected = False
         self._copies = False
         self._layout: Layout | None = None
+        # what the first step showed and a resumed run must not find otherwise, in plain values for the checkpoint
+        self.found: dict[str, Any] = {}
         self._had_own_step = False
         self._own_step: Any = None
         self._installed = False
@@ -169,7 +171,7 @@ class Session:
         except SkippedError:
             batch.logs.replay()
             return None
-        batch.logs.replay(batch.instead)
+        batch.logs.replay(batch.corrected)
         self._log(result)
         self._show(result)
         if result.later is not None:
@@ -304,10 +306,7 @@ class Session:
                 problems += found
                 if not problems:
                     self._check_rows(batch, seen.sites)
-                    chosen = self.plan.on_rows
-                    if chosen is not None and self.module.automatic_optimization:
-                        assert chosen.batch_fraction is not None
-                        self._layout = layout_with_same_traces(batch, chosen.batch_fraction, chosen.batch_dim)
+                    self._find_layout(batch)
         except SkippedError:
             if problems:
                 raise all_at_once(problems, name) from None
@@ -320,6 +319,16 @@ class Session:
             raise all_at_once(problems, name)
         if self._in_bfloat16():
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
+
+    def _find_layout(self, batch: Batch) -> None:
+        chosen = self.plan.on_rows
+        if chosen is None or chosen.batch_fraction is None or not self.module.automatic_optimization:
+            return
+        if "layout" not in self.found:
+            layout = layout_with_same_traces(batch, chosen.batch_fraction, chosen.batch_dim)
+            self.found = {"layout": None if layout is None else layout.plain()}
+        plain = self.found["layout"]
+        self._layout = None if plain is None else Layout.of(plain)
 
     def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """Return a batch whose step has a loss, however the module optimizes, to run it aside."""

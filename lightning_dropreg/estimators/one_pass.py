@@ -1,10 +1,10 @@
 """The antithetic pair of some rows, in the one pass over the batch that gives the loss.
 
-Estimating on a fraction ``f`` of the rows costs a pass over the batch and two over the chosen rows, and small passes are
-dear: a recurrent network takes as many steps for two rows as for twenty. Here the chosen rows stand in the batch twice,
-once with the site factors ``1 + eps r`` and once with ``1 - eps r``; the others stand there once, undisturbed. One pass
-over ``(1 + f) B`` rows gives everything. The user's own reduction counts the chosen rows twice, so the loss is put right
-by the weights that it gave to its elements.
+Estimating on a fraction ``f`` of the rows costs a pass over the batch and two over the chosen rows, and small passes
+are dear: a recurrent network takes as many steps for two rows as for twenty. Here the chosen rows stand in the batch
+twice, once with the site factors ``1 + eps r`` and once with ``1 - eps r``; the others stand there once, undisturbed.
+One pass over ``(1 + f) B`` rows gives everything. The user's own reduction counts the chosen rows twice, so the loss
+is put right by the weights that it gave to its elements.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class Loss(ABC):
     def reordered(self, order: Tensor) -> Loss:
         """Return the loss with the outputs and elements of its examples in another order, and nothing else."""
         other = copy.copy(self)
-        other.outputs, other.elements = self.outputs[order], self.per_element(self.elements)[order]
+        other.outputs = self.outputs[order]
+        other.elements = self.per_element(self.elements)[order].reshape(self.elements.shape)
         return other
 
     def check(self) -> None:  # noqa: B027
