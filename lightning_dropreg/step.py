@@ -131,6 +131,12 @@ class BatchRunner(Protocol):
         followed by `forget` and another way.
         """
 
+    def pairs(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs, float] | None:
+        """Return what runs on random rows, those of `key`, each twice, leaving no trace, and their fraction.
+
+        None and `RowsNotFoundError` as in `paired`.
+        """
+
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
         """Let `loss` be logged where the step logged the loss that it `returned`."""
 
@@ -204,7 +210,7 @@ class Plan:
         return {e.batch_dim for e in self._estimations() if e.batch_fraction is not None}
 
     @property
-    def on_rows(self) -> Estimation | None:
+    def in_one_pass(self) -> Estimation | None:
         """How everything is estimated, if that is on some rows and may be done in the pass that gives the loss."""
         shares = [] if self.k is not None else self._shares(0)
         return shares[0].estimation if len(shares) == 1 and shares[0].may_be_one_pass else None
@@ -377,6 +383,10 @@ class _Share:
         Returns:
             This share's part of the total, and the values in it.
         """
+        of_pairs = None if self.has_loss else self._of_pairs(runner, key)
+        if of_pairs is not None:
+            estimate, fraction = of_pairs
+            return self._result(estimate, self._weigh(estimate, fraction, measure_noise), fraction)
         closure, fraction = runner.whole if self.has_loss else runner.aside, 1.0
         chosen = self.estimation
         if chosen.batch_fraction is not None:  # estimates of penalty and noise alone, on these rows
@@ -443,22 +453,40 @@ class _Share:
             return returned[0]
 
         try:
-            estimate = one_pass(
-                keeping,
-                layout,
-                pairs,
-                curvature=self.curvature,
-                noise=self._spread(pairs.fraction) != 0,
-                step_size=chosen.step_size,
-                mask=chosen.mask,
-                key=key,
-            )
+            estimate = self._one_pass(keeping, layout, pairs, key)
         except RowsNotFoundError:
             runner.forget()
             return None
         runner.counts_as(returned[0], estimate.loss)
         share = replace(self, has_loss=True)
         return share._result(estimate, share._weigh(estimate, pairs.fraction, measure_noise), pairs.fraction)
+
+    def _of_pairs(self, runner: BatchRunner, key: int) -> tuple[Estimate, float] | None:
+        """Estimate on some rows in one small pass instead of two; None if that is no way."""
+        chosen = self.estimation
+        if not self.may_be_one_pass or chosen.batch_fraction is None:
+            return None
+        found = runner.pairs(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
+        if found is None:
+            return None
+        closure, layout, pairs, fraction = found
+        try:
+            return self._one_pass(closure, layout, pairs, key), fraction
+        except RowsNotFoundError:
+            return None
+
+    def _one_pass(self, closure: Closure, layout: Layout, pairs: Pairs, key: int) -> Estimate:
+        chosen = self.estimation
+        return one_pass(
+            closure,
+            layout,
+            pairs,
+            curvature=self.curvature,
+            noise=bool(self.noise or self.later),
+            step_size=chosen.step_size,
+            mask=chosen.mask,
+            key=key,
+        )
 
     def _spread(self, fraction: float) -> float:
         # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all

@@ -451,6 +451,11 @@ def test_noise_on_rows_is_scaled_by_the_fraction_that_was_drawn():
         def rows(self, fraction, dim, key):
             return self.whole, 0.25
 
+        def paired(self, fraction, dim, key):
+            return None
+
+        pairs = paired
+
     noise = []
     for fraction in (None, 0.1):
         plan = Plan(noise=NoiseSettings(1.0, "taylor", "loss", Estimation("antithetic", 0.1, "as_model", fraction, 0)))

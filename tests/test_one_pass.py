@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dropreg as dr
 from lightning_dropreg.callbacks.batch import Batch
-from lightning_dropreg.callbacks.same_traces import layout_with_same_traces
+from lightning_dropreg.callbacks.same_traces import leaves_same_traces
 from lightning_dropreg.estimators import Pairs, antithetic, one_pass
 from lightning_dropreg.layout import Layout, RowAxis, RowsNotFoundError, find_layout
 from lightning_dropreg.models import LSTMLanguageModel, TransformerLanguageModel
@@ -171,16 +171,40 @@ class Odd(Classifier):
 
 @pytest.mark.parametrize("what", ["batch norm", "metric", "count", "log", "mixing", "shared mask", "output"])
 def test_a_step_that_would_leave_other_traces_is_run_on_the_rows_apart(what):
+    layout, same = tried(what)
+    assert not same
+    assert (layout is None) == (what in {"batch norm", "mixing", "shared mask"})
+
+
+def test_a_step_that_leaves_the_same_traces_is_not():
+    assert tried("nothing") == (Layout((RowAxis(0, True),), (RowAxis(0, True),)), True)
+
+
+def tried(what):
     model = Odd(what)
-    batch = Batch(Odd.training_step.__get__(model), (next(iter(make_loader())), 0), {}, model, False, 1, copies=True)
     model.log = lambda *args, **kwargs: None
+    batch = Batch(Odd.training_step.__get__(model), (next(iter(make_loader())), 0), {}, model, False, 1, copies=True)
     with batch.isolation:
-        assert layout_with_same_traces(batch, 0.5, 0) is None
-    usual = Batch(Odd.training_step.__get__(model), (next(iter(make_loader())), 0), {}, model, False, 1, copies=True)
-    model.what = "nothing"
-    with usual.isolation:
-        found = layout_with_same_traces(usual, 0.5, 0)
-    assert (found is None) == (what == "batch norm")
+        layout = find_layout(lambda rows: batch.on_rows(rows, 0), 6)
+        return layout, layout is not None and leaves_same_traces(batch, layout, 0.5, 0)
+
+
+def test_noise_after_the_backward_on_some_rows_takes_one_small_pass():
+    sizes = []
+
+    class Counting(Classifier):
+        def training_step(self, batch, batch_idx):
+            sizes.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    noise = dict(batch_fraction=0.5, injection="after_backward", step_size=1e-3)
+    ours = train([dr.ExplicitPenalty(), dr.ImplicitNoise(**noise)], make=Counting, max_steps=1)
+    assert sizes[-3:] == [6, 6, 6]  # the penalty's two, and three rows of either sign
+    apart = train(
+        [dr.ExplicitPenalty(), dr.ImplicitNoise(**noise, low_memory=True)], make=Counting, max_steps=1
+    )  # two passes
+    assert sizes[-2:] == [3, 3]
+    torch.testing.assert_close(ours.gradients[0], apart.gradients[0], rtol=1e-6, atol=1e-9)
 
 
 def text():

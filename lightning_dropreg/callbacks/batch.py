@@ -48,6 +48,7 @@ class Batch:
         releases: bool = False,
         scaler: Scaler | None = None,
         layout: Layout | None = None,
+        same_traces: bool = False,
     ) -> None:
         self.original = original
         self.args = args
@@ -58,6 +59,7 @@ class Batch:
         self.releases = releases
         self.scaler = scaler
         self.layout = layout
+        self.same_traces = same_traces
         self.modified = False
         self.lasting = True
         self.isolation = Isolation(module, mean=mean)
@@ -82,10 +84,18 @@ class Batch:
 
     def paired(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs] | None:
         """See `lightning_dropreg.step.BatchRunner`."""
-        if self.layout is None:
+        if self.layout is None or not self.same_traces:
             return None
         run, pairs, _ = self.on_pairs(fraction, dim, key, trace=self.lasting)
         return run, self.layout, pairs
+
+    def pairs(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs, float] | None:
+        """See `lightning_dropreg.step.BatchRunner`."""
+        if self.layout is None:
+            return None
+        rows, count = draw_rows(self.args[0], fraction, dim, key), self.row_count(dim)
+        run = self._on_rows(torch.cat([rows, rows]), dim, count)
+        return run, self.layout, Pairs(0, len(rows)), len(rows) / count
 
     def on_pairs(
         self, fraction: float, dim: int, key: int, trace: bool

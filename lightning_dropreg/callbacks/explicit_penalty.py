@@ -25,10 +25,13 @@ class ExplicitPenalty(RegularizerCallback):
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``, see
             `lightning_dropreg.estimators`.
         step_size: Step of the antithetic pair, in ``(0, 1]``.
-        batch_fraction: Fraction of the batch's rows, drawn afresh every step, on which the penalty is estimated, in
-            ``(0, 1]``; None for the whole batch, without an extra pass. The loss must be a mean over the rows. A module
-            that carries a state with rows of its own defines ``select_rows(rows, dim)`` to cut it down; the state is
-            put back afterwards.
+        batch_fraction: Fraction ``f`` of the batch's rows, drawn afresh every step, on which the penalty is estimated,
+            in ``(0, 1]``; None for the whole batch, without an extra pass. The loss must be a mean over the rows. Where
+            the rows of a step have nothing to do with one another and it leaves the same traces (the first step is
+            tried), the step runs once, on ``(1 + f)`` times the rows
+            (`lightning_dropreg.estimators.one_pass`); elsewhere (batch norm, metrics in the step) it runs on the batch
+            and on the drawn rows. A module that carries a state with rows of its own defines ``select_rows(rows,
+            dim)``, which picks rows of that state by number, some perhaps twice; the state is put back afterwards.
         batch_dim: Dimension of the rows in the tensors of a batch.
         every_n_steps: The penalty acts in every n-th optimizer step, with n times the strength.
         mask: ``"as_model"`` or ``"elementwise"``.

@@ -11,41 +11,39 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_dropreg.callbacks.batch import Batch, with_loss
 from lightning_dropreg.estimators.one_pass import without_pairs
-from lightning_dropreg.layout import Layout, RowsNotFoundError, find_layout
+from lightning_dropreg.layout import Layout, RowsNotFoundError
 from lightning_dropreg.passes import Off, run_pass
 
-__all__ = ["layout_with_same_traces"]
+__all__ = ["leaves_same_traces"]
 
 _CLOSE = 1e-3  # rounding in another order, not another value
 
 
-def layout_with_same_traces(batch: Batch, fraction: float, dim: int) -> Layout | None:
-    """Find the rows in a step, and try whether loss, state, logs and output stay the same with some rows twice.
+def leaves_same_traces(batch: Batch, layout: Layout, fraction: float, dim: int) -> bool:
+    """Try whether loss, state, logs and output of a step stay the same with some rows of the batch in it twice.
 
     A metric would count these rows twice, batch norm would mix them with the others; such a step is run on the chosen
     rows separately.
 
     Args:
         batch: The batch, its isolation entered.
+        layout: Where the rows are.
         fraction: Fraction of the rows.
-        dim: Their dimension.
+        dim: Their dimension in the batch.
 
     Returns:
-        Where the rows are; None if they have no place of their own, or a trace differs.
+        Whether they do.
     """
-    layout = find_layout(lambda rows: batch.on_rows(rows, dim), batch.row_count(dim))
-    if layout is None:
-        return None
     loss = run_pass(batch.aside, Off()).loss.detach()
     usual = (loss, batch.isolation.outcome(), batch.logs.last(), batch.returned)
     run, pairs, cuts = batch.on_pairs(fraction, dim, batch.key, trace=False)
     try:
         paired = without_pairs(run, layout, pairs).detach()
     except RowsNotFoundError:
-        return None
+        return False
     logged = batch.logs.last({batch.loss: paired})
     found = (paired, batch.isolation.outcome(cuts), logged, with_loss(batch.returned, paired))
-    return layout if _alike(usual, found) else None
+    return _alike(usual, found)
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -12,6 +12,7 @@ import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from lightning_dropreg.callbacks.problems import (
     uncompiled,
 )
 from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
-from lightning_dropreg.callbacks.same_traces import layout_with_same_traces
+from lightning_dropreg.callbacks.same_traces import leaves_same_traces
 from lightning_dropreg.errors import (
     DropregError,
     UnsupportedOperationError,
@@ -40,7 +41,7 @@ from lightning_dropreg.errors import (
 from lightning_dropreg.gradients import Scaler, has_reentrant_checkpoint
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import all_at_once, check_finite, check_masks_of_rows, inspect_step
-from lightning_dropreg.layout import Layout
+from lightning_dropreg.layout import Layout, find_layout
 from lightning_dropreg.passes import dormant_sites
 from lightning_dropreg.precision import bfloat16_step_size
 from lightning_dropreg.reduction import check_mean_over_rows
@@ -116,7 +117,7 @@ class Session:
             training = session.trainer.training and torch.is_grad_enabled()
             if self is not session.module or not session._installed or not training:
                 return original(self, *args, **kwargs)
-            return session.training_step(functools.partial(original, self), args, kwargs)
+            return session.training_step(partial(original, self), args, kwargs)
 
         training_step._dropreg_original = original  # type: ignore[attr-defined]
         self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
@@ -163,6 +164,7 @@ class Session:
             releases=self._whole_parameters,
             scaler=self._scaler(),
             layout=self._layout,
+            same_traces=bool(self.found.get("same_traces")),
         )
         try:
             with batch.isolation, self._dormant():
@@ -321,12 +323,16 @@ class Session:
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
 
     def _find_layout(self, batch: Batch) -> None:
-        chosen = self.plan.on_rows
-        if chosen is None or chosen.batch_fraction is None or not self.module.automatic_optimization:
+        """Find out whether the estimates on some rows can be had in one pass, and in that of the batch."""
+        if len(self.plan.row_dims) != 1 or not self.module.automatic_optimization:
             return
-        if "layout" not in self.found:
-            layout = layout_with_same_traces(batch, chosen.batch_fraction, chosen.batch_dim)
-            self.found = {"layout": None if layout is None else layout.plain()}
+        if not self.found:
+            (dim,) = self.plan.row_dims
+            layout = find_layout(partial(batch.on_rows, dim=dim), batch.row_count(dim))
+            chosen, same = self.plan.in_one_pass, False
+            if layout is not None and chosen is not None and chosen.batch_fraction is not None:
+                same = leaves_same_traces(batch, layout, chosen.batch_fraction, dim)
+            self.found = {"layout": None if layout is None else layout.plain(), "same_traces": same}
         plain = self.found["layout"]
         self._layout = None if plain is None else Layout.of(plain)
 
