@@ -35,16 +35,14 @@ def project_units(layer: nn.Module, max_norm: float) -> None:
     .. math::
         w \leftarrow w \, \min(1, c / \lVert w \rVert_2)
 
-    =============================  ================================================================================
-    layer                          incoming weights of a unit
-    =============================  ================================================================================
-    linear, bilinear               a row of the weight (for bilinear, of all pairs of inputs)
-    convolution                    those to an output channel, from the inputs of its group and the whole kernel
-    RNN, LSTM, GRU, their cells    for every unit of every gate, its row of the weights from the input *and* its row
-                                   of the recurrent weights, together one vector; a projection (``proj_size``) by rows
-    attention                      a row of the projection to queries, keys or values
-    embedding                      a row, the vector of one token, as `nn.Embedding` does with its own ``max_norm``
-    =============================  ================================================================================
+    | layer            | incoming weights of a unit                                                        |
+    |------------------|-----------------------------------------------------------------------------------|
+    | linear, bilinear | a row of the weight (for bilinear, of all pairs of inputs)                        |
+    | convolution      | those to an output channel, from the inputs of its group and the whole kernel     |
+    | RNN, LSTM, GRU   | for a unit of a gate, its row of the input weights and its row of the recurrent   |
+    | (also cells)     | weights, together one vector; of a projection (``proj_size``), a row              |
+    | attention        | a row of the projection to queries, keys or values                                |
+    | embedding        | a row, the vector of one token, as `nn.Embedding` does with its own ``max_norm``  |
 
     Biases stay.
 
