@@ -153,7 +153,12 @@ def _measure_costs(cli: DropregCLI, trained: Configured) -> Costs | str:
     done = [cost for cost in costs if not cost.problem and cost is not reference]
     ratios = {cost.method: _median_and_range(cost.ratios(reference)) for cost in done}
     refused = {cost.method: cost.problem for cost in costs if cost.problem}
-    return Costs(ratios, refused, f"measured here, {ROUNDS['repeats']} rounds of {ROUNDS['steps']} steps")
+    return Costs(ratios, refused, f"measured here, {_rounds(reference)}")
+
+
+def _rounds(cost: Cost) -> str:
+    count = len(cost.rounds)
+    return f"{count} round{'s' * (count != 1)} of {len(cost.rounds[0])} steps"
 
 
 def _median_and_range(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -199,7 +204,7 @@ def _read_costs(path: str, model: LightningModule) -> Costs:
             "only shown for the model they were measured on."
         )
     refused = {cost.method: cost.problem for cost in costs if cost.problem}
-    return Costs(ratios, refused, f"{path}, {len(reference.rounds)} rounds of {len(reference.rounds[0])} steps")
+    return Costs(ratios, refused, f"{path}, {_rounds(reference)}")
 
 
 def _scope(checkpoint: str | None) -> str:
