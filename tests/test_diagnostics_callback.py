@@ -252,7 +252,7 @@ def test_tables_figures_and_reading_after_training(tmp_path, capsys):
     train([diagnostics(verbose=True, figures=str(tmp_path))])
     out = capsys.readouterr().out
     assert all(word in out for word in ("Dropout at step 0", "Explicit effect", "Gradient noise", "Reading"))
-    assert len(list(Path(tmp_path).iterdir())) == 6
+    assert len(list(Path(tmp_path).iterdir())) == 8
 
 
 @pytest.mark.parametrize(

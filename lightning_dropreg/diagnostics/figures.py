@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.diagnostics.diagnosis import Diagnosis
+from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.statistics import Interval
 from lightning_dropreg.errors import MissingDependencyError
 
@@ -15,13 +16,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["approximation_against_truth", "draw", "effect_by_site", "effect_over_training", "need_matplotlib"]
+__all__ = [
+    "approximation_against_truth",
+    "draw",
+    "effect_by_site",
+    "effect_over_training",
+    "need_matplotlib",
+    "noise_by_layer",
+]
 
 # Okabe and Ito's palette, which can be told apart with any kind of colour vision; the markers differ too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TRUTH, APPROX = r"$R_\mathrm{drop}$ (true)", r"$R_\mathrm{approx}$"
 GRAY = "#777777"
+XI_DROP, XI_APPROX = r"$\xi_\mathrm{drop}$ (true)", r"$\xi_\mathrm{approx}$"
+LAYERS = 20
+"""Layers in a figure; the loudest ones."""
 LINES = 6
 """Sites with a line of their own over training; the largest ones."""
 
@@ -58,6 +69,8 @@ def draw(history: Sequence[Diagnosis], folder: Path) -> list[Path]:
     figures = {"effect_by_site": effect_by_site(history[-1])}
     if not history[-1].effect.problem:
         figures["approximation_against_truth"] = approximation_against_truth(history)
+    if history[-1].noise is not None:
+        figures["noise_by_layer"] = noise_by_layer(history[-1].noise)
     if len(history) > 1:
         figures["effect_over_training"] = effect_over_training(history)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +125,42 @@ def effect_by_site(diagnosis: Diagnosis) -> Figure:
     return figure
 
 
+def noise_by_layer(noise: NoiseReport) -> Figure:
+    """Draw how much gradient noise each layer has, and how alike the directions of truth and approximation are.
+
+    Args:
+        noise: What was measured.
+
+    Returns:
+        The figure: traces of the covariances on the left, the cosine between them on the right.
+    """
+    loudest = sorted(range(len(noise.layers)), key=lambda i: -noise.trace_drop(i).value)[:LAYERS]
+    layers = [i for i in reversed(loudest) if noise.trace_drop(i).value > 0]
+    rows: list[int | None] = [*layers, None]
+    labels = [*(noise.layers[i] for i in layers), "all parameters"]
+    figure = _figure(7.2 + 0.075 * max(map(len, labels)), 1.9 + 0.36 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    at = range(len(rows))
+    traces = ((XI_DROP, noise.trace_drop, 0.14, 0), (XI_APPROX, noise.trace_approx, -0.14, 1))
+    for label, trace, shift, style in traces:
+        _points(left, [trace(i) for i in rows], [y + shift for y in at], style, label)
+    _points(right, [noise.alignment(i) for i in rows], list(at), 2, "cosine of the two")
+    left.set_xscale("log")
+    left.set_xlabel("trace of the covariance")
+    right.set_xlabel("1: the same shape, 0: nothing shared")
+    right.axvline(1, color=GRAY, linewidth=0.8, zorder=0)
+    right.set_xlim(left=min(0.0, right.get_xlim()[0]))
+    for ax in (left, right):
+        ax.axhspan(len(rows) - 1.5, len(rows) - 0.5, color="#EEEEEE", zorder=0)
+        ax.set_ylim(-0.6, len(rows) - 0.4)
+        ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        _legend_above(ax)
+    left.set_yticks(list(at), labels)
+    told = f"{100 * noise.confidence:g} % intervals, {noise.draws} draws"
+    figure.suptitle(f"Gradient noise of dropout by layer ({told})", fontsize=10)
+    return figure
+
+
 def effect_over_training(history: Sequence[Diagnosis]) -> Figure:
     """Draw the effect of all sites together, of the largest sites, and the noise, over training.
 
@@ -139,8 +188,8 @@ def effect_over_training(history: Sequence[Diagnosis]) -> Figure:
         axes[1].set_ylabel(f"{TRUTH}, each site alone")
     if with_noise:
         noises = [d.noise for d in history if d.noise is not None]
-        _band(axes[-1], steps, [n.trace_drop() for n in noises], 0, r"$\xi_\mathrm{drop}$ (true)")
-        _band(axes[-1], steps, [n.trace_approx() for n in noises], 1, r"$\xi_\mathrm{approx}$")
+        _band(axes[-1], steps, [n.trace_drop() for n in noises], 0, XI_DROP)
+        _band(axes[-1], steps, [n.trace_approx() for n in noises], 1, XI_APPROX)
         axes[-1].set_ylabel("gradient noise, trace of covariance")
     for ax in axes:
         ax.set_xlabel("optimizer step")
