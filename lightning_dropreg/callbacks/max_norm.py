@@ -98,9 +98,8 @@ def _units(layer: nn.Module) -> list[list[Tensor]]:
             f"The units of a {type(layer).__name__} are not known, so their norms cannot be bounded. Known are "
             f"{_SUPPORTED}."
         )
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return [[weight]]
+    assert isinstance(layer.weight, Tensor)
+    return [[layer.weight]]
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

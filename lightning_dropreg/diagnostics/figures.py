@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TRUTH, APPROX = r"$R_\mathrm{drop}$ (true)", r"$R_\mathrm{approx}$"
 GRAY = "#777777"
+TWO_IN_A_ROW, LONGEST = 20, 40
+"""Characters of a name in a legend of two columns, and of any name."""
 XI_DROP, XI_APPROX = r"$\xi_\mathrm{drop}$ (true)", r"$\xi_\mathrm{approx}$"
 LAYERS = 20
 """Layers in a figure; the loudest ones."""
@@ -95,7 +98,7 @@ def effect_by_site(diagnosis: Diagnosis) -> Figure:
     effect = diagnosis.effect
     sites = sorted(range(len(effect.sites)), key=lambda i: effect.truth(i).value)
     rows: list[int | None] = [*sites, None]
-    labels = [f"{effect.names[i]}  (q = {effect.sites[i].p:g})" for i in sites] + ["all together"]
+    labels = [f"{_short(effect.names[i])}  (q = {effect.sites[i].p:g})" for i in sites] + ["all together"]
     panels: list[list[tuple[str, list[Interval], int]]] = [[(TRUTH, [effect.truth(i) for i in rows], 0)]]
     if not effect.problem:
         panels[0].append((APPROX, [effect.approximation(site=i) for i in rows], 1))
@@ -137,7 +140,7 @@ def noise_by_layer(noise: NoiseReport) -> Figure:
     loudest = sorted(range(len(noise.layers)), key=lambda i: -noise.trace_drop(i).value)[:LAYERS]
     layers = [i for i in reversed(loudest) if noise.trace_drop(i).value > 0]
     rows: list[int | None] = [*layers, None]
-    labels = [*(noise.layers[i] for i in layers), "all parameters"]
+    labels = [*(_short(noise.layers[i]) for i in layers), "all parameters"]
     figure = _figure(7.2 + 0.075 * max(map(len, labels)), 1.9 + 0.36 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     at = range(len(rows))
@@ -145,7 +148,9 @@ def noise_by_layer(noise: NoiseReport) -> Figure:
     for label, trace, shift, style in traces:
         _points(left, [trace(i) for i in rows], [y + shift for y in at], style, label)
     _points(right, [noise.alignment(i) for i in rows], list(at), 2, "cosine of the two")
-    left.set_xscale("log")
+    sizes = [trace(i) for _, trace, _, _ in traces for i in rows]
+    if _decades(sizes) > 1:
+        _logarithmic(left, "x", sizes)
     left.set_xlabel("trace of the covariance")
     right.set_xlabel("1: the same shape, 0: nothing shared")
     right.axvline(1, color=GRAY, linewidth=0.8, zorder=0)
@@ -174,7 +179,8 @@ def effect_over_training(history: Sequence[Diagnosis]) -> Figure:
     last = history[-1]
     with_sites = len(last.effect.sites) > 1 and all(len(d.effect.sites) == len(last.effect.sites) for d in history)
     with_noise = all(d.noise is not None for d in history)
-    figure = _figure(3.9 * (1 + with_sites + with_noise), 3.6)
+    lines = min(LINES, len(last.effect.sites)) if with_sites else 0
+    figure = _figure(3.9 * (1 + with_sites + with_noise), 3.6 + 0.17 * lines)
     axes = list(figure.subplots(1, 1 + with_sites + with_noise, squeeze=False)[0])
 
     _band(axes[0], steps, [d.effect.truth() for d in history], 0, TRUTH)
@@ -184,7 +190,7 @@ def effect_over_training(history: Sequence[Diagnosis]) -> Figure:
     if with_sites:
         largest = sorted(range(len(last.effect.sites)), key=lambda i: -abs(last.effect.truth(i).value))[:LINES]
         for style, i in enumerate(largest):
-            _band(axes[1], steps, [d.effect.truth(i) for d in history], style, last.effect.names[i])
+            _band(axes[1], steps, [d.effect.truth(i) for d in history], style, _short(last.effect.names[i]))
         axes[1].set_ylabel(f"{TRUTH}, each site alone")
     if with_noise:
         noises = [d.noise for d in history if d.noise is not None]
@@ -221,7 +227,7 @@ def approximation_against_truth(history: Sequence[Diagnosis]) -> Figure:
                 [last.effect.approximation(site=i) for i in numbers],
             )
         )
-    together = "all sites together" + (", at every measured step" if len(history) > 1 else "")
+    together = "all sites, every time" if len(history) > 1 else "all sites together"
     groups.append(
         (together, [d.effect.truth() for d in history], [d.effect.approximation() for d in history]),
     )
@@ -230,10 +236,11 @@ def approximation_against_truth(history: Sequence[Diagnosis]) -> Figure:
         groups.append(("all sites at other q", [r.truth() for r in reports], [r.approximation() for r in reports]))
     figure = _figure(4.8, 5.0)
     ax = figure.subplots()
-    logarithmic = all(i.low > 0 for _, xs, ys in groups for i in (*xs, *ys))
+    everything = [i for _, xs, ys in groups for i in (*xs, *ys)]
+    logarithmic = all(i.low > 0 for i in everything) and _decades(everything) > 1
     if logarithmic:
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+        _logarithmic(ax, "x", everything)
+        _logarithmic(ax, "y", everything)
     for style, (label, xs, ys) in enumerate(groups):
         ax.errorbar(
             [x.value for x in xs],
@@ -297,10 +304,34 @@ def _band(ax: Axes, steps: Sequence[int], intervals: Sequence[Interval], style: 
     )
 
 
+def _decades(intervals: Sequence[Interval]) -> float:
+    """How many powers of ten lie between the smallest and the largest value."""
+    values = [i.value for i in intervals if i.value > 0]
+    return math.log10(max(values) / min(values)) if values else 0.0
+
+
+def _logarithmic(ax: Axes, axis: str, intervals: Sequence[Interval]) -> None:
+    """A logarithmic axis whose labels do not run into each other; fewer than three decades have few powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set(**{f"{axis}scale": "log"})
+    one = ax.xaxis if axis == "x" else ax.yaxis
+    if _decades(intervals) < 3:
+        one.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        one.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:g}")
+    one.set_minor_formatter(NullFormatter())
+
+
 def _legend_above(ax: Axes) -> None:
     """Above the axes, where it covers no data."""
-    entries = len(ax.get_legend_handles_labels()[1])
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(2, entries), frameon=False, fontsize=8)
+    labels = ax.get_legend_handles_labels()[1]
+    columns = 1 if max(map(len, labels)) > TWO_IN_A_ROW else min(2, len(labels))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=8)
+
+
+def _short(name: str) -> str:
+    """A long path without its beginning."""
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
 
 
 def _intervals(diagnosis: Diagnosis) -> str:

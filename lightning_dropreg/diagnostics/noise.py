@@ -221,7 +221,7 @@ class _NoiseProbe(Probe):
         for owner, p in zip(self._owners, self._parameters, strict=True):
             self.layers[owner] += p.numel()
         self.samples: list[Tensor] = []
-        self._sketches: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._sketches: list[list[list[Tensor]]] = []
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -241,7 +241,7 @@ class _NoiseProbe(Probe):
             torch.tensor([_inner(a, b) for a, b in zip(*pair, strict=True)], dtype=torch.float64) for pair in pairs
         ]
         self.samples.append(torch.stack(columns, dim=1))
-        self._sketches.append(tuple([sketch(g, seed=i) for i, g in enumerate(part)] for part in by_layer[:2]))
+        self._sketches.append([[sketch(g, seed=i) for i, g in enumerate(part)] for part in by_layer[:2]])
 
     def products(self) -> Tensor:
         """Return the inner products of all draws, see `NoiseReport`."""

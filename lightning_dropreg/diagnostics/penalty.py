@@ -114,12 +114,18 @@ class _PenaltyProbe(Probe):
 
     def __init__(self, closure: Closure, curvature: str, estimator: str, step_size: float, mask: str) -> None:
         self.samples: list[Tensor] = []
-        self._run = lambda key: ESTIMATORS[estimator](
-            closure, curvature=curvature, noise=False, step_size=step_size, mask=mask, key=key
-        )
+        self._closure = closure
+        self._curvature, self._estimator, self._step_size, self._mask = curvature, estimator, step_size, mask
 
     def draw(self, key: int) -> None:
         """See `lightning_dropreg.diagnostics.sampling.Probe`."""
-        penalty = self._run(key).penalty
+        penalty = ESTIMATORS[self._estimator](
+            self._closure,
+            curvature=self._curvature,
+            noise=False,
+            step_size=self._step_size,
+            mask=self._mask,
+            key=key,
+        ).penalty
         assert penalty is not None
         self.samples.append(penalty.detach().double())
