@@ -22,6 +22,17 @@ METHODS = {
     "nothing": list,
 }
 
+EVERYTHING = {  # what may stand beside a method, all at once
+    **METHODS,
+    "companions": lambda: [
+        *METHODS["algorithm 2"](),
+        dr.MaxNorm(3.0),
+        dr.DropProbSchedule("linear", 4, "step", start=0.5),
+        dr.DropoutDiagnostics(draws=4, at_end=False, verbose=False),
+        dr.DivergenceDetector(),
+    ],
+}
+
 
 def norms_by_unit_response(layer):
     """Incoming norms found by what the layer does to unit impulses: a unit's weights are its responses."""
@@ -336,11 +347,11 @@ class CutOut(Classifier):
         return F.cross_entropy(self.net(x), y)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERYTHING)
 @pytest.mark.parametrize("make", [Smoothed, Mixed, CutOut])
 def test_two_ways_to_write_it_train_the_same(make, method):
     """What is not ours to write composes: written in two ways, it gives the same gradients in every step."""
-    callbacks = METHODS[method]
+    callbacks = EVERYTHING[method]
     if make is Mixed and method == "double backward":  # samples labels once for each loss: other draws
         callbacks = lambda: [dr.ImplicitNoise(estimator="double_backward")]
     one, other = (train(callbacks(), make=make, model_options={"soft": soft}) for soft in (False, True))
@@ -351,7 +362,7 @@ def test_two_ways_to_write_it_train_the_same(make, method):
         assert len(set.union(*one.shares.values())) == 4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERYTHING)
 def test_weight_decay_is_added_to_the_regularized_gradient(method):
     class Decayed(Classifier):
         decay = 0.3
@@ -360,7 +371,7 @@ def test_weight_decay_is_added_to_the_regularized_gradient(method):
             self.start = torch.cat([p.detach().reshape(-1) for p in self.parameters()])
             return torch.optim.SGD(self.parameters(), lr=self.lr, weight_decay=self.decay)
 
-    decayed = train(METHODS[method](), make=Decayed, max_steps=1)
-    torch.testing.assert_close(decayed.gradients[0], train(METHODS[method](), max_steps=1).gradients[0])
+    decayed = train(EVERYTHING[method](), make=Decayed, max_steps=1)
+    torch.testing.assert_close(decayed.gradients[0], train(EVERYTHING[method](), max_steps=1).gradients[0])
     expected = decayed.start - 0.1 * (decayed.gradients[0] + 0.3 * decayed.start)
     torch.testing.assert_close(torch.cat([p.detach().reshape(-1) for p in decayed.parameters()]), expected)

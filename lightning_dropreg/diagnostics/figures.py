@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TRUTH, APPROX = r"$R_\mathrm{drop}$ (true)", r"$R_\mathrm{approx}$"
 GRAY = "#777777"
-TWO_IN_A_ROW, LONGEST = 20, 40
+TWO_IN_A_ROW, LONGEST = 24, 40
 """Characters of a name in a legend of two columns, and of any name."""
 XI_DROP, XI_APPROX = r"$\xi_\mathrm{drop}$ (true)", r"$\xi_\mathrm{approx}$"
 LAYERS = 20
@@ -200,7 +201,7 @@ def effect_over_training(history: Sequence[Diagnosis]) -> Figure:
     for ax in axes:
         ax.set_xlabel("optimizer step")
         ax.grid(color="#DDDDDD", linewidth=0.6)
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")  # no common factor in the legend's place
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")  # no common factor in the legend's place
         _legend_above(ax)
     figure.suptitle(f"What dropout does, over training ({_intervals(last)})", fontsize=10)
     return figure
@@ -325,7 +326,8 @@ def _logarithmic(ax: Axes, axis: str, intervals: Sequence[Interval]) -> None:
 def _legend_above(ax: Axes) -> None:
     """Above the axes, where it covers no data."""
     labels = ax.get_legend_handles_labels()[1]
-    columns = 1 if max(map(len, labels)) > TWO_IN_A_ROW else min(2, len(labels))
+    widths = [len(re.sub(r"\\[a-z]+|[${}_]", "", label)) for label in labels]  # without the commands of formulas
+    columns = 1 if max(widths) > TWO_IN_A_ROW else min(2, len(labels))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=8)
 
 
