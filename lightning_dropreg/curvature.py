@@ -4,13 +4,11 @@ Let ``M_t`` be the ``(C, C)`` matrix of one example and ``w_t = dL/dl_t`` the we
 reduction counts it. The explicit penalty is ``R = 1/2 sum_t E[u_t^T w_t M_t u_t]`` over the random directional
 derivatives ``u`` of the outputs. The curvatures are
 
-==================  ========================================  ==========================
-name                ``M_t``                                   paper
-==================  ========================================  ==========================
-``loss_hessian``    ``H_out = d2 l_t / dz_t2``                (4.4), ``R_approx``
-``identity``        ``I / C``                                 section 5.2, ablation
-``loss_jacobian``   ``(dl_t/dz_t)^T (dl_t/dz_t)``             (5.1), ablation
-==================  ========================================  ==========================
+| name              | ``M_t``                       | paper                 |
+|-------------------|-------------------------------|-----------------------|
+| ``loss_hessian``  | ``H_out = d2 l_t / dz_t2``    | (4.4), ``R_approx``   |
+| ``identity``      | ``I / C``                     | section 5.2, ablation |
+| ``loss_jacobian`` | ``(dl_t/dz_t)^T (dl_t/dz_t)`` | (5.1), ablation       |
 
 and the estimators need ``u^T M u`` (`quadratic_form`), a random ``v`` with ``E[v v^T] = w M`` (`factor`), or ``w M``
 itself (`matrix`, by automatic differentiation of the loss alone: the oracle for the other two).
@@ -32,6 +30,7 @@ from lightning_dropreg.sites import noise_dtype, random_signs
 __all__ = ["CURVATURES", "element_weights", "factor", "matrix", "pair_quadratic_form", "quadratic_form"]
 
 CURVATURES = ("loss_hessian", "identity", "loss_jacobian")
+"""Names of the curvatures: the paper's, and the two ablations."""
 
 
 def element_weights(total: Tensor, losses: Sequence[Loss]) -> list[Tensor]:

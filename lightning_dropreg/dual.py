@@ -267,3 +267,4 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.linalg.vector_norm: _norm(torch.linalg.vector_norm, "ord"),
     **{func: _refuse(func) for func in REFUSED},
 }
+"""Functions whose forward-mode derivative torch lacks or has wrong, and what is called instead."""

@@ -35,14 +35,12 @@ def scale_pretrained_for_dropout(
     Scaled are the weights of the layers named in `drop_probs`: those *after* a dropout, which receive what it dropped
     from. Biases are not scaled, for nothing is dropped from them, and no other layers.
 
-    ==================  ==================  ==========
-    `pretrained` with   fine-tuned with     factor
-    ==================  ==================  ==========
-    none or inverted    inverted (torch)    1
-    none or inverted    unscaled            1/(1 - q)
-    unscaled            inverted (torch)    1 - q
-    unscaled            unscaled            1
-    ==================  ==================  ==========
+    | `pretrained` with | fine-tuned with  | factor    |
+    |-------------------|------------------|-----------|
+    | none or inverted  | inverted (torch) | 1         |
+    | none or inverted  | unscaled         | 1/(1 - q) |
+    | unscaled          | inverted (torch) | 1 - q     |
+    | unscaled          | unscaled         | 1         |
 
     The third row is for weights of old, as they were in training, that go into a torch model.
 

@@ -1,15 +1,13 @@
 """Which passes a batch needs, and how their results become one loss or one extra gradient.
 
-==============================================  ==================================================================
-settings                                        gradient
-==============================================  ==================================================================
-``k``                                           ``DROPOUT_k``, Algorithm 1
-``k``, noise from ``"dropout"``                 section 3.1: ``+ sqrt(1/2 (1 - 1/k)) (grad l(eta_1) - grad l(eta_2))``
-``k``, noise from ``"taylor"``                  Algorithm 4: ``+ sqrt(1 - 1/k) xi_approx``
-noise alone                                     loss without dropout, ``+ xi_approx`` (or the true noise over sqrt 2)
-penalty                                         ``R_approx`` or an ablation of it, dropout off
-penalty and noise                               Algorithm 2: dropout replaced altogether
-==============================================  ==================================================================
+| settings                        | gradient                                                               |
+|---------------------------------|------------------------------------------------------------------------|
+| ``k``                           | ``DROPOUT_k``, Algorithm 1                                             |
+| ``k``, noise from ``"dropout"`` | section 3.1: ``+ sqrt(1/2 (1 - 1/k)) (grad l(eta_1) - grad l(eta_2))`` |
+| ``k``, noise from ``"taylor"``  | Algorithm 4: ``+ sqrt(1 - 1/k) xi_approx``                             |
+| noise alone                     | loss without dropout, ``+ xi_approx`` (or the true noise over sqrt 2)  |
+| penalty                         | ``R_approx`` or an ablation of it, dropout off                         |
+| penalty and noise               | Algorithm 2: dropout replaced altogether                               |
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import lightning_dropreg as dr
 from lightning_dropreg.cli import COMMANDS, main
 from lightning_dropreg.cli.bench import METHODS
 from lightning_dropreg.cli.comparison import Comparison, Run
+from lightning_dropreg.cli.methods import CLOSING, CONFIGURED
 from lightning_dropreg.cli.summary import FitResult
 from lightning_dropreg.estimators import ESTIMATORS
 
@@ -185,6 +186,10 @@ def test_inspect_finds_out_what_is_supported_and_all_that_is_not(capsys, monkeyp
     [outlook] = found["plans"]
     assert outlook["callbacks"] == ["ImplicitNoise"]
     assert "has 2 problems" in outlook["refused"]
+    assert main(command) == 0
+    told = capsys.readouterr().out.partition("ImplicitNoise")[2]
+    assert "Refused: see" in told
+    assert "is added" not in told  # what will not be carried out
     assert main([*command, "--model.compiles=false"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
@@ -227,7 +232,7 @@ def test_bench_needs_enough_batches(capsys):
 
 
 def test_diagnose_measures_draws_and_reads(capsys):
-    diagnose = ["diagnose", "--config", QUICKSTART, *BRIEF, "--draws=4"]
+    diagnose = ["diagnose", "--config", QUICKSTART, *BRIEF, "--draws=4", "--no-costs"]
     assert main([*diagnose, "--sweep", "0.1", "0.6", "--figures=figures", "--json"]) == 0
     report = printed_json(capsys)
     assert [site["name"] for site in report["sites"]] == ["dropouts.0", "dropouts.1", "dropouts.2"]
@@ -236,8 +241,23 @@ def test_diagnose_measures_draws_and_reads(capsys):
         assert part["trusted"] in {"yes", "no", "unclear"}
     assert [part["drop_prob"] for part in report["sweep"]] == [0.1, 0.6]
     assert {layer["name"] for layer in report["noise"]["layers"]} == {"embedding", "layers.0", "layers.1", "decoder"}
+    assert all(layer["alignment"]["value"] > 0 for layer in report["noise"]["layers"])
+    assert report["penalty"]["strength"] == 2
     assert report["costs"] is None
     assert {path.suffix for path in Path("figures").iterdir()} == {".png", ".svg"}
+
+
+def test_diagnose_measures_what_is_configured_and_what_it_costs(capsys):
+    settings = {"ExplicitPenalty": {"step_size": 0.3, "mask": "elementwise"}, "ImplicitNoise": {"step_size": 0.4}}
+    callbacks = [{"class_path": f"lightning_dropreg.{name}", "init_args": args} for name, args in settings.items()]
+    Path("mine.yaml").write_text(yaml.safe_dump({"base": QUICKSTART, "trainer": {"callbacks": callbacks}}))
+    diagnose = ["diagnose", "--config=mine.yaml", *BRIEF, "--draws=4", "--sites=false"]
+    assert main([*diagnose, "--json"]) == 0
+    report = printed_json(capsys)
+    assert (report["penalty"]["step_size"], report["penalty"]["mask"]) == (0.3, "elementwise")
+    assert (report["noise"]["step_size"], report["noise"]["mask"]) == (0.4, "as_model")
+    assert list(report["costs"]["ratios"]) == [*CLOSING, CONFIGURED]
+    assert all(0 < low <= ratio <= high for ratio, low, high in report["costs"]["ratios"].values())
 
 
 def test_diagnose_shows_costs_that_bench_measured_on_this_model(capsys):
@@ -248,7 +268,8 @@ def test_diagnose_shows_costs_that_bench_measured_on_this_model(capsys):
     Path("bench.json").write_text(json.dumps(bench))
     assert main([*diagnose, "--bench=bench.json"]) == 0
     out = capsys.readouterr().out
-    assert "dropout being 1: dropout 1x, R_approx" in " ".join(out.split())
+    told = "a step with dropout being 1 (bench.json, 1 round of 2 steps): R_approx"
+    assert told in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
     bench["machine"]["parameters"] += 1
     Path("bench.json").write_text(json.dumps(bench))

@@ -22,6 +22,17 @@ METHODS = {
     "nothing": list,
 }
 
+EVERYTHING = {  # what may stand beside a method, all at once
+    **METHODS,
+    "companions": lambda: [
+        *METHODS["algorithm 2"](),
+        dr.MaxNorm(3.0),
+        dr.DropProbSchedule("linear", 4, "step", start=0.5),
+        dr.DropoutDiagnostics(draws=4, at_end=False, verbose=False),
+        dr.DivergenceDetector(),
+    ],
+}
+
 
 def norms_by_unit_response(layer):
     """Incoming norms found by what the layer does to unit impulses: a unit's weights are its responses."""
@@ -54,6 +65,72 @@ def test_projection_is_onto_each_units_ball(layer):
     torch.testing.assert_close(norms_by_unit_response(layer), before.clamp_max(radius), rtol=1e-6, atol=0)
     assert (old != layer.weight).any()
     assert (old == layer.weight).any()  # who was inside stays
+
+
+UNITS = {  # a layer, and what makes its weights into rows of which each is one unit's
+    "embedding": (nn.Embedding(7, 4), lambda w: [w["weight"]]),
+    "bilinear": (nn.Bilinear(2, 3, 4), lambda w: [w["weight"].flatten(1)]),
+    "attention": (nn.MultiheadAttention(4, 2, kdim=3), lambda w: [w[f"{name}_proj_weight"] for name in "qkv"]),
+    "cell": (nn.GRUCell(3, 4), lambda w: [torch.cat([w["weight_ih"], w["weight_hh"]], 1)]),
+    "lstm": (
+        nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2),
+        lambda w: [
+            rows
+            for at in ("l0", "l0_reverse", "l1", "l1_reverse")
+            for rows in (torch.cat([w[f"weight_ih_{at}"], w[f"weight_hh_{at}"]], 1), w[f"weight_hr_{at}"])
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_units_of_other_layers(name):
+    layer, rows_of = UNITS[name]
+    weights = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    radius = torch.cat([rows.norm(dim=1) for rows in rows_of(weights)]).median().item()
+    project_units(layer, radius)
+    after = dict(layer.named_parameters())
+    for old, new in zip(rows_of(weights), rows_of(after)):
+        expected = old * (radius / old.norm(dim=1, keepdim=True)).clamp_max(1)
+        torch.testing.assert_close(new.detach(), expected)
+    assert all(torch.equal(p, weights[n]) for n, p in after.items() if "bias" in n)
+
+
+class Tied(Classifier):
+    """An embedding whose vectors are the last layer's weights, and a layer of the user's own."""
+
+    def __init__(self, tied=True):
+        super().__init__()
+        self.embedding, self.odd = nn.Embedding(3, 8).double(), nn.Module()
+        self.odd.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.float64))
+        if tied:
+            self.net[4].weight = self.embedding.weight
+
+    def on_before_optimizer_step(self, optimizer):
+        pass  # what has no gradient cannot be noted
+
+
+def test_max_norm_of_tied_weights_embeddings_and_unknown_layers():
+    radius = 0.6
+    with pytest.warns(UserWarning, match=r"what the units of odd \(Module\) are, and leaves them"):
+        model = train([dr.MaxNorm(radius)], make=Tied, model_options={"tied": False})
+    assert model.embedding.weight.norm(dim=1).max() > radius  # only where it is named
+    assert model.net[4].weight.norm(dim=1).max() <= radius + 1e-9
+    for modules in (["embedding"], ["net.4"], ["embedding", "net.*"]):
+        callback, model = dr.MaxNorm(radius, modules=modules), Tied()
+        assert len(callback._find(model)) == len(modules)
+        train([callback], make=lambda model=model: model)
+        assert model.embedding.weight.norm(dim=1).max() <= radius + 1e-9
+    with pytest.raises(errors.UnsupportedModuleError, match=r"odd \(Module\) are. It acts on linear and bilinear"):
+        train([dr.MaxNorm(modules=["odd"])], make=Tied)
+    with pytest.raises(errors.UnsupportedModuleError, match="units of a ReLU are not known"):
+        project_units(nn.ReLU(), 1.0)
+    tied = Tied()
+    tied.up = nn.ConvTranspose1d(3, 8, 1).double()
+    tied.net[4].weight = nn.Parameter(tied.up.weight.data[:, :, 0])
+    tied.up.weight = tied.net[4].weight
+    with pytest.raises(errors.UnsupportedModuleError, match="shares weights with net.4"):
+        dr.MaxNorm(modules=["net.4", "up"])._find(tied)
 
 
 class Watched(Classifier):
@@ -270,11 +347,11 @@ class CutOut(Classifier):
         return F.cross_entropy(self.net(x), y)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERYTHING)
 @pytest.mark.parametrize("make", [Smoothed, Mixed, CutOut])
 def test_two_ways_to_write_it_train_the_same(make, method):
     """What is not ours to write composes: written in two ways, it gives the same gradients in every step."""
-    callbacks = METHODS[method]
+    callbacks = EVERYTHING[method]
     if make is Mixed and method == "double backward":  # samples labels once for each loss: other draws
         callbacks = lambda: [dr.ImplicitNoise(estimator="double_backward")]
     one, other = (train(callbacks(), make=make, model_options={"soft": soft}) for soft in (False, True))
@@ -285,7 +362,7 @@ def test_two_ways_to_write_it_train_the_same(make, method):
         assert len(set.union(*one.shares.values())) == 4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERYTHING)
 def test_weight_decay_is_added_to_the_regularized_gradient(method):
     class Decayed(Classifier):
         decay = 0.3
@@ -294,7 +371,7 @@ def test_weight_decay_is_added_to_the_regularized_gradient(method):
             self.start = torch.cat([p.detach().reshape(-1) for p in self.parameters()])
             return torch.optim.SGD(self.parameters(), lr=self.lr, weight_decay=self.decay)
 
-    decayed = train(METHODS[method](), make=Decayed, max_steps=1)
-    torch.testing.assert_close(decayed.gradients[0], train(METHODS[method](), max_steps=1).gradients[0])
+    decayed = train(EVERYTHING[method](), make=Decayed, max_steps=1)
+    torch.testing.assert_close(decayed.gradients[0], train(EVERYTHING[method](), max_steps=1).gradients[0])
     expected = decayed.start - 0.1 * (decayed.gradients[0] + 0.3 * decayed.start)
     torch.testing.assert_close(torch.cat([p.detach().reshape(-1) for p in decayed.parameters()]), expected)

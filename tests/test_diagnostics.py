@@ -10,12 +10,13 @@ from networks import Net, flat_gradient
 from torch import nn
 
 from lightning_dropreg.curvature import CURVATURES
-from lightning_dropreg.diagnostics import measure_effect, measure_noise
+from lightning_dropreg.diagnostics import measure_effect, measure_noise, measure_penalty
 from lightning_dropreg.diagnostics.directions import DropoutDirections
 from lightning_dropreg.diagnostics.effect import EffectProbe
 from lightning_dropreg.diagnostics.sketch import sketch
 from lightning_dropreg.diagnostics.statistics import jackknife_interval, mean_interval, student_quantile
 from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.functional import explicit_penalty
 from lightning_dropreg.sites import Directions
 
@@ -152,9 +153,9 @@ def test_measured_noise_covers_the_covariances(problem):
         check(report.trace_drop(layer), drop[i:j, i:j].trace())
         check(report.trace_approx(layer), approx[i:j, i:j].trace())
         check(report.signal_to_noise(layer), signal[i:j].square().sum() / drop[i:j, i:j].trace(), precise=3)
+        ours, theirs = drop[i:j, i:j], approx[i:j, i:j]
+        check(report.alignment(layer), (ours * theirs).sum() / (ours.norm() * theirs.norm()))
     check(report.trace_ratio(), approx.trace() / drop.trace())
-    cosine = (drop * approx).sum() / (drop.norm() * approx.norm())
-    check(report.alignment(), cosine)
     assert not report.sketched
     assert all(parameter.grad is None for parameter in net.parameters())
 
@@ -172,6 +173,49 @@ def test_a_sketch_keeps_inner_products():
     a, b = (sketch([v[:7000].reshape(70, 100), v[7000:]], width) for v in (x, y))
     error = (a @ b - x @ y) / (x.norm() * y.norm())
     assert 0 < abs(error) < SIGMAS / math.sqrt(width)
+
+
+def test_what_sketches_add_to_the_alignment_is_taken_off(monkeypatch):
+    """Noise ±1 in 40 of 5,000 entries: what short sketches make of ``tr(Sigma^2) = 40``, and what is made of that."""
+    monkeypatch.setattr("lightning_dropreg.diagnostics.noise.SKETCH_WIDTH", 61)
+    monkeypatch.setattr("lightning_dropreg.diagnostics.noise.sketch", lambda g, seed: sketch(g, 61, seed))
+    torch.manual_seed(4)
+    layer = nn.Linear(5000, 1, bias=False).double()
+    x = torch.zeros(5000, dtype=torch.float64)
+    x[:40] = 1
+
+    report = measure_noise(lambda: layer(F.dropout(x, 0.5)).sum(), layer, draws=64)
+    assert report.sketched
+    found = report.alignment()
+    assert abs(found.value - 1) < SIGMAS / 1.96 * found.margin
+    assert found.margin < 0.5
+    raw = report.products[0].square()
+    own = (raw[0].sum() - raw[0].diagonal().sum()) / (64 * 63)
+    squares = report._squared_products(0)[0]
+    corrected = (squares.sum() - squares.diagonal().sum()) / (64 * 63)
+    assert own > 50  # 1600 / 61 too much
+    assert abs(corrected - 40) < 10
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "forward", "mask": "elementwise"}, {"step_size": 0.5}])
+def test_what_is_trained_with_is_measured(problem, options):
+    """Penalty and noise of a configuration: means over draws of what its estimator gives."""
+    net, _, _, closure = problem
+    name, step_size, mask = {"estimator": "antithetic", "step_size": 0.1, "mask": "as_model", **options}.values()
+    estimate = ESTIMATORS[name]
+    penalty = measure_penalty(closure, draws=200, strength=3.0, curvature="identity", module=net, **options)
+    noise = measure_noise(closure, net, draws=200, **options)
+    estimates = [
+        estimate(closure, curvature="identity", noise=True, key=key, step_size=step_size, mask=mask)
+        for key in range(200)
+    ]
+    penalties = torch.stack([found.penalty.detach() for found in estimates])
+    traces = torch.stack([flat_gradient(found.noise, net).square().sum() for found in estimates])
+    for found, samples in ((penalty.value(), penalties), (noise.trace_approx(), traces)):
+        other = mean_interval(samples)
+        assert abs(found.value - other.value) < SIGMAS / 1.96 * math.hypot(found.margin, other.margin)
+    assert (noise.estimator, noise.step_size, noise.mask) == (name, step_size, mask)
+    assert (penalty.strength, penalty.curvature) == (3.0, "identity")
 
 
 def test_without_a_known_loss_the_truth_is_still_measured(problem):

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Classifier, make_loader, make_trainer, train
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import MeanMetric
 
 import lightning_dropreg as dr
-from lightning_dropreg.diagnostics import Diagnosis, EffectReport, read, tables, trusted
+from lightning_dropreg.diagnostics import Costs, Diagnosis, EffectReport, PenaltyReport, read, tables, trusted
 from lightning_dropreg.diagnostics.figures import draw
 from lightning_dropreg.errors import InvalidArgumentError, MissingDependencyError, UnsupportedModuleError
 from lightning_dropreg.sites import Site
@@ -76,6 +77,49 @@ def test_the_models_own_dropout_is_measured_whatever_replaces_it_in_training():
     train([dr.ExplicitPenalty(), dr.ImplicitNoise(), other])
     assert torch.equal(one.history[0].effect.samples, other.history[0].effect.samples)
     assert one.history[0].effect.truth().value > 0
+
+
+def test_penalty_and_noise_are_those_of_the_trainers_callbacks():
+    elementwise, plain = diagnostics(at_end=False), diagnostics(at_end=False)
+    settings = {"estimator": "forward", "mask": "elementwise"}
+    train([dr.ExplicitPenalty(2.0, "identity", **settings), dr.ImplicitNoise(**settings), elementwise])
+    train([dr.MiniBatchDropout(2), plain])
+    [penalty, noise] = elementwise.history[0].penalty, elementwise.history[0].noise
+    assert (penalty.strength, penalty.curvature) == (2.0, "identity")
+    assert {(one.estimator, one.mask) for one in (penalty, noise)} == {("forward", "elementwise")}
+    assert plain.history[0].penalty is None
+    assert plain.history[0].noise.estimator == "antithetic"
+
+
+@pytest.mark.parametrize("stop", [{"max_epochs": 2}, {"max_steps": 6}])
+def test_a_resumed_run_has_the_whole_history(tmp_path, stop):
+    """On the batch held before, although the data come in another order, at the moments of an uninterrupted run."""
+
+    def run(watch, folder, **options):
+        checkpoint = ModelCheckpoint(tmp_path / folder, save_last=True, every_n_train_steps=2)
+        L.seed_everything(0, verbose=False)
+        ckpt_path = options.pop("ckpt_path", None)
+        trainer = make_trainer([watch, checkpoint], enable_checkpointing=True, **options)
+        loader = make_loader() if ckpt_path is None else make_loader(seed=2)
+        trainer.fit(Classifier(lr=0.0), loader, ckpt_path=ckpt_path)
+        return checkpoint.last_model_path
+
+    whole, first, second = (diagnostics(at_end=False) for _ in range(3))
+    run(whole, "whole", max_epochs=4)
+    path = run(first, "first", **stop)
+    assert torch.load(path, weights_only=True)
+    run(second, "second", max_epochs=4, ckpt_path=path)
+    assert [found.step for found in second.history] == [0, 4, 8, 12] == [found.step for found in whole.history]
+    for one, other in zip(whole.history, second.history, strict=True):
+        assert one.as_dict() == other.as_dict()
+
+
+def test_a_batch_too_large_to_keep_is_missed_after_resuming(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_dropreg.callbacks.diagnostics.LARGEST_HELD", 10)
+    model = train([diagnostics()])
+    model.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="another batch than before"):
+        make_trainer([diagnostics()], max_epochs=2).fit(Classifier(), make_loader(), ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_a_held_batch_is_the_same_at_every_measurement():
@@ -171,9 +215,15 @@ def test_the_reading_says_what_was_measured_and_no_more():
     assert "is not within 20 %" in told
     assert "Costs: not measured" in told
     assert "noise" not in told
-    swept = " ".join(read(Diagnosis(effect, sweep=((0.1, report(1, 1)), (0.9, effect))), {"Algorithm 2": 2.0}))
+    assert "as configured" not in told
+    costs = Costs({"Algorithm 2": (2.0, 1.9, 2.1)}, {"forward": "no formula"}, "one round")
+    swept = " ".join(read(Diagnosis(effect, sweep=((0.1, report(1, 1)), (0.9, effect))), costs))
     assert "within: 0.1; outside: 0.9" in swept
-    assert "Algorithm 2 2x" in swept
+    assert "(one round): Algorithm 2 2.00 (1.90 to 2.10). Not possible here: forward." in swept
+    penalty = PenaltyReport(0.5 + effect.samples[:, 0, 0] / 1000, 0.95, strength=2.0, step_size=0.3)
+    configured = " ".join(read(Diagnosis(effect, penalty=penalty)))
+    assert "(loss_hessian, antithetic with step 0.3)" in configured
+    assert "strength of 2: 100 % of R_drop" in configured or "strength of 2: 101 % of R_drop" in configured
     nothing = " ".join(read(Diagnosis(report(0, 0))))
     assert "cannot be told from 0" in nothing
     assert tables(Diagnosis(effect))
@@ -202,7 +252,7 @@ def test_tables_figures_and_reading_after_training(tmp_path, capsys):
     train([diagnostics(verbose=True, figures=str(tmp_path))])
     out = capsys.readouterr().out
     assert all(word in out for word in ("Dropout at step 0", "Explicit effect", "Gradient noise", "Reading"))
-    assert len(list(Path(tmp_path).iterdir())) == 6
+    assert len(list(Path(tmp_path).iterdir())) == 8
 
 
 @pytest.mark.parametrize(

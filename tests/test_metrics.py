@@ -90,6 +90,16 @@ def test_units_of_the_bound():
     assert all(torch.isfinite(value) for value in confident)
 
 
+def test_the_third_term_does_not_grow_with_weights_that_separate_the_classes():
+    """The remark after Theorem 4.1: with aligned weights it is O(B log^3(nc) / n), here with the constant c^2."""
+    x, y = torch.eye(3, dtype=torch.float64).repeat(20, 1), torch.arange(3).repeat(20)
+    limit = 3**2 * 10.0 * math.log(60 * 3) ** 3 / 60
+    small, large = (functional.linear_model_bound(x, t * torch.eye(3, dtype=torch.float64), y) for t in (150.0, 600.0))
+    assert large.norm == 4 * small.norm
+    assert 0.7 * limit < small.norms < large.norms < limit
+    assert large.hessian < small.hessian < 1e-25
+
+
 def small_model():
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 3)).double()

@@ -8,20 +8,31 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from rich import get_console
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from lightning_dropreg.callbacks.configured import configured
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.callbacks.session import Session, own_step
-from lightning_dropreg.diagnostics import Diagnosis, measure_effect, measure_noise, read, show, trusted
+from lightning_dropreg.diagnostics import (
+    Diagnosis,
+    measure_effect,
+    measure_noise,
+    measure_penalty,
+    read,
+    show,
+    trusted,
+)
 from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance
-from lightning_dropreg.diagnostics.effect import MIN_DRAWS
 from lightning_dropreg.diagnostics.figures import draw, need_matplotlib
 from lightning_dropreg.diagnostics.numbers import with_margin
+from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
 from lightning_dropreg.diagnostics.statistics import check_confidence
+from lightning_dropreg.diagnostics.storage import from_plain, to_plain
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.functional import check_count
 from lightning_dropreg.sites import fold_key
@@ -30,6 +41,8 @@ from lightning_dropreg.step import Plan
 __all__ = ["DropoutDiagnostics"]
 
 BATCHES = ("first", "current")
+LARGEST_HELD = 16 << 20
+"""A checkpoint keeps the held batch if it has no more bytes than that."""
 
 
 class DropoutDiagnostics(Callback):
@@ -37,12 +50,17 @@ class DropoutDiagnostics(Callback):
 
     The true explicit effect ``R_drop`` beside ``R_approx`` and its ablations, together and by site, and the gradient
     noise of dropout beside ``xi_approx``, all with confidence intervals (see `lightning_dropreg.diagnostics`). It looks
-    at the model's dropout also where other callbacks of this package replace it in training. Logged under
+    at the model's dropout also where other callbacks of this package replace it in training; their penalty and their
+    ``xi_approx`` are measured with the settings that they train with. Logged under
     ``dropreg/diagnostics/``; kept in `history`; the last one is shown as a table after training.
 
     A measurement takes ``3 draws (1 + sites)`` forward passes, and ``4 draws`` forward and backward passes for the
     noise. In a distributed run every process measures on a batch of its own, and the effects of the average loss are
     reported.
+
+    Checkpoints keep `history`, so that a resumed run goes on with it, and the held batch if it is made of tensors in
+    lists, tuples and dicts, of at most 16 MiB, on a single process. Otherwise another batch is held after resuming, and
+    a warning says so.
 
     Args:
         draws: Draws of dropout for every number, at least 4.
@@ -60,7 +78,7 @@ class DropoutDiagnostics(Callback):
         verbose: Whether to print: a line for every measurement, and tables and a reading after training.
 
     Attributes:
-        history: The measurements of the last fit, in order.
+        history: The measurements of the last fit, and of the fit that it resumed, in order.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
@@ -116,6 +134,31 @@ class DropoutDiagnostics(Callback):
         self._held: tuple[Any, int] | None = None
         self._last_epoch = -1
         self._seed = 0
+        self._loaded: dict[str, Any] | None = None
+        self._alone, self._portable = True, False
+
+    @property
+    def state_key(self) -> str:
+        """What the state in a checkpoint is found by: instruments that look elsewhere keep their own."""
+        steps = sorted(self.steps)
+        return self._generate_state_key(batch=self.batch, every_n_epochs=self.every_n_epochs, steps=steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, in plain data."""
+        return {
+            "history": [to_plain(diagnosis) for diagnosis in self.history],
+            "held": self._held if self._held is not None and self._portable else None,
+            "last_epoch": self._last_epoch,
+            "seed": self._seed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what a checkpoint says until the fit starts.
+
+        Args:
+            state_dict: What `state_dict` returned.
+        """
+        self._loaded = state_dict
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured.
@@ -133,11 +176,31 @@ class DropoutDiagnostics(Callback):
         session.check()
         self._seed = session.seed
         self.history, self._held, self._last_epoch = [], None, -1
+        self._alone = trainer.world_size == 1
+        if self._loaded is not None and trainer.ckpt_path:  # and not a fit of its own after a test of a checkpoint
+            self._go_on(self._loaded, pl_module)
+        self._loaded = None
+
+    def _go_on(self, state: dict[str, Any], module: LightningModule) -> None:
+        self.history = [from_plain(diagnosis) for diagnosis in state["history"]]
+        self._last_epoch, self._seed = state["last_epoch"], state["seed"]
+        if self.batch == "current":
+            return
+        if state["held"] is not None:
+            batch, batch_idx = state["held"]
+            self._held, self._portable = (move_data_to_device(batch, module.device), batch_idx), True
+        elif self.history:
+            rank_zero_warn(
+                "DropoutDiagnostics: the checkpoint has no held batch (several processes, more than "
+                f"{LARGEST_HELD >> 20} MiB, or not plain tensors), so what is measured from now on is measured on "
+                "another batch than before."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure if it is time."""
         if self._held is None or self.batch == "current":
             self._held = (tree_map(_clone, batch) if self.batch == "first" else batch), batch_idx
+            self._portable = self.batch == "first" and self._alone and _size(batch) <= LARGEST_HELD
         if self._is_due(trainer):
             self._measure(trainer, pl_module)
 
@@ -145,7 +208,8 @@ class DropoutDiagnostics(Callback):
         """Measure once more, show tables and draw figures."""
         if self.at_end and self._held is not None:
             self._measure(trainer, pl_module)
-        self._held = None
+        if not self._portable:  # else it may still be wanted in a checkpoint
+            self._held = None
         if not self.history or not trainer.is_global_zero:
             return
         if self.verbose:
@@ -168,19 +232,33 @@ class DropoutDiagnostics(Callback):
         assert self._held is not None
         closure = _closure(trainer, module, *self._held)
         generator = torch.Generator().manual_seed(fold_key(self._seed, trainer.global_rank, trainer.global_step))
-        common: dict[str, Any] = {"draws": self.draws, "confidence": self.confidence, "generator": generator}
-        noise = None
-        reduce = _averaging(trainer)
+        common: dict[str, Any] = {
+            "draws": self.draws,
+            "confidence": self.confidence,
+            "generator": generator,
+            "module": module,
+            "reduce": _averaging(trainer),
+        }
+        noise = penalty = None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         try:
             with torch.enable_grad():
-                effect = measure_effect(closure, per_site=self.per_site, module=module, reduce=reduce, **common)
+                effect = measure_effect(closure, per_site=self.per_site, **common)
+                trained = configured(callbacks, trainer, module, closure)
                 if self.noise:
-                    noise = measure_noise(closure, module, reduce=reduce, **common)
+                    noise = measure_noise(closure, **trained.noise, **common)
+                if trained.penalty is not None:
+                    penalty = measure_penalty(closure, **trained.penalty, **common)
         except _SkippedError:
             self._held = None
             return
         diagnosis = Diagnosis(
-            effect, noise, tolerance=self.tolerance, step=trainer.global_step, epoch=trainer.current_epoch
+            effect,
+            noise,
+            tolerance=self.tolerance,
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            penalty=penalty,
         )
         self.history.append(diagnosis)
         self._log(trainer, diagnosis)
@@ -239,6 +317,15 @@ def _averaging(trainer: Trainer) -> Callable[[list[Tensor]], list[Tensor]] | Non
         return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
 
     return average
+
+
+def _size(batch: Any) -> float:
+    """Bytes of a batch that a checkpoint can keep and load with ``weights_only=True``; infinite if it cannot."""
+    if type(batch) is Tensor:
+        return batch.nbytes
+    if type(batch) in (list, tuple, dict):
+        return sum(map(_size, batch.values() if isinstance(batch, dict) else batch))
+    return 0 if batch is None or type(batch) in (bool, int, float, str) else float("inf")
 
 
 def _clone(leaf: Any) -> Any:

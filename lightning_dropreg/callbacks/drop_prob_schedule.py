@@ -63,13 +63,11 @@ def _is_prob(value: Any) -> bool:
 class DropProbSchedule(Callback):
     r"""Multiplies the drop probabilities of a model's layers by a factor that changes during training.
 
-    ==============  =======================================================================
-    ``schedule``    factor at time ``t``
-    ==============  =======================================================================
-    ``"early"``     1 while ``t < length``, then 0: early dropout, against underfitting
-    ``"late"``      0 while ``t < length``, then 1: late dropout, against overfitting
-    ``"linear"``    from `start` at ``t = 0`` to `end` at ``t = length``, constant after
-    ==============  =======================================================================
+    | ``schedule`` | factor at time ``t``                                                 |
+    |--------------|----------------------------------------------------------------------|
+    | ``"early"``  | 1 while ``t < length``, then 0: early dropout, against underfitting  |
+    | ``"late"``   | 0 while ``t < length``, then 1: late dropout, against overfitting    |
+    | ``"linear"`` | from `start` at ``t = 0`` to `end` at ``t = length``, constant after |
 
     ``"linear"`` with ``start=1, end=0`` is the linear early dropout of Liu et al., *Dropout Reduces Underfitting*
     (ICML 2023), which has also the other two. The regularizers of this package follow: their sites have the probability

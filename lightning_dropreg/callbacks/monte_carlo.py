@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
 from lightning_dropreg.sites import fold_key
 from lightning_dropreg.uncertainty import LIKELIHOODS, draw_predictions, first_order_variance, moments
+from lightning_dropreg.uncertainty.mode import check_training
 
 __all__ = ["MonteCarloDropout", "MonteCarloPrediction"]
 
@@ -47,7 +48,8 @@ class MonteCarloDropout(Callback):
 
     The module's ``predict_step`` is called once as it is and then with dropout on, `passes` times, several of them at
     once by repeating the rows of the batch (not where a mask is shared between rows, or rows depend on each other;
-    that is found out by trying). Batch norm stays in evaluation mode. Mode, state and random state of the module are
+    that is found out by trying). Batch norm stays in evaluation mode; a branch ``if self.training:`` of the module's
+    own runs as in training unless `training` says otherwise. Mode, state and random state of the module are
     what they would be after the one plain call. Masks are drawn from a seed, rank, data loader and batch, so a
     prediction can be repeated.
 
@@ -60,10 +62,15 @@ class MonteCarloDropout(Callback):
         chunk: Up to how many draws are made at once, at least 1; fewer where memory runs out.
         likelihood: What the outputs are: ``"categorical"`` or ``"bernoulli"`` logits, or ``"none"`` for values.
         class_dim: Dimension of the classes for ``"categorical"``; 1 for images ``(N, C, H, W)``.
-        output: Name of the field with the outputs, if ``predict_step`` returns a mapping; by default ``"logits"``.
+        output: Name (or number) of the field with the outputs, if ``predict_step`` returns a mapping, a tuple or list,
+            or an object with attributes; by default ``"logits"``, if there is one.
         first_order: Number of random directions for `lightning_dropreg.uncertainty.first_order_variance`; 0 for none.
         estimator: How these are followed, ``"forward"`` or ``"antithetic"``.
         seed: Seed of the masks; None for that of ``seed_everything``.
+        training: Which modules are in training mode while dropout is on: ``"all"`` but batch norm; ``"dropout"``, only
+            layers that do nothing but drop, so that branches ``if self.training:`` do what they do in evaluation (and
+            functional dropout with ``training=self.training`` drops nothing); or patterns of paths. See
+            `lightning_dropreg.uncertainty.mode.dropout_mode`.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
@@ -92,10 +99,11 @@ class MonteCarloDropout(Callback):
         chunk: int = 8,
         likelihood: str = "categorical",
         class_dim: int = -1,
-        output: str | None = None,
+        output: str | int | None = None,
         first_order: int = 0,
         estimator: str = "forward",
         seed: int | None = None,
+        training: str | Sequence[str] = "all",
     ) -> None:
         check_count("passes", passes, 2)
         check_count("chunk", chunk)
@@ -104,6 +112,9 @@ class MonteCarloDropout(Callback):
             raise InvalidArgumentError(f"likelihood={likelihood!r} is unknown; choose one of {', '.join(LIKELIHOODS)}.")
         if estimator not in ("forward", "antithetic"):
             raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose 'forward' or 'antithetic'.")
+        check_training(training)
+        if isinstance(output, bool) or not isinstance(output, (str, int, type(None))):
+            raise InvalidArgumentError(f"output={output!r} must be the name or the number of a field, or None.")
         self.passes = passes
         self.chunk = chunk
         self.likelihood = likelihood
@@ -112,6 +123,7 @@ class MonteCarloDropout(Callback):
         self.first_order = first_order
         self.estimator = estimator
         self.seed = seed
+        self.training = training
         self._position = (0, 0)
         self._module: LightningModule | None = None
         self._own: tuple[bool, Any] = (False, None)
@@ -167,7 +179,9 @@ class MonteCarloDropout(Callback):
             outputs: Tensor = self._outputs_of(step(b))
             return outputs
 
-        draws = draw_predictions(forward, batch, module=module, passes=self.passes, key=key, chunk=self.chunk)
+        draws = draw_predictions(
+            forward, batch, module=module, passes=self.passes, key=key, chunk=self.chunk, training=self.training
+        )
         first_order = None
         if self.first_order:
             first_order = first_order_variance(
@@ -178,20 +192,22 @@ class MonteCarloDropout(Callback):
                 key=fold_key(key, -1),
                 chunk=self.chunk,
                 estimator=self.estimator,
+                training=self.training,
             )
         outputs = forward(batch)  # last, for it leaves the module's state as the next batch is to find it
         found = moments(draws, self.likelihood, self.class_dim)
         return MonteCarloPrediction(outputs, *found, moments(draws, "none").variance, first_order)
 
     def _outputs_of(self, prediction: Any) -> Any:
-        if self.output is None and not (isinstance(prediction, Mapping) and "logits" in prediction):
-            return prediction
-        name = self.output or "logits"
-        if isinstance(prediction, Mapping) and name in prediction:
-            return prediction[name]
-        fields = f"the fields {', '.join(map(str, prediction))}" if isinstance(prediction, Mapping) else "no fields"
+        fields = _fields(prediction)
+        name = self.output
+        if name is None:
+            return fields.get("logits", prediction)
+        if name in fields:
+            return fields[name]
+        told = f"the fields {', '.join(map(str, fields))}" if fields else "no fields"
         raise InvalidArgumentError(
-            f"output={name!r}, but predict_step returned a {type(prediction).__name__} with {fields}."
+            f"output={name!r}, but predict_step returned a {type(prediction).__name__} with {told}."
         )
 
     def _unwrap(self) -> None:
@@ -203,3 +219,16 @@ class MonteCarloDropout(Callback):
         else:
             self._module.__dict__.pop("predict_step", None)
         self._module, self._own = None, (False, None)
+
+
+def _fields(prediction: Any) -> Mapping[str | int, Any]:
+    """What a prediction consists of, by name, and by number in a tuple or list."""
+    if isinstance(prediction, Tensor):
+        return {}
+    if isinstance(prediction, Mapping):
+        return prediction
+    fields: dict[str | int, Any] = dict(getattr(prediction, "__dict__", {}))
+    if isinstance(prediction, (tuple, list)):
+        fields |= dict(enumerate(prediction))
+        fields |= {name: getattr(prediction, name) for name in getattr(prediction, "_fields", ())}
+    return fields

@@ -17,7 +17,12 @@ from lightning_dropreg.callbacks.ranks import unsupported_strategy
 from lightning_dropreg.errors import UnsupportedModuleError
 from lightning_dropreg.step import Plan
 
-__all__ = ["changed_parameters", "fingerprints", "module_problems", "takes_iterator", "uncompiled"]
+__all__ = ["changed_parameters", "fingerprints", "in_bfloat16", "module_problems", "takes_iterator", "uncompiled"]
+
+
+def in_bfloat16(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether activations are in bfloat16."""
+    return str(trainer.precision).startswith("bf16") or any(p.dtype == torch.bfloat16 for p in module.parameters())
 
 
 def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> list[UnsupportedModuleError]:

@@ -28,6 +28,7 @@ from lightning_dropreg.callbacks.manual import ManualStep, joined
 from lightning_dropreg.callbacks.problems import (
     changed_parameters,
     fingerprints,
+    in_bfloat16,
     module_problems,
     takes_iterator,
     uncompiled,
@@ -319,7 +320,7 @@ class Session:
             problems += changed_parameters(self.module, before)
         if problems:
             raise all_at_once(problems, name)
-        if self._in_bfloat16():
+        if in_bfloat16(self.trainer, self.module):
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
 
     def _find_layout(self, batch: Batch) -> None:
@@ -355,10 +356,6 @@ class Session:
             on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
             if fraction < 1:
                 check_masks_of_rows(sites, on_rows)
-
-    def _in_bfloat16(self) -> bool:
-        precision = str(self.trainer.precision)
-        return precision.startswith("bf16") or any(p.dtype == torch.bfloat16 for p in self.module.parameters())
 
     def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:

@@ -22,14 +22,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dropreg.callbacks.base import RegularizerCallback
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.measure import Cost, MemoryWatch, PassCounter, Stopwatch, without_dropout
-from lightning_dropreg.cli.methods import METHODS, NO_DROPOUT, PAPER, REFERENCE
+from lightning_dropreg.cli.methods import CONFIGURED, METHODS, NO_DROPOUT, PAPER, REFERENCE
 from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 
-__all__ = ["main"]
+__all__ = ["main", "measure"]
 
 
 def main(args: Sequence[str]) -> None:
@@ -47,9 +48,11 @@ def main(args: Sequence[str]) -> None:
         raise InvalidArgumentError(
             "bench needs --repeats of at least 1, --steps of at least 2, --warmup of at least 0."
         )
-    unknown = [name for name in options["methods"] or () if name not in METHODS]
+    unknown = [name for name in options["methods"] or () if name not in METHODS and name != CONFIGURED]
     if unknown:
-        raise InvalidArgumentError(f"--methods: {', '.join(unknown)} unknown; choose from: {'; '.join(METHODS)}.")
+        raise InvalidArgumentError(
+            f"--methods: {', '.join(unknown)} unknown; choose from: {'; '.join([*METHODS, CONFIGURED])}."
+        )
     if options["threads"] is not None and options["threads"] < 1:
         raise InvalidArgumentError(f"--threads {options['threads']}: at least 1 is needed.")
     if options["threads"]:
@@ -60,7 +63,7 @@ def main(args: Sequence[str]) -> None:
         print(json.dumps(_peak_memory(cli, options["memory_of"])))
         return
     machine = describe_machine(cli.model)
-    costs = _measure(cli, options)
+    costs = measure(cli, options)
     if options["memory"]:
         _measure_memory(cli, costs, args)
     if options["json"]:
@@ -82,11 +85,22 @@ def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
 
-def _measure(cli: DropregCLI, options: Any) -> list[Cost]:
+def measure(cli: DropregCLI, options: Any) -> list[Cost]:
+    """Time one optimization step with several methods, interleaved.
+
+    Args:
+        cli: The configured command.
+        options: ``repeats``, ``steps``, ``warmup`` and ``methods``, as on the command line.
+
+    Returns:
+        What each method costs, dropout among them.
+    """
     repeats, steps, warmup = options["repeats"], options["steps"], options["warmup"]
     weights = deepcopy(cli.model.state_dict())
     batches = _batches(cli, max(steps + warmup, 2))
     chosen = [m for m in METHODS if options["methods"] is None or m == REFERENCE or m in options["methods"]]
+    if CONFIGURED in (options["methods"] or ()):
+        chosen.append(CONFIGURED)
     costs = [Cost(method) for method in chosen]
     with Progress(
         TextColumn("{task.description}"),
@@ -119,11 +133,18 @@ def _measure(cli: DropregCLI, options: Any) -> list[Cost]:
 
 def _run(cli: DropregCLI, method: str, batches: DataLoader[Any], watch: Callback, steps: int) -> None:
     trainer = cli.instantiate_trainer(
-        callbacks=[*METHODS[method](), watch],
+        callbacks=[*_callbacks(cli, method), watch],
         **{**QUIET_TRAINER, "limit_train_batches": steps, "log_every_n_steps": 1000},
     )
     with without_dropout(cli.model) if method == NO_DROPOUT else nullcontext():
         trainer.fit(cli.model, train_dataloaders=batches)
+
+
+def _callbacks(cli: DropregCLI, method: str) -> list[Callback]:
+    if method != CONFIGURED:
+        return METHODS[method]()
+    mine: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return [deepcopy(callback) for callback in mine if isinstance(callback, RegularizerCallback)]
 
 
 def _count_passes(cli: DropregCLI, method: str, batches: DataLoader[Any]) -> PassCounter:

@@ -1,5 +1,6 @@
 """The figure of a comparison: validation metric against epoch and against time."""
 
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,6 +12,8 @@ __all__ = ["draw_curves"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+LONG = 8
+"""Runs of so many epochs are drawn without their beginning."""
 
 
 def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
@@ -42,6 +45,7 @@ def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
             right.plot([s for _, _, s in history], [v for _, v, _ in history], lw=0.6, alpha=0.5, **style)
         if histories:
             _plot_mean(left, right, histories, config, style)
+    _leave_out_the_beginning(left, comparison)
     left.set(xlabel="epoch", ylabel=f"validation {comparison.metric.removeprefix('val_')}")
     right.set(xlabel="seconds")
     if comparison.metric == "val_ppl":
@@ -51,11 +55,23 @@ def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     paths = [folder / "curves.png", folder / "curves.svg"]
     for path in paths:
         figure.savefig(path, dpi=150)
     return paths
+
+
+def _leave_out_the_beginning(axes: Any, comparison: Comparison) -> None:
+    """Fit the axis to what comes after the first quarter: the fall of the first epochs would hide all differences."""
+    histories = [history for run in comparison.runs if (history := run.result.history)]
+    longest = max(map(len, histories), default=0)
+    values = [v for history in histories for _, v, _ in history[longest // 4 :] if isfinite(v)]
+    if longest < LONG or not values:
+        return
+    margin = 0.05 * (max(values) - min(values)) or 0.05 * abs(max(values))
+    axes.set_ylim(min(values) - margin, max(values) + margin)
+    axes.set_title(f"the first {longest // 4} epochs may lie outside", fontsize=8, loc="left")
 
 
 def _plot_mean(left: Any, right: Any, histories: list[Any], config: str, style: dict[str, str]) -> None:

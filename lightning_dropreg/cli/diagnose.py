@@ -1,8 +1,10 @@
 """``dropreg diagnose``: what does dropout do to a model, on one batch, and do the approximations hold there?"""
 
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,24 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
+from lightning_dropreg.callbacks.configured import Configured, configured
 from lightning_dropreg.cli.app import DropregCLI
-from lightning_dropreg.cli.methods import REFERENCE
-from lightning_dropreg.cli.step import look_at_first_step
-from lightning_dropreg.diagnostics import Diagnosis, measure_effect, measure_noise, read, show
+from lightning_dropreg.cli.bench import measure
+from lightning_dropreg.cli.measure import Cost
+from lightning_dropreg.cli.methods import CLOSING, CONFIGURED, REFERENCE
+from lightning_dropreg.cli.step import FirstStep, look_at_first_batch
+from lightning_dropreg.diagnostics import (
+    Costs,
+    Diagnosis,
+    measure_effect,
+    measure_noise,
+    measure_penalty,
+    read,
+    show,
+)
 from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance
-from lightning_dropreg.diagnostics.effect import MIN_DRAWS
+from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
 from lightning_dropreg.diagnostics.statistics import check_confidence
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
@@ -27,6 +39,8 @@ from lightning_dropreg.functional import check_count
 __all__ = ["main"]
 
 SEED = 0
+ROUNDS = {"repeats": 3, "steps": 4, "warmup": 1}
+"""Of the closing costs: enough to tell twice from thrice."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -34,21 +48,29 @@ def main(args: Sequence[str]) -> None:
 
     Args:
         args: Its arguments.
+
+    Raises:
+        InvalidArgumentError: If an option is out of range, or two of them contradict each other.
     """
     cli = DropregCLI(["diagnose", *args], description=__doc__, add_options=_add_options)
     options = cli.config
     check_count("draws", options["draws"], MIN_DRAWS)
     check_confidence(options["confidence"])
     check_tolerance(options["tolerance"])
+    if options["bench"] and options["no_costs"]:
+        raise InvalidArgumentError("--bench FILE shows costs and --no-costs leaves them out: give one of them.")
     costs = _read_costs(options["bench"], cli.model) if options["bench"] else None
     if options["figures"]:
         from lightning_dropreg.diagnostics.figures import need_matplotlib
 
         need_matplotlib()  # before minutes of measuring
-    diagnosis = look_at_first_step(cli, lambda model, closure: _diagnose(model, closure, options))
-    lines = [*read(diagnosis, costs), _scope(options["ckpt_path"])]
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    diagnosis, trained = look_at_first_batch(cli, lambda first: _diagnose(first, callbacks, options))
+    told = costs or ("not measured" if options["no_costs"] else _measure_costs(cli, trained))
+    lines = [*_true_noise(trained), *read(diagnosis, told), _scope(options["ckpt_path"])]
     if options["json"]:
-        print(json.dumps({**diagnosis.as_dict(), "costs": costs, "reading": lines}, indent=2))
+        found = None if isinstance(told, str) else asdict(told)
+        print(json.dumps({**diagnosis.as_dict(), "costs": found, "reading": lines}, indent=2))
     else:
         show(get_console(), diagnosis, lines)
     if options["figures"]:
@@ -75,27 +97,72 @@ def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument(
         "--bench", type=str | None, default=None, help="Output of dropreg bench --json for this model: shows the costs."
     )
+    parser.add_argument(
+        "--no-costs",
+        action="store_true",
+        help="Do not measure what a step costs with each method, which takes ~100 steps.",
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
 
 
-def _diagnose(model: LightningModule, closure: Callable[[], Tensor], options: Any) -> Diagnosis:
-    draws, confidence, noise = options["draws"], options["confidence"], None
+def _diagnose(first: FirstStep, callbacks: Sequence[Any], options: Any) -> tuple[Diagnosis, Configured]:
+    model, closure = first.model, first.loss
+    draws, noise, penalty = options["draws"], None, None
+    trained = configured([*callbacks, *first.callbacks], first.trainer, model, closure)
     generator = torch.Generator().manual_seed(SEED)
-    rounds = 1 + len(options["sweep"]) + options["noise"]
+    rounds = 1 + len(options["sweep"]) + options["noise"] + (trained.penalty is not None)
     with _progress(draws * rounds, shown=not options["json"]) as advance:
         common: dict[str, Any] = {
             "draws": draws,
-            "confidence": confidence,
+            "confidence": options["confidence"],
             "generator": generator,
+            "module": model,
             "on_draw": advance,
         }
-        effect = measure_effect(closure, per_site=options["sites"], module=model, **common)
-        sweep = tuple(
-            (q, measure_effect(closure, per_site=False, drop_prob=q, module=model, **common)) for q in options["sweep"]
-        )
+        effect = measure_effect(closure, per_site=options["sites"], **common)
+        sweep = tuple((q, measure_effect(closure, per_site=False, drop_prob=q, **common)) for q in options["sweep"])
         if options["noise"]:
-            noise = measure_noise(closure, model, **common)
-    return Diagnosis(effect, noise, sweep, options["tolerance"])
+            noise = measure_noise(closure, **trained.noise, **common)
+        if trained.penalty is not None and not effect.problem:
+            penalty = measure_penalty(closure, **trained.penalty, **common)
+    return Diagnosis(effect, noise, sweep, options["tolerance"], penalty=penalty), trained
+
+
+def _true_noise(trained: Configured) -> list[str]:
+    if trained.source != "dropout":
+        return []
+    return [
+        "The configured noise is that of dropout itself (source='dropout'), xi_drop; xi_approx is not trained with."
+    ]
+
+
+def _measure_costs(cli: DropregCLI, trained: Configured) -> Costs | str:
+    """Time the methods on the model, each a few times.
+
+    Returns:
+        What they cost, or why that cannot be measured.
+    """
+    methods = [*CLOSING, CONFIGURED] if trained.penalty or trained.source else CLOSING
+    try:
+        costs = measure(cli, {**ROUNDS, "methods": methods})
+    except InvalidArgumentError as error:
+        return f"not measured: {error}"
+    [reference] = [cost for cost in costs if cost.method == REFERENCE]
+    if reference.problem:
+        return f"not measured: {reference.problem}"
+    done = [cost for cost in costs if not cost.problem and cost is not reference]
+    ratios = {cost.method: _median_and_range(cost.ratios(reference)) for cost in done}
+    refused = {cost.method: cost.problem for cost in costs if cost.problem}
+    return Costs(ratios, refused, f"measured here, {_rounds(reference)}")
+
+
+def _rounds(cost: Cost) -> str:
+    count = len(cost.rounds)
+    return f"{count} round{'s' * (count != 1)} of {len(cost.rounds[0])} steps"
+
+
+def _median_and_range(ratios: Sequence[float]) -> tuple[float, float, float]:
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 @contextmanager
@@ -112,11 +179,11 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[], object]]:
         yield lambda: bar.advance(task)
 
 
-def _read_costs(path: str, model: LightningModule) -> dict[str, float]:
-    """Read the ratios of ``dropreg bench --json``.
+def _read_costs(path: str, model: LightningModule) -> Costs:
+    """Read the costs of ``dropreg bench --json``.
 
     Returns:
-        Cost of a step by method, dropout being 1.
+        The costs.
 
     Raises:
         InvalidArgumentError: If the file is not there, is something else, or is of another model.
@@ -124,8 +191,10 @@ def _read_costs(path: str, model: LightningModule) -> dict[str, float]:
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         measured = report["machine"]["parameters"]
-        ratio = f"ratio_to_{REFERENCE}"
-        costs = {cost["method"]: float(cost[ratio]) for cost in report["costs"] if cost.get(ratio) is not None}
+        costs = [Cost(cost["method"], cost["rounds"], problem=cost["problem"]) for cost in report["costs"]]
+        [reference] = [cost for cost in costs if cost.method == REFERENCE]
+        done = [cost for cost in costs if cost.rounds and not cost.problem and cost is not reference]
+        ratios = {cost.method: _median_and_range(cost.ratios(reference)) for cost in done}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(f"--bench {path} is not what dropreg bench --json writes: {error!r}.") from error
     parameters = sum(p.numel() for p in model.parameters())
@@ -134,7 +203,8 @@ def _read_costs(path: str, model: LightningModule) -> dict[str, float]:
             f"--bench {path} was measured on a model of {measured} parameters, this one has {parameters}: costs are "
             "only shown for the model they were measured on."
         )
-    return costs
+    refused = {cost.method: cost.problem for cost in costs if cost.problem}
+    return Costs(ratios, refused, f"{path}, {_rounds(reference)}")
 
 
 def _scope(checkpoint: str | None) -> str:

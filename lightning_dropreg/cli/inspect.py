@@ -158,15 +158,16 @@ def _print(found: Findings, model: LightningModule) -> None:
             console.print(escape(f"{number}. {problem}"), highlight=False)
     for outlook in found.outlooks:
         console.print(f"\n[bold]{' and '.join(outlook.callbacks)}[/]")
+        if outlook.refused:  # and so the plan will not be carried out
+            known = [str(number) for number, problem in enumerate(found.problems, 1) if problem in outlook.refused]
+            reason = f"see {', '.join(known)} above." if known else escape(_short(outlook.refused))
+            console.print(f"[red]Refused:[/] {reason}", highlight=False)
+            continue
         for sentence in outlook.plan:
             console.print(escape(f"- {sentence}"), highlight=False)
         if outlook.values:
             values = ", ".join(f"{name} {value:.4g}" for name, value in outlook.values.items())
             console.print(f"- On the first batch: {values}.", highlight=False)
-        if outlook.refused:
-            known = [str(number) for number, problem in enumerate(found.problems, 1) if problem in outlook.refused]
-            reason = f"see {', '.join(known)} above." if known else escape(_short(outlook.refused))
-            console.print(f"[red]Refused:[/] {reason}", highlight=False)
 
 
 def _site_table(sites: Sequence[SiteSupport], step: str, notes: _Notes) -> Table:

@@ -53,8 +53,12 @@ class Cost:
         Returns:
             The ratio.
         """
+        return statistics.median(self.ratios(reference))
+
+    def ratios(self, reference: "Cost") -> list[float]:
+        """Return the ratio of the mean times in every round."""
         pairs = zip(self.rounds, reference.rounds, strict=True)
-        return statistics.median(statistics.mean(mine) / statistics.mean(theirs) for mine, theirs in pairs)
+        return [statistics.mean(mine) / statistics.mean(theirs) for mine, theirs in pairs]
 
 
 class Stopwatch(Callback):

@@ -6,11 +6,16 @@ from lightning.pytorch import Callback
 
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
 
-__all__ = ["METHODS", "NO_DROPOUT", "PAPER", "REFERENCE"]
+__all__ = ["CLOSING", "CONFIGURED", "METHODS", "NO_DROPOUT", "PAPER", "REFERENCE"]
 
 NO_DROPOUT = "no dropout"
 REFERENCE = "dropout"
 PAPER = "Algorithm 2, double_backward"
+
+CONFIGURED = "as configured"
+"""The callbacks of the configuration itself."""
+CLOSING = ["Algorithm 2", "Algorithm 2, economical", "R_approx", "noise only", "MiniBatchDropout(k=4)"]
+"""The methods whose cost is worth knowing before choosing one."""
 
 _FEW = 1 / 8
 """Fraction of the rows of the economical modes."""

@@ -15,7 +15,7 @@ from lightning_dropreg.callbacks.session import own_step
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["QUIET_TRAINER", "FirstStep", "load_weights", "look_at_first_batch", "look_at_first_step"]
+__all__ = ["QUIET_TRAINER", "FirstStep", "load_weights", "look_at_first_batch"]
 
 T = TypeVar("T")
 
@@ -95,19 +95,6 @@ class _Look(Callback):
 
         args = (batch, batch_idx) if named else (batch,)
         self.seen.append(self._look(FirstStep(trainer, pl_module, step, args, ours)))
-
-
-def look_at_first_step(cli: DropregCLI, look: Callable[[LightningModule, Callable[[], Tensor]], T]) -> T:
-    """Bring the model to its first training batch as ``fit`` would, and look at it there.
-
-    Args:
-        cli: The configured command.
-        look: Called with the model and a closure that runs its training step and returns the loss.
-
-    Returns:
-        What ``look`` returned.
-    """
-    return look_at_first_batch(cli, lambda first: look(first.model, first.loss))
 
 
 def look_at_first_batch(cli: DropregCLI, look: Callable[[FirstStep], T]) -> T:

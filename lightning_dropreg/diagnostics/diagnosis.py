@@ -8,6 +8,7 @@ from typing import Any
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.diagnostics.effect import EffectReport
 from lightning_dropreg.diagnostics.noise import NoiseReport
+from lightning_dropreg.diagnostics.penalty import PenaltyReport
 from lightning_dropreg.diagnostics.statistics import Interval
 from lightning_dropreg.errors import InvalidArgumentError
 
@@ -28,6 +29,7 @@ class Diagnosis:
         tolerance: See `trusted`.
         step: Optimizer steps taken before.
         epoch: Number of the epoch, from 0.
+        penalty: The penalty that the model is trained with, if it is and was measured.
     """
 
     effect: EffectReport
@@ -36,6 +38,7 @@ class Diagnosis:
     tolerance: float = TOLERANCE
     step: int = 0
     epoch: int = 0
+    penalty: PenaltyReport | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers worth logging, each with the margin of its interval under ``<name>_margin``.
@@ -88,18 +91,25 @@ class Diagnosis:
                 }
                 for q, report in self.sweep
             ]
+        if self.penalty is not None:
+            settings = {k: v for k, v in vars(self.penalty).items() if k not in {"samples", "confidence"}}
+            found["penalty"] = {**settings, **(_plain(self.penalty.value()) or {})}
         if self.noise is not None:
             noise = self.noise
             found["noise"] = {
                 **{k: _plain(v) for k, v in self._noises().items() if "/" not in k},
                 "draws": noise.draws,
                 "sketched": noise.sketched,
+                "estimator": noise.estimator,
+                "step_size": noise.step_size,
+                "mask": noise.mask,
                 "layers": [
                     {
                         "name": layer,
                         "trace_drop": _plain(noise.trace_drop(i)),
                         "trace_approx": _plain(noise.trace_approx(i)),
                         "signal_to_noise": _plain(noise.signal_to_noise(i)),
+                        "alignment": _plain(noise.alignment(i)),
                     }
                     for i, layer in enumerate(noise.layers)
                 ],
@@ -113,6 +123,8 @@ class Diagnosis:
                 found[f"{key}/{name}"] = interval
         if self.effect.sites:
             found["interaction"] = self.effect.interaction()
+        if self.penalty is not None:
+            found["penalty"] = self.penalty.value()
         return found
 
     def _noises(self) -> dict[str, Interval]:
@@ -129,6 +141,7 @@ class Diagnosis:
         for i, layer in enumerate(noise.layers):
             found[f"trace_drop/{layer}"] = noise.trace_drop(i)
             found[f"trace_approx/{layer}"] = noise.trace_approx(i)
+            found[f"alignment/{layer}"] = noise.alignment(i)
         return found
 
 

@@ -25,18 +25,15 @@ from torch import Tensor, nn
 
 from lightning_dropreg.curvature import CURVATURES, element_weights
 from lightning_dropreg.diagnostics.directions import DropoutDirections, PerturbOne
-from lightning_dropreg.diagnostics.statistics import Interval, check_confidence, jackknife_interval, mean_interval
+from lightning_dropreg.diagnostics.sampling import OnDraw, Probe, measure_draws
+from lightning_dropreg.diagnostics.statistics import Interval, jackknife_interval, mean_interval
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError
 from lightning_dropreg.estimators.antithetic import combine
-from lightning_dropreg.functional import check_count, draw_key
-from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.passes import Closure, Pass, Perturb, Tap, run_pass
-from lightning_dropreg.sites import Directions, Site, fold_key
+from lightning_dropreg.sites import Directions, Site
 
-__all__ = ["MIN_DRAWS", "EffectProbe", "EffectReport", "measure_effect"]
+__all__ = ["EffectProbe", "EffectReport", "measure_effect"]
 
-MIN_DRAWS = 4
-"""With fewer draws an interval says nothing."""
 STEPS = {torch.float64: 1e-3, torch.float32: 0.05}
 """Step of the central differences by precision: neither rounding nor the curvature of the path may show."""
 HALF_STEP = 0.1
@@ -137,7 +134,7 @@ def measure_effect(
     generator: torch.Generator | None = None,
     module: nn.Module | None = None,
     reduce: Callable[[list[Tensor]], list[Tensor]] | None = None,
-    on_draw: Callable[[], object] | None = None,
+    on_draw: OnDraw | None = None,
 ) -> EffectReport:
     """Measure what dropout adds to the expected loss of one batch, and what the approximations say it adds.
 
@@ -173,34 +170,35 @@ def measure_effect(
         >>> round(report.truth().value, 3), round(report.approximation().value, 3)
         (4.0, 4.0)
     """
-    check_count("draws", draws, MIN_DRAWS)
-    check_confidence(confidence)
     for name, value in (("drop_prob", drop_prob), ("step_size", step_size)):
         if value is not None and not 0 < value < 1:
             raise InvalidArgumentError(f"{name}={value!r} must be a number in (0, 1).")
-    key = draw_key(generator)
-    with Isolation(module) as isolation:
-        probe = EffectProbe(lambda: isolation.run(closure, trace=False), per_site, step_size)
-        rows = []
-        for j in range(draws):
-            rows.append(probe.measure(DropoutDirections(fold_key(key, j), drop_prob)))
-            if on_draw is not None:
-                on_draw()
-    samples, loss = torch.stack(rows), torch.tensor(probe.loss, dtype=torch.float64)
+    probe = measure_draws(
+        lambda run: EffectProbe(run, per_site, step_size, drop_prob),
+        closure,
+        draws=draws,
+        confidence=confidence,
+        generator=generator,
+        module=module,
+        on_draw=on_draw,
+    )
+    samples, loss = torch.stack(probe.rows), torch.tensor(probe.loss, dtype=torch.float64)
     if reduce is not None:  # on the model's device, between which processes can send
         samples, loss = (t.cpu() for t in reduce([t.to(probe.device) for t in (samples, loss)]))
     return EffectReport(tuple(probe.sites) if per_site else (), loss.item(), samples, confidence, probe.problem)
 
 
-class EffectProbe:
+class EffectProbe(Probe):
     """Runs a step along the paths that start at the model without dropout.
 
     Args:
         closure: Runs the step, always from the same state.
         per_site: Whether to go also along the paths of one site at a time.
         step_size: Step of the central differences; None for one that suits the precision of the activations.
+        drop_prob: Drop probability of all sites instead of their own.
 
     Attributes:
+        rows: What was measured, one row for each draw.
         loss: The loss without dropout.
         device: Where it is.
         sites: The dropout sites.
@@ -208,8 +206,16 @@ class EffectProbe:
         problem: Why there is no approximation; empty if there is one.
     """
 
-    def __init__(self, closure: Closure, per_site: bool = True, step_size: float | None = None) -> None:
+    def __init__(
+        self,
+        closure: Closure,
+        per_site: bool = True,
+        step_size: float | None = None,
+        drop_prob: float | None = None,
+    ) -> None:
         self.closure = closure
+        self.rows: list[Tensor] = []
+        self._drop_prob = drop_prob
         self.problem = ""
         try:
             tap, clean = self._look(record_losses=True)
@@ -224,6 +230,10 @@ class EffectProbe:
         self.sites = clean.sites
         self.step_size = step_size if step_size is not None else tap.step_size
         self._paths: list[int | None] = [None, *range(len(self.sites))] if per_site else [None]
+
+    def draw(self, key: int) -> None:
+        """See `lightning_dropreg.diagnostics.sampling.Probe`."""
+        self.rows.append(self.measure(DropoutDirections(key, self._drop_prob)))
 
     def measure(self, directions: Directions) -> Tensor:
         """Go along the paths of one draw.

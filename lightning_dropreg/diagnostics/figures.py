@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.diagnostics.diagnosis import Diagnosis
+from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.statistics import Interval
 from lightning_dropreg.errors import MissingDependencyError
 
@@ -15,13 +18,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["approximation_against_truth", "draw", "effect_by_site", "effect_over_training", "need_matplotlib"]
+__all__ = [
+    "approximation_against_truth",
+    "draw",
+    "effect_by_site",
+    "effect_over_training",
+    "need_matplotlib",
+    "noise_by_layer",
+]
 
 # Okabe and Ito's palette, which can be told apart with any kind of colour vision; the markers differ too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TRUTH, APPROX = r"$R_\mathrm{drop}$ (true)", r"$R_\mathrm{approx}$"
 GRAY = "#777777"
+TWO_IN_A_ROW, LONGEST = 24, 40
+"""Characters of a name in a legend of two columns, and of any name."""
+XI_DROP, XI_APPROX = r"$\xi_\mathrm{drop}$ (true)", r"$\xi_\mathrm{approx}$"
+LAYERS = 20
+"""Layers in a figure; the loudest ones."""
 LINES = 6
 """Sites with a line of their own over training; the largest ones."""
 
@@ -58,6 +73,8 @@ def draw(history: Sequence[Diagnosis], folder: Path) -> list[Path]:
     figures = {"effect_by_site": effect_by_site(history[-1])}
     if not history[-1].effect.problem:
         figures["approximation_against_truth"] = approximation_against_truth(history)
+    if history[-1].noise is not None:
+        figures["noise_by_layer"] = noise_by_layer(history[-1].noise)
     if len(history) > 1:
         figures["effect_over_training"] = effect_over_training(history)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +99,7 @@ def effect_by_site(diagnosis: Diagnosis) -> Figure:
     effect = diagnosis.effect
     sites = sorted(range(len(effect.sites)), key=lambda i: effect.truth(i).value)
     rows: list[int | None] = [*sites, None]
-    labels = [f"{effect.names[i]}  (q = {effect.sites[i].p:g})" for i in sites] + ["all together"]
+    labels = [f"{_short(effect.names[i])}  (q = {effect.sites[i].p:g})" for i in sites] + ["all together"]
     panels: list[list[tuple[str, list[Interval], int]]] = [[(TRUTH, [effect.truth(i) for i in rows], 0)]]
     if not effect.problem:
         panels[0].append((APPROX, [effect.approximation(site=i) for i in rows], 1))
@@ -112,6 +129,44 @@ def effect_by_site(diagnosis: Diagnosis) -> Figure:
     return figure
 
 
+def noise_by_layer(noise: NoiseReport) -> Figure:
+    """Draw how much gradient noise each layer has, and how alike the directions of truth and approximation are.
+
+    Args:
+        noise: What was measured.
+
+    Returns:
+        The figure: traces of the covariances on the left, the cosine between them on the right.
+    """
+    loudest = sorted(range(len(noise.layers)), key=lambda i: -noise.trace_drop(i).value)[:LAYERS]
+    layers = [i for i in reversed(loudest) if noise.trace_drop(i).value > 0]
+    rows: list[int | None] = [*layers, None]
+    labels = [*(_short(noise.layers[i]) for i in layers), "all parameters"]
+    figure = _figure(7.2 + 0.075 * max(map(len, labels)), 1.9 + 0.36 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    at = range(len(rows))
+    traces = ((XI_DROP, noise.trace_drop, 0.14, 0), (XI_APPROX, noise.trace_approx, -0.14, 1))
+    for label, trace, shift, style in traces:
+        _points(left, [trace(i) for i in rows], [y + shift for y in at], style, label)
+    _points(right, [noise.alignment(i) for i in rows], list(at), 2, "cosine of the two")
+    sizes = [trace(i) for _, trace, _, _ in traces for i in rows]
+    if _decades(sizes) > 1:
+        _logarithmic(left, "x", sizes)
+    left.set_xlabel("trace of the covariance")
+    right.set_xlabel("1: the same shape, 0: nothing shared")
+    right.axvline(1, color=GRAY, linewidth=0.8, zorder=0)
+    right.set_xlim(left=min(0.0, right.get_xlim()[0]))
+    for ax in (left, right):
+        ax.axhspan(len(rows) - 1.5, len(rows) - 0.5, color="#EEEEEE", zorder=0)
+        ax.set_ylim(-0.6, len(rows) - 0.4)
+        ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        _legend_above(ax)
+    left.set_yticks(list(at), labels)
+    told = f"{100 * noise.confidence:g} % intervals, {noise.draws} draws"
+    figure.suptitle(f"Gradient noise of dropout by layer ({told})", fontsize=10)
+    return figure
+
+
 def effect_over_training(history: Sequence[Diagnosis]) -> Figure:
     """Draw the effect of all sites together, of the largest sites, and the noise, over training.
 
@@ -125,7 +180,8 @@ def effect_over_training(history: Sequence[Diagnosis]) -> Figure:
     last = history[-1]
     with_sites = len(last.effect.sites) > 1 and all(len(d.effect.sites) == len(last.effect.sites) for d in history)
     with_noise = all(d.noise is not None for d in history)
-    figure = _figure(3.9 * (1 + with_sites + with_noise), 3.6)
+    lines = min(LINES, len(last.effect.sites)) if with_sites else 0
+    figure = _figure(3.9 * (1 + with_sites + with_noise), 3.6 + 0.17 * lines)
     axes = list(figure.subplots(1, 1 + with_sites + with_noise, squeeze=False)[0])
 
     _band(axes[0], steps, [d.effect.truth() for d in history], 0, TRUTH)
@@ -135,17 +191,17 @@ def effect_over_training(history: Sequence[Diagnosis]) -> Figure:
     if with_sites:
         largest = sorted(range(len(last.effect.sites)), key=lambda i: -abs(last.effect.truth(i).value))[:LINES]
         for style, i in enumerate(largest):
-            _band(axes[1], steps, [d.effect.truth(i) for d in history], style, last.effect.names[i])
+            _band(axes[1], steps, [d.effect.truth(i) for d in history], style, _short(last.effect.names[i]))
         axes[1].set_ylabel(f"{TRUTH}, each site alone")
     if with_noise:
         noises = [d.noise for d in history if d.noise is not None]
-        _band(axes[-1], steps, [n.trace_drop() for n in noises], 0, r"$\xi_\mathrm{drop}$ (true)")
-        _band(axes[-1], steps, [n.trace_approx() for n in noises], 1, r"$\xi_\mathrm{approx}$")
+        _band(axes[-1], steps, [n.trace_drop() for n in noises], 0, XI_DROP)
+        _band(axes[-1], steps, [n.trace_approx() for n in noises], 1, XI_APPROX)
         axes[-1].set_ylabel("gradient noise, trace of covariance")
     for ax in axes:
         ax.set_xlabel("optimizer step")
         ax.grid(color="#DDDDDD", linewidth=0.6)
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")  # no common factor in the legend's place
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")  # no common factor in the legend's place
         _legend_above(ax)
     figure.suptitle(f"What dropout does, over training ({_intervals(last)})", fontsize=10)
     return figure
@@ -172,7 +228,7 @@ def approximation_against_truth(history: Sequence[Diagnosis]) -> Figure:
                 [last.effect.approximation(site=i) for i in numbers],
             )
         )
-    together = "all sites together" + (", at every measured step" if len(history) > 1 else "")
+    together = "all sites, every time" if len(history) > 1 else "all sites together"
     groups.append(
         (together, [d.effect.truth() for d in history], [d.effect.approximation() for d in history]),
     )
@@ -181,10 +237,11 @@ def approximation_against_truth(history: Sequence[Diagnosis]) -> Figure:
         groups.append(("all sites at other q", [r.truth() for r in reports], [r.approximation() for r in reports]))
     figure = _figure(4.8, 5.0)
     ax = figure.subplots()
-    logarithmic = all(i.low > 0 for _, xs, ys in groups for i in (*xs, *ys))
+    everything = [i for _, xs, ys in groups for i in (*xs, *ys)]
+    logarithmic = all(i.low > 0 for i in everything) and _decades(everything) > 1
     if logarithmic:
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+        _logarithmic(ax, "x", everything)
+        _logarithmic(ax, "y", everything)
     for style, (label, xs, ys) in enumerate(groups):
         ax.errorbar(
             [x.value for x in xs],
@@ -248,10 +305,35 @@ def _band(ax: Axes, steps: Sequence[int], intervals: Sequence[Interval], style: 
     )
 
 
+def _decades(intervals: Sequence[Interval]) -> float:
+    """How many powers of ten lie between the smallest and the largest value."""
+    values = [i.value for i in intervals if i.value > 0]
+    return math.log10(max(values) / min(values)) if values else 0.0
+
+
+def _logarithmic(ax: Axes, axis: str, intervals: Sequence[Interval]) -> None:
+    """A logarithmic axis whose labels do not run into each other; fewer than three decades have few powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set(**{f"{axis}scale": "log"})
+    one = ax.xaxis if axis == "x" else ax.yaxis
+    if _decades(intervals) < 3:
+        one.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        one.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:g}")
+    one.set_minor_formatter(NullFormatter())
+
+
 def _legend_above(ax: Axes) -> None:
     """Above the axes, where it covers no data."""
-    entries = len(ax.get_legend_handles_labels()[1])
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(2, entries), frameon=False, fontsize=8)
+    labels = ax.get_legend_handles_labels()[1]
+    widths = [len(re.sub(r"\\[a-z]+|[${}_]", "", label)) for label in labels]  # without the commands of formulas
+    columns = 1 if max(widths) > TWO_IN_A_ROW else min(2, len(labels))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=8)
+
+
+def _short(name: str) -> str:
+    """A long path without its beginning."""
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
 
 
 def _intervals(diagnosis: Diagnosis) -> str:

@@ -9,23 +9,27 @@ of covariances:
     E \langle \xi, \xi' \rangle^2 = \mathrm{tr}(\Sigma \Sigma'), \qquad
     \text{alignment} = \frac{\mathrm{tr}(\Sigma_{drop} \Sigma_{approx})}
         {\sqrt{\mathrm{tr}(\Sigma_{drop}^2) \, \mathrm{tr}(\Sigma_{approx}^2)}}
+
+Inner products of layers with many parameters are those of sketches. What that adds to the mean of their squares,
+``|xi|^2 |xi'|^2 / width`` (`lightning_dropreg.diagnostics.sketch`), is known and taken off again.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.diagnostics.effect import MIN_DRAWS
+from lightning_dropreg.diagnostics.sampling import OnDraw, Probe, measure_draws
 from lightning_dropreg.diagnostics.sketch import SKETCH_WIDTH, sketch
-from lightning_dropreg.diagnostics.statistics import Interval, check_confidence, jackknife_interval, mean_interval
+from lightning_dropreg.diagnostics.statistics import Interval, jackknife_interval, mean_interval
 from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.functional import check_count, check_estimation, draw_key
-from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.functional import check_estimation
 from lightning_dropreg.passes import Closure, Drop, run_pass
 from lightning_dropreg.sites import fold_key
 
@@ -44,22 +48,33 @@ class NoiseReport:
         layers: Paths of the modules that own parameters.
         samples: Shape ``(draws, layers, 3)``, float64, on the CPU: squared norms of ``xi_drop`` and ``xi_approx``, and
             the signal ``<g_1, g_2>``.
-        products: Shape ``(3, draws, draws)``: inner products of ``xi_drop`` with itself, ``xi_approx`` with itself, and
-            ``xi_drop`` with ``xi_approx``.
-        sketched: Whether the inner products are those of sketches (`lightning_dropreg.diagnostics.sketch`).
+        products: Shape ``(layers, 3, draws, draws)``: inner products of ``xi_drop`` with itself, ``xi_approx`` with
+            itself, and ``xi_drop`` with ``xi_approx``, in every layer.
+        widths: For every layer the length of the sketches that the inner products are of, 0 where they are exact.
         confidence: Probability with which each interval covers its value, one at a time.
+        estimator: Estimator of ``xi_approx``.
+        step_size: Its step, for ``"antithetic"``.
+        mask: Its mask, ``"as_model"`` or ``"elementwise"``.
     """
 
     layers: tuple[str, ...]
     samples: Tensor
     products: Tensor
-    sketched: bool
+    widths: tuple[int, ...]
     confidence: float
+    estimator: str = "antithetic"
+    step_size: float = NOISE_STEP
+    mask: str = "as_model"
 
     @property
     def draws(self) -> int:
         """Number of draws of either noise; one of ``xi_drop`` takes two of dropout."""
         return len(self.samples)
+
+    @property
+    def sketched(self) -> bool:
+        """Whether some inner products are those of sketches."""
+        return any(self.widths)
 
     def trace_drop(self, layer: int | None = None) -> Interval:
         """Trace of the covariance of ``xi_drop``, in all parameters or those of one layer."""
@@ -77,9 +92,36 @@ class NoiseReport:
         """``|E g|^2`` over the trace of the covariance of the dropout gradient ``g`` of this batch."""
         return self._ratio(SIGNAL, DROP, layer)
 
-    def alignment(self) -> Interval:
-        """Cosine between the two covariances: 1 if proportional, 0 if no direction is shared; by chance above 1."""
-        return jackknife_interval(self._alignment, self.draws, self.confidence)
+    def alignment(self, layer: int | None = None) -> Interval:
+        """Cosine between the two covariances: 1 if proportional, 0 if no direction is shared; by chance above 1.
+
+        Args:
+            layer: Number of the layer, or None for all parameters together.
+
+        Returns:
+            The cosine; NaN where there is no noise, or too little in common between draws to be told by sketches.
+        """
+        squares = self._squared_products(layer)
+
+        def cosine(draws: Tensor) -> Tensor:
+            drop, approx, both = squares[:, draws][:, :, draws]
+            n = len(draws)
+            own = [(square.sum() - square.diagonal().sum()) / (n * (n - 1)) for square in (drop, approx)]
+            found: Tensor = both.mean() / (own[0] * own[1]).sqrt()
+            return found if min(own) > 0 else found.new_tensor(math.nan)
+
+        return jackknife_interval(cosine, self.draws, self.confidence)
+
+    def _squared_products(self, layer: int | None) -> Tensor:
+        """Squares of the inner products, ``(3, draws, draws)``, less what the sketches add to them on average."""
+        chosen = range(len(self.layers)) if layer is None else [layer]
+        squares: Tensor = self.products[list(chosen)].sum(0).square()
+        for i in chosen:
+            if self.widths[i]:
+                drop, approx = self.samples[:, i, DROP], self.samples[:, i, APPROX]
+                sizes = [torch.outer(drop, drop), torch.outer(approx, approx), torch.outer(drop, approx)]
+                squares = squares - torch.stack(sizes) / self.widths[i]
+        return squares
 
     def _column(self, column: int, layer: int | None) -> Tensor:
         found = self.samples[:, :, column]
@@ -89,34 +131,32 @@ class NoiseReport:
         a, b = self._column(above, layer), self._column(below, layer)
         return jackknife_interval(lambda j: a[j].mean() / b[j].mean(), self.draws, self.confidence)
 
-    def _alignment(self, draws: Tensor) -> Tensor:
-        drop, approx, both = self.products[:, draws][:, :, draws].square()
-        n = len(draws)
-        own = [(square.sum() - square.diagonal().sum()) / (n * (n - 1)) for square in (drop, approx)]
-        cosine: Tensor = both.mean() / (own[0] * own[1]).sqrt()
-        return cosine
-
 
 def measure_noise(
     closure: Closure,
     module: nn.Module,
     *,
     draws: int = 32,
+    estimator: str = "antithetic",
     step_size: float = NOISE_STEP,
+    mask: str = "as_model",
     confidence: float = 0.95,
     generator: torch.Generator | None = None,
     reduce: Callable[[Gradients], Gradients] | None = None,
-    on_draw: Callable[[], object] | None = None,
+    on_draw: OnDraw | None = None,
 ) -> NoiseReport:
     """Measure the covariance of the gradient noise of dropout and of its approximation on one batch.
 
-    Costs, for each draw, four forward and four backward passes. Gradients are not left in ``.grad``.
+    Costs, for each draw, two forward and two backward passes and what a step with the noise costs. Gradients are not
+    left in ``.grad``.
 
     Args:
         closure: Runs forward and loss with the model in training mode; returns the scalar loss.
         module: The module whose parameters count, and whose state must not change.
         draws: Number of draws of each noise, at least 4.
-        step_size: Step of the antithetic pair that gives ``xi_approx``, in ``(0, 1]``.
+        estimator: What gives ``xi_approx``, see `lightning_dropreg.functional.implicit_noise`.
+        step_size: Step of the antithetic pair, in ``(0, 1]``.
+        mask: ``"as_model"`` or ``"elementwise"``.
         confidence: Probability with which an interval covers its value.
         generator: Source of the seed of the noise; the global one by default.
         reduce: Averages gradients over processes, in a distributed run.
@@ -129,6 +169,7 @@ def measure_noise(
         InvalidArgumentError: If an argument is out of range, or the closure returns no scalar loss.
         NoDropoutSiteError: If nothing was dropped.
         UnsupportedSiteError: If there is a kind of dropout that the package does not understand.
+        UnsupportedOperationError: If the model has an operation that the estimator cannot differentiate.
 
     Example:
         A linear loss, where the approximation is exact: the noise of the gradient is ``eta x``.
@@ -139,51 +180,88 @@ def measure_noise(
         >>> report.layers, round(report.trace_approx().value)
         (('Linear',), 50)
     """
-    check_count("draws", draws, MIN_DRAWS)
-    check_confidence(confidence)
-    check_estimation("antithetic", step_size, "as_model")
-    key = draw_key(generator)
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    parameters = [p for _, p in named]
-    owners = [name.rpartition(".")[0] or type(module).__name__ for name, _ in named]
-    layers = tuple(dict.fromkeys(owners))
-
-    samples, drops, approxes = [], [], []
-    with Isolation(module) as isolation:
-        run: Closure = lambda: isolation.run(closure, trace=False)  # noqa: E731
-
-        def gradients(loss: Tensor) -> Gradients:
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            dense = [g.to_dense() if g.is_sparse else g for g in found]
-            return dense if reduce is None else reduce(dense)
-
-        for j in range(draws):
-            first, second = (gradients(run_pass(run, Drop(fold_key(key, j, i))).loss) for i in range(2))
-            drop = [(a - b) / math.sqrt(2) for a, b in zip(first, second, strict=True)]
-            noise = ESTIMATORS["antithetic"](
-                run, curvature=None, noise=True, step_size=step_size, mask="as_model", key=fold_key(key, j, 2)
-            ).noise
-            assert noise is not None
-            approx = gradients(noise)
-            pairs = ((drop, drop), (approx, approx), (first, second))
-            samples.append(torch.stack([_by_layer(a, b, owners, layers) for a, b in pairs], dim=1))
-            drops.append(sketch(drop))
-            approxes.append(sketch(approx))
-            if on_draw is not None:
-                on_draw()
-    x, y = torch.stack(drops).double(), torch.stack(approxes).double()
-    return NoiseReport(
-        layers,
-        torch.stack(samples),
-        torch.stack([x @ x.T, y @ y.T, x @ y.T]).cpu(),
-        sum(p.numel() for p in parameters) > SKETCH_WIDTH,
-        confidence,
+    check_estimation(estimator, step_size, mask)
+    probe = measure_draws(
+        lambda run: _NoiseProbe(run, module, reduce, estimator=estimator, step_size=step_size, mask=mask),
+        closure,
+        draws=draws,
+        confidence=confidence,
+        generator=generator,
+        module=module,
+        on_draw=on_draw,
     )
+    samples, products, widths = torch.stack(probe.samples), probe.products(), probe.widths
+    return NoiseReport(tuple(probe.layers), samples, products, widths, confidence, estimator, step_size, mask)
 
 
-def _by_layer(a: Gradients, b: Gradients, owners: Sequence[str], layers: Sequence[str]) -> Tensor:
-    """Inner product of two gradients in each layer, ``(layers,)``."""
-    totals = dict.fromkeys(layers, 0.0)
-    for one, other, owner in zip(a, b, owners, strict=True):
-        totals[owner] += float((one.double() * other.double()).sum())
-    return torch.tensor(list(totals.values()), dtype=torch.float64)
+class _NoiseProbe(Probe):
+    """Differentiates two losses with dropout and one ``s`` for every draw.
+
+    Args:
+        closure: Runs the step, always from the same state.
+        module: Owner of the parameters.
+        reduce: Averages gradients over processes.
+        options: How ``s`` is estimated.
+
+    Attributes:
+        layers: Number of parameters in every layer, by name.
+        samples: What was measured, for each draw ``(layers, 3)``.
+    """
+
+    def __init__(
+        self, closure: Closure, module: nn.Module, reduce: Callable[[Gradients], Gradients] | None, **options: Any
+    ) -> None:
+        self._closure, self._reduce = closure, reduce
+        self._estimate = functools.partial(ESTIMATORS[options.pop("estimator")], closure, curvature=None, noise=True)
+        self._options = options
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._parameters = [p for _, p in named]
+        self._owners = [name.rpartition(".")[0] or type(module).__name__ for name, _ in named]
+        self.layers = dict.fromkeys(self._owners, 0)
+        for owner, p in zip(self._owners, self._parameters, strict=True):
+            self.layers[owner] += p.numel()
+        self.samples: list[Tensor] = []
+        self._sketches: list[list[list[Tensor]]] = []
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See `NoiseReport`."""
+        return tuple(SKETCH_WIDTH if count > SKETCH_WIDTH else 0 for count in self.layers.values())
+
+    def draw(self, key: int) -> None:
+        """See `lightning_dropreg.diagnostics.sampling.Probe`."""
+        first, second = (self._gradients(run_pass(self._closure, Drop(fold_key(key, i))).loss) for i in range(2))
+        drop = [(a - b) / math.sqrt(2) for a, b in zip(first, second, strict=True)]
+        noise = self._estimate(**self._options, key=fold_key(key, 2)).noise
+        assert noise is not None
+        approx = self._gradients(noise)
+        by_layer = [self._by_layer(gradients) for gradients in (drop, approx, first, second)]
+        pairs = ((by_layer[0], by_layer[0]), (by_layer[1], by_layer[1]), (by_layer[2], by_layer[3]))
+        columns = [
+            torch.tensor([_inner(a, b) for a, b in zip(*pair, strict=True)], dtype=torch.float64) for pair in pairs
+        ]
+        self.samples.append(torch.stack(columns, dim=1))
+        self._sketches.append([[sketch(g, seed=i) for i, g in enumerate(part)] for part in by_layer[:2]])
+
+    def products(self) -> Tensor:
+        """Return the inner products of all draws, see `NoiseReport`."""
+        found = []
+        for i in range(len(self.layers)):
+            x, y = (torch.stack([draw[part][i] for draw in self._sketches]).double() for part in (0, 1))
+            found.append(torch.stack([x @ x.T, y @ y.T, x @ y.T]).cpu())
+        return torch.stack(found)
+
+    def _gradients(self, loss: Tensor) -> Gradients:
+        found = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True)
+        dense = [g.to_dense() if g.is_sparse else g for g in found]
+        return dense if self._reduce is None else self._reduce(dense)
+
+    def _by_layer(self, gradients: Gradients) -> list[Gradients]:
+        found: dict[str, Gradients] = {owner: [] for owner in self.layers}
+        for owner, gradient in zip(self._owners, gradients, strict=True):
+            found[owner].append(gradient)
+        return list(found.values())
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((one.double() * other.double()).sum()) for one, other in zip(a, b, strict=True))

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from lightning_dropreg.diagnostics.diagnosis import Diagnosis, trusted
 from lightning_dropreg.diagnostics.effect import EffectReport
+from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.numbers import percent_range, with_margin
+from lightning_dropreg.diagnostics.penalty import PenaltyReport
 
-__all__ = ["read"]
+__all__ = ["Costs", "read"]
 
 SITES_NAMED = 4
 
 
-def read(diagnosis: Diagnosis, costs: Mapping[str, float] | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Costs:
+    """What one optimization step costs with each method, a step with dropout being 1.
+
+    Attributes:
+        ratios: Ratio by method, with the lowest and the highest of the rounds: ``(ratio, low, high)``.
+        refused: Methods with which the model cannot be trained, and why.
+        rounds: How it was measured, in words.
+    """
+
+    ratios: Mapping[str, tuple[float, float, float]]
+    refused: Mapping[str, str]
+    rounds: str
+
+
+def read(diagnosis: Diagnosis, costs: Costs | str = "not measured here") -> list[str]:
     """Say which sites carry the effect, where the expansion can be trusted, and what the methods cost.
 
     Args:
         diagnosis: What was measured.
-        costs: Measured cost of a step by method, as a multiple of a dropout step.
+        costs: What was measured, or why nothing was.
 
     Returns:
         Sentences, one paragraph each.
@@ -31,6 +49,8 @@ def read(diagnosis: Diagnosis, costs: Mapping[str, float] | None = None) -> list
         lines.append(f"R_approx could not be computed: {effect.problem}")
     else:
         lines += _trust(diagnosis)
+        if diagnosis.penalty is not None:
+            lines.append(_penalty(diagnosis.penalty, effect))
     if diagnosis.noise is not None:
         lines.append(_noise(diagnosis))
     lines.append(_costs(costs))
@@ -114,21 +134,48 @@ def _by_verdict(verdicts: list[tuple[str, str]]) -> str:
     return "; ".join(f"{word}: {_listed(names)}" for word, names in found.items() if names)
 
 
+def _penalty(penalty: PenaltyReport, effect: EffectReport) -> str:
+    value = penalty.value()
+    found = f"The penalty as configured ({penalty.curvature}, {_how(penalty)}) is {with_margin(value)}"
+    if not value.excludes_zero or not effect.truth().excludes_zero:
+        return f"{found}, before its strength of {penalty.strength:g}."
+    total = penalty.strength * value.value
+    times = f"times its strength of {penalty.strength:g}: {100 * total / effect.truth().value:.0f} % of R_drop"
+    return f"{found}; {times}."
+
+
 def _noise(diagnosis: Diagnosis) -> str:
     noise = diagnosis.noise
     assert noise is not None
-    return (
-        f"Gradient noise: the variance of xi_approx is {percent_range(noise.trace_ratio())} of that of xi_drop; cosine "
-        f"of their covariances {with_margin(noise.alignment())}{', by sketches' if noise.sketched else ''}; "
+    told = (
+        f"Gradient noise ({_how(noise)}): the variance of xi_approx is {percent_range(noise.trace_ratio())} of that of "
+        f"xi_drop; cosine of their covariances {with_margin(noise.alignment())}"
+        f"{', by sketches' if noise.sketched else ''}; "
         f"signal-to-noise of the gradient under dropout {with_margin(noise.signal_to_noise())}, {noise.draws} draws."
     )
+    by_layer = [(noise.alignment(i), name) for i, name in enumerate(noise.layers)]
+    known = sorted(((found, name) for found, name in by_layer if found.value == found.value), key=lambda f: f[0].value)
+    if len(known) < 2 or known[0][0].high >= known[-1][0].low:
+        return told
+    (lowest, name), (highest, other) = known[0], known[-1]
+    return f"{told} By layer the cosine goes from {with_margin(lowest)} in {name} to {with_margin(highest)} in {other}."
 
 
-def _costs(costs: Mapping[str, float] | None) -> str:
-    if not costs:
-        return "Costs: not measured here; `dropreg bench --json` measures them, and --bench FILE shows them here."
-    told = ", ".join(f"{method} {ratio:.2g}x" for method, ratio in costs.items())
-    return f"Costs of one step, measured by bench, dropout being 1: {told}."
+def _how(measured: PenaltyReport | NoiseReport) -> str:
+    step = f" with step {measured.step_size:g}" if measured.estimator == "antithetic" else ""
+    mask = "" if measured.mask == "as_model" else f", mask {measured.mask}"
+    return f"{measured.estimator}{step}{mask}"
+
+
+def _costs(costs: Costs | str) -> str:
+    if isinstance(costs, str):
+        return f"Costs: {costs}."
+    told = [
+        f"{method} {ratio:.2f}" + (f" ({low:.2f} to {high:.2f})" if high > low else "")
+        for method, (ratio, low, high) in costs.ratios.items()
+    ]
+    refused = f" Not possible here: {', '.join(costs.refused)}." if costs.refused else ""
+    return f"Costs of one step, a step with dropout being 1 ({costs.rounds}): {'; '.join(told)}.{refused}"
 
 
 def _listed(names: list[str]) -> str:

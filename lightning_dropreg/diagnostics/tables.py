@@ -151,11 +151,14 @@ def _noise(noise: NoiseReport) -> Table:
     shown = [("all parameters", None), *((escape(noise.layers[i]), i) for i in order[:LAYERS_SHOWN])]
     return _table(
         "Gradient noise of dropout: traces of covariances",
-        f"{noise.draws} draws. Cosine of the covariances of xi_drop and xi_approx"
-        f"{' (by sketches)' if noise.sketched else ''}: {with_margin(noise.alignment())}.{told}",
-        ("layer", "xi_drop", "xi_approx", "signal / noise"),
+        f"{noise.draws} draws. cosine: of the covariances of xi_drop and xi_approx"
+        f"{', by sketches' if noise.sketched else ''}; 1: the same shape, 0: no direction shared.{told}",
+        ("layer", "xi_drop", "xi_approx", "signal/noise", "cosine"),
         [
-            (name, noise.trace_drop(i), noise.trace_approx(i), with_margin(noise.signal_to_noise(i)))
+            (
+                *(name, noise.trace_drop(i), noise.trace_approx(i)),
+                *(with_margin(noise.signal_to_noise(i)), with_margin(noise.alignment(i))),
+            )
             for name, i in shown
         ],
     )

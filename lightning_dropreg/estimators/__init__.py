@@ -1,11 +1,11 @@
 """Four ways to estimate the same penalty and the same noise, one file each, all with one signature.
 
-==========================  =========================================  ====================================
-`antithetic` (the default)  two passes, ``1 + step r`` and ``1 - step r``  everything that has a backward
-`forward`                   one pass with dual numbers                 operations with a forward-mode formula
-`double_backward`           the paper's: back-propagate twice          operations with a double backward
-`exact`                     the full Jacobian                          small problems; the oracle of the others
-==========================  =========================================  ====================================
+| estimator                  | how                                       | works with                             |
+|----------------------------|-------------------------------------------|----------------------------------------|
+| `antithetic` (the default) | two passes, ``1 + step r``, ``1 - step r``| everything that has a backward         |
+| `forward`                  | one pass with dual numbers                | operations with a forward-mode formula |
+| `double_backward`          | the paper's: back-propagate twice         | operations with a double backward      |
+| `exact`                    | the full Jacobian                         | small problems; the oracle of the rest |
 
 `antithetic_in_turn` is the first with one graph alive at a time, `one_pass` the first for some rows of the batch within
 the pass over all of them.
@@ -38,3 +38,4 @@ ESTIMATORS: dict[str, Estimator] = {
     "double_backward": double_backward,
     "exact": exact,
 }
+"""The estimators by name."""

@@ -23,3 +23,4 @@ HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **stochastic_depth.HANDLERS,
     **custom.HANDLERS,
 }
+"""What is done instead of each function of torch that drops."""

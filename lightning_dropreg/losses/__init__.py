@@ -63,6 +63,7 @@ RECOGNIZED: dict[Callable[..., Any], Callable[..., tuple[Tensor, Loss]]] = {
     F.soft_margin_loss: soft_margin_loss,
     adaptive_softmax_loss: describe_adaptive_softmax_loss,
 }
+"""The losses that can be taken apart, each with the function that does it."""
 
 REFUSED: dict[Callable[..., Any], str] = {
     **dict.fromkeys(
@@ -76,3 +77,4 @@ REFUSED: dict[Callable[..., Any], str] = {
     F.ctc_loss: "torch cannot differentiate it twice",
     F.multilabel_soft_margin_loss: "it is the mean of binary_cross_entropy_with_logits over the classes; use that",
 }
+"""Losses that cannot, and why."""

@@ -147,7 +147,8 @@ def loss_jacobian_size(logits: Tensor, target: Tensor, ignore_index: int = -100)
     .. math::
         \mu(W) = E_{P_n} \lVert D \ell_y[Wx] \rVert_2 = E \lVert \mathrm{softmax}(z) - e_y \rVert_2
 
-    with the derivative taken in the logits. (The norm is not squared: only so do the units of the bound agree.)
+    with the derivative taken in the logits. That the norm is not squared is our reading of a printed ``2``: only then
+    do all terms of the bound have the unit of the loss (``mu^{2/3} B^{1/3}``).
 
     Args:
         logits: ``(N, c)``.
@@ -224,17 +225,30 @@ def _counted(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor,
 class BoundTerms(NamedTuple):
     r"""The terms of the generalization bound of Theorem 4.1, each without the theorem's unnamed constant.
 
-    With probability ``1 - delta``, for all ``W`` with ``||W^T||_{2,1} <= A``, the truncated test loss is below 1.01
-    times the truncated training loss plus a constant times the sum of the last four.
+    For cross entropy on ``c`` classes, ``z = W x`` and ``n`` examples: with probability ``1 - delta``, for all ``W``
+    with ``||W^T||_{2,1} <= A``, the test loss, truncated at ``B``, is at most 1.01 times the truncated training loss
+    plus a constant times
+
+    .. math::
+        \frac{(A \mu)^{2/3} (\theta B)^{1/3}}{n^{1/3}} + \frac{A \sqrt{B \nu \theta}}{\sqrt n}
+        + \frac{B A^2 \theta}{n \left( \log^2 \left( \frac{B A^2 \theta}{\nu n} \right) + 1 \right)} + \zeta
+
+    This is the paper's formula with ``A = ||W^T||_{2,1}``, the smallest that the theorem allows. We had it from a text
+    without the layout of the fractions, in which the first two terms, ``theta``, ``zeta``, ``mu`` (but see
+    `loss_jacobian_size`) and ``nu`` can be read in one way only. How the third is put together is our reading. It is
+    the one for which the remark after the theorem is true: with weights ``t W`` that separate the classes, ``nu``
+    falls as ``exp(-t)``, its logarithm grows as ``t``, and so the term stays ``O(B log^3(n c) / n)`` while ``A`` grows
+    (tested); no other power of the logarithm does that. What multiplies ``1 / nu`` inside the logarithm, and the 1,
+    the remark does not tell.
 
     Attributes:
         mu: Size of the loss Jacobian ``mu(W)``.
         nu: Size of the loss Hessian ``nu(W)``.
         norm: ``A = ||W^T||_{2,1}``.
-        theta: ``log^3(n c) max_i ||x_i||^2``.
-        jacobian: ``(A mu)^{2/3} (theta B)^{1/3} / n^{1/3}``.
-        hessian: ``A sqrt(B nu theta) / sqrt(n)``.
-        norms: ``B A^2 theta / (n (log^2(B A^2 theta / (nu n)) + 1))``.
+        theta: ``log^3(n c) max_i ||x_i||_2^2``.
+        jacobian: The first term.
+        hessian: The second term.
+        norms: The third term.
         zeta: ``B (log(1/delta) + log log n) / n``, of low order.
     """
 

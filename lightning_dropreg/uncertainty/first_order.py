@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ def first_order_variance(
     chunk: int = 8,
     estimator: str = "forward",
     step_size: float = 0.01,
+    training: str | Sequence[str] = "all",
 ) -> Tensor:
     r"""Estimate the variance of every output under dropout to first order in the noise.
 
@@ -57,6 +58,7 @@ def first_order_variance(
         estimator: ``"forward"`` (dual numbers), or ``"antithetic"`` (two passes, for operations without a forward-mode
             derivative).
         step_size: Step of the antithetic pair, in ``(0, 1]``.
+        training: Which modules are in training mode, see `lightning_dropreg.uncertainty.mode.dropout_mode`.
 
     Returns:
         The variances, shape of the output.
@@ -64,6 +66,7 @@ def first_order_variance(
     Raises:
         InvalidArgumentError: If an argument is out of range, or the output is no floating-point tensor.
         NoDropoutSiteError: If there is no dropout.
+        UnsupportedModuleError: If a pattern of `training` matches nothing.
         UnsupportedOperationError: If an operation has no forward-mode derivative.
 
     Example:
@@ -80,7 +83,7 @@ def first_order_variance(
         raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}.")
     if not 0 < step_size <= 1:
         raise InvalidArgumentError(f"step_size={step_size!r} must be in (0, 1].")
-    with Isolation(module) as isolation, dropout_mode(module):
+    with Isolation(module) as isolation, dropout_mode(module, training):
         slopes = _by_pair if estimator == "antithetic" else _by_duals
         squares = [
             u.square().sum(0)

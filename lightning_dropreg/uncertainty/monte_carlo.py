@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ __all__ = ["draw_predictions"]
 
 @torch.no_grad()
 def draw_predictions(
-    forward: Forward, batch: Any, *, module: nn.Module, passes: int = 32, key: int = 0, chunk: int = 8
+    forward: Forward,
+    batch: Any,
+    *,
+    module: nn.Module,
+    passes: int = 32,
+    key: int = 0,
+    chunk: int = 8,
+    training: str | Sequence[str] = "all",
 ) -> Tensor:
     """Predict several times, each time with new dropout masks and everything else the same.
 
@@ -34,6 +42,7 @@ def draw_predictions(
         chunk: Up to how many draws are made in one pass, by repeating the rows of the batch; at least 1. Less where
             memory runs out; one at a time where a mask is shared by the rows of a batch (DropConnect), or the rows do
             not stand for themselves.
+        training: Which modules are in training mode, see `lightning_dropreg.uncertainty.mode.dropout_mode`.
 
     Returns:
         The draws, ``(T, N, ...)``.
@@ -41,6 +50,7 @@ def draw_predictions(
     Raises:
         InvalidArgumentError: If an argument is out of range, or the output is no floating-point tensor.
         NoDropoutSiteError: If there is no dropout.
+        UnsupportedModuleError: If a pattern of `training` matches nothing.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Dropout(0.5), nn.Linear(50, 2)).eval()
@@ -49,6 +59,6 @@ def draw_predictions(
     """
     check_count("passes", passes)
     check_count("chunk", chunk)
-    with Isolation(module) as isolation, dropout_mode(module):
+    with Isolation(module) as isolation, dropout_mode(module, training):
         repeated = RepeatedBatch(lambda b: isolation.run(lambda: forward(b), trace=False), batch, chunk)
         return torch.cat([draws for (draws,) in repeated.run(lambda first: [Drop(fold_key(key, first))], passes)])

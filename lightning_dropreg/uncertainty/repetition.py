@@ -86,15 +86,15 @@ class RepeatedBatch:
             One output ``(copies, N, ...)`` for each rule.
 
         Raises:
-            torch.OutOfMemoryError: If there is no memory for a single pass.
+            RuntimeError: If there is no memory for a single pass, or the model raises something else.
         """
         done = 0
         while done < count:
             copies = min(self.chunk, count - done)
             try:
                 outputs = [self._pass(rule, copies)[0].unflatten(0, (copies, -1)) for rule in rules(done)]
-            except torch.OutOfMemoryError:
-                if copies == 1:
+            except RuntimeError as error:
+                if copies == 1 or not _is_out_of_memory(error):
                     raise
                 self.chunk = copies // 2
                 continue
@@ -131,3 +131,8 @@ class RepeatedBatch:
             return False
         tolerance = torch.finfo(one.dtype).eps ** 0.5
         return torch.allclose(two, torch.cat([one, one]), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, on an accelerator or (an ordinary RuntimeError) on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
