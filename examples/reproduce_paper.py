@@ -47,7 +47,7 @@ TABLE_1 = {  # the paper's best validation perplexity: Penn Treebank, whole, 3 x
 
 @dataclass
 class Claim:
-    """A configuration ends up below another one (``better``), is at least as good, or is where the other one is, or below."""
+    """What a finding says of two configurations, and how its margin decides (`RULE`)."""
 
     first: str
     relation: str

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from lightning_dropreg.cli.spread import Spread
 from lightning_dropreg.cli.summary import FitResult
@@ -13,7 +14,7 @@ from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["Comparison", "Run", "Summary"]
 
-_RUN = ("best", "best_epoch", "epochs", "seconds", "ms_per_step")
+_RUN = {"best": float, "best_epoch": int, "epochs": int, "seconds": float, "ms_per_step": float}
 
 
 @dataclass
@@ -76,10 +77,9 @@ class Comparison:
         try:
             for row in _read_csv(folder / "runs.csv"):
                 key = row.pop("configuration"), int(row.pop("seed"))
-                numbers = {name: float(row.pop(name)) for name in _RUN}
-                whole = {name: int(numbers.pop(name)) for name in ("best_epoch", "epochs")}
+                numbers: dict[str, Any] = {name: kind(row.pop(name)) for name, kind in _RUN.items()}
                 test = {name: float(value) for name, value in row.items() if value}
-                runs[key] = Run(*key, FitResult(**numbers, **whole, test=test))
+                runs[key] = Run(*key, FitResult(**numbers, test=test))
             for row in _read_csv(folder / "history.csv"):
                 result = runs[row.pop("configuration"), int(row.pop("seed"))].result
                 epoch, seconds = int(row.pop("epoch")), float(row.pop("seconds"))
