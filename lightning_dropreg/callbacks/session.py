@@ -331,7 +331,7 @@ class Session:
         if chosen is not None and chosen.batch_fraction is not None:
             on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
             if fraction < 1:
-                check_masks_of_rows(sites, on_rows)
+                check_masks_of_rows(sites, on_rows, chosen.mask)
 
     def _in_bfloat16(self) -> bool:
         precision = str(self.trainer.precision)
