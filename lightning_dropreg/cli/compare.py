@@ -137,13 +137,15 @@ def _fingerprint(config: str, seed: int, options: Sequence[str]) -> str:
 
 
 def _print(comparison: Comparison, problems: dict[str, str]) -> None:
-    head, *rows = comparison.rows()
-    table = Table(title="Comparison", title_justify="left")
-    table.add_column(head[0], overflow="fold")
-    for heading in head[1:]:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    get_console().print(table)
+    rows = comparison.rows()
+    cut = rows[0].index("time")
+    # two tables, since one would be wider than a terminal
+    for title, columns in (("Comparison", range(cut)), ("Time", [0, *range(cut, len(rows[0]))])):
+        table = Table(title=title, title_justify="left")
+        for number in columns:
+            table.add_column(rows[0][number], justify="right" if number else "left", overflow="fold")
+        for row in rows[1:]:
+            table.add_row(*(row[number] for number in columns))
+        get_console().print(table)
     for name, problem in problems.items():
         get_console().print(f"failed: {name}: {problem}", highlight=False, markup=False)
