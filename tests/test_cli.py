@@ -74,7 +74,11 @@ def test_every_shipped_configuration_trains(config, capsys):
     [log_dir] = Path("runs").glob("*/version_0")
     assert (log_dir / "metrics.csv").is_file()
     assert list((log_dir / "checkpoints").glob("*.ckpt"))
-    assert ("penalty" in out) == ("ExplicitPenalty" in config.read_text())
+    assert ("penalty R" in out) == ("ExplicitPenalty" in config.read_text())
+    with (log_dir / "metrics.csv").open() as file:
+        means = [row.get("dropreg/loss_epoch") or row.get("train_loss_epoch") for row in csv.DictReader(file)]
+    [mean] = filter(None, means)
+    assert f"epoch     1/1   loss {float(mean):8.4g}" in out
     assert all(row in out for row in ("best val_ppl", "wall-clock", "per step", "logs"))
 
 
