@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_dropreg.checks import is_integer
 from lightning_dropreg.models.language_model import LanguageModel, Reduction, check_ranges
-from lightning_dropreg.models.transformer_xl.adaptive_softmax import AdaptiveSoftmax
 from lightning_dropreg.models.transformer_xl.memory import Memory
 from lightning_dropreg.models.transformer_xl.network import TransformerXL
+from lightning_dropreg.nn.adaptive_softmax import AdaptiveSoftmax
 
 __all__ = ["TransformerXLLanguageModel"]
 
