@@ -1,4 +1,4 @@
-"""Layers that drop in other ways than `torch.nn.Dropout`, all of them dropout sites; and what the models are made of."""
+"""Layers that drop in other ways than `torch.nn.Dropout`, all of them dropout sites; and parts of the models."""
 
 from lightning_dropreg.nn.adaptive_softmax import AdaptiveSoftmax
 from lightning_dropreg.nn.embedding_dropout import EmbeddingDropout
