@@ -92,27 +92,45 @@ def all_at_once(problems: Sequence[DropregError], where: str) -> DropregError:
     return kind("\n".join([f"{where} has {len(problems)} problems:", *lines]))
 
 
-def check_masks_of_rows(sites: Sequence[Site], on_rows: Closure) -> None:
-    """Refuse to estimate noise on some rows of the batch where rows share a mask.
+def check_masks_of_rows(sites: Sequence[Site], on_rows: Closure, mask: str) -> None:
+    r"""Refuse to estimate noise on some rows of the batch where rows share a mask.
 
-    The noise of a mean over a fraction ``f`` of the rows is scaled by ``sqrt(f)``: rows have masks of their own.
-    The noise of weights (DropConnect) and of other masks that all rows share does not average out over rows and must
-    not be scaled; one pass cannot do both. (The penalty is a mean over rows for all masks alike.)
+    Let ``B_b`` be the derivative of row b's gradient in the noise ``r`` of a site (variance c), n the number of rows
+    and S a random set of ``m = f n`` of them.
+
+    *Masks of their own.* The noise of the whole batch, ``(1/n) sum_b B_b r_b``, has covariance ``c/n^2 sum_b B_b
+    B_b^T``; that of S has on average ``1/f`` times as much, so ``sqrt(f)`` times the noise of S is exact.
+
+    *One mask for all rows* (DropConnect, position embeddings). The noise of the whole batch is ``B r`` with the mean B
+    of all ``B_b``. On average over S, that of S has the covariance
+
+    .. math:: c B B^T + \frac{1 - f}{m} \frac{c}{n - 1} \sum_b (B_b - B) (B_b - B)^T,
+
+    that is between 1 (rows alike) and about ``1/f`` times (rows unrelated) as much as it should, by a factor that
+    differs from parameter to parameter: no scale mends it. Nor does any other noise ``sum_{b in S} B_b rho_b`` made of
+    some of the rows: in a batch whose rows cancel (``B = 0``) it would have to vanish whatever the rows in S are, since
+    the others can always make up for them, and so would be zero everywhere. And carrying these sites alone on the whole
+    batch costs two passes over it, which bring the noise of all the other sites (and the loss) for nothing.
+
+    (The penalty is a mean over rows for all masks alike.)
 
     Args:
         sites: The sites that the whole batch reaches, named.
         on_rows: Runs forward and loss on fewer rows and returns the loss.
+        mask: ``"as_model"`` or ``"elementwise"``: then rows share what has no rows, such as a weight.
 
     Raises:
-        UnsupportedSiteError: If a mask does not shrink with the rows.
+        UnsupportedSiteError: If the noise at a site does not shrink with the rows.
     """
     fewer = run_pass(on_rows, Off(), need_sites=False).sites
-    shared = [a.name for a, b in zip(sites, fewer, strict=False) if a.mask_shape == b.mask_shape]
+    directions = Directions(0, mask)
+    shared = [a.name for a, b in zip(sites, fewer, strict=False) if directions.shape_of(a) == directions.shape_of(b)]
     if shared:
         raise UnsupportedSiteError(
-            f"All rows of the batch share the mask of {', '.join(shared)} (DropConnect, for example), so the noise on "
-            "some of the rows cannot be scaled to that of all. Use ImplicitNoise(batch_fraction=None); ExplicitPenalty "
-            "may keep its batch_fraction."
+            f"All rows of the batch share the noise of {', '.join(shared)} (DropConnect or a position embedding, for "
+            "example). Such noise is the same draw for every row, and no noise made of some of the rows has its "
+            "covariance; noise on the whole batch costs no more than these sites alone would. Use "
+            "ImplicitNoise(batch_fraction=None); ExplicitPenalty may keep its batch_fraction."
         )
 
 

@@ -87,3 +87,9 @@ def train(callbacks=(), seed=0, make=Classifier, loader=None, model_options=None
     trainer = make_trainer(callbacks, **kwargs)
     trainer.fit(model, loader or make_loader())
     return model
+
+
+def same(a, b):
+    """Losses and gradients of two runs, bit for bit."""
+    assert len(a.gradients) == len(b.gradients) > 0
+    return all(torch.equal(x, y) for x, y in zip(a.gradients + a.losses, b.gradients + b.losses))

@@ -1,7 +1,10 @@
 """The command and the configurations that ship with it."""
 
+import csv
 import json
 import logging
+import math
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +75,11 @@ def test_every_shipped_configuration_trains(config, capsys):
     [log_dir] = Path("runs").glob("*/version_0")
     assert (log_dir / "metrics.csv").is_file()
     assert list((log_dir / "checkpoints").glob("*.ckpt"))
-    assert ("penalty" in out) == ("ExplicitPenalty" in config.read_text())
+    assert ("penalty R" in out) == ("ExplicitPenalty" in config.read_text())
+    with (log_dir / "metrics.csv").open() as file:
+        means = [row.get("dropreg/loss_epoch") or row.get("train_loss_epoch") for row in csv.DictReader(file)]
+    [mean] = filter(None, means)
+    assert f"epoch     1/1   loss {float(mean):8.4g}" in out
     assert all(row in out for row in ("best val_ppl", "wall-clock", "per step", "logs"))
 
 
@@ -289,17 +296,39 @@ def compare(*options, to_every_run=()):
 
 
 def test_compare_makes_tables_and_a_figure(capsys):
-    assert compare("--seeds", "1", "2", "--out=out", "--figure") == 0
+    tested = ["--test_after_fit=true"]
+    assert compare("--seeds", "1", "2", "--out=out", "--figure", to_every_run=tested) == 0
     table = capsys.readouterr().out.rpartition("Comparison")[2]
     assert "ratio" in table
     assert "1.00" in table
     assert "±" in table
     rows = Path("out/table.md").read_text().splitlines()
     assert len(rows) == 4
-    assert len(Path("out/runs.csv").read_text().splitlines()) == 5
+    with Path("out/table.csv").open() as file:
+        reference, none = csv.DictReader(file)
+    with Path("out/runs.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    assert len(runs) == 4
+    best = [
+        [float(run["best"]) for run in runs if run["configuration"] == row["configuration"]]
+        for row in (reference, none)
+    ]
+    sd = math.sqrt((statistics.variance(best[0]) + statistics.variance(best[1])) / 2)
+    expected = (statistics.mean(best[1]) - statistics.mean(best[0])) / sd
+    assert float(none["difference_in_sd"]) == pytest.approx(expected, rel=0.01)
+    assert not reference["difference_in_sd"]
+    assert all(run["epochs"] == "1" and float(run["ms_per_step"]) > 0 for run in runs)  # of the fit, not of the test
+    tests = [float(run["test_ppl"]) for run in runs[1::2]]
+    assert float(none["test_ppl"]) == pytest.approx(statistics.mean(tests))
     assert len(Path("out/history.csv").read_text().splitlines()) == 5
     assert Path("out/curves.png").stat().st_size > 10_000
     assert Path("out/curves.svg").is_file()
+    made_with = json.loads(Path("out/machine.json").read_text())
+    assert "--seeds 1 2 --out=out" in made_with["command"]
+    first, second = made_with["configurations"].values()
+    assert {"cpu", "cores", "torch", "lightning", "parameters"} <= first["machine"].keys()
+    assert first["config"]["model"]["init_args"]["hidden_dim"] == 12
+    assert second["config"]["model"]["init_args"]["drop_prob"] == 0
 
 
 def test_compare_keeps_finished_runs(capsys):

@@ -28,16 +28,20 @@ TINY = {
 OPTIONS = [f"--{group}.{key}={value}" for group, options in TINY.items() for key, value in options.items()]
 
 
+def write_text(folder):
+    Path(folder).mkdir()
+    for split in ("train", "valid", "test"):
+        lines = (" ".join(f"w{(7 * i + j * j) % 25}" for j in range(9)) for i in range(20))
+        Path(f"{folder}/{split}.txt").write_text("\n".join(lines))
+
+
 @pytest.mark.parametrize(
     "config",
     [pytest.param(row, marks=[] if row in QUICK else pytest.mark.slow) for row in ROWS],
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_every_row_trains(config):
-    Path("text").mkdir()
-    for split in ("train", "valid", "test"):
-        lines = (" ".join(f"w{(7 * i + j * j) % 25}" for j in range(9)) for i in range(20))
-        Path(f"text/{split}.txt").write_text("\n".join(lines))
+    write_text("text")
     cli = DropregCLI(["fit", "--config", str(config), *BRIEF, *OPTIONS, "--test_after_fit=false"])
     assert cli.trainer.global_step == 2
     k, source, curvature = _plan(cli.trainer)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lightning_dropreg.data import LanguageModelingData
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.models import LSTMLanguageModel
+from lightning_dropreg.models import LSTMLanguageModel, TransformerLanguageModel, TransformerXLLanguageModel
+from lightning_dropreg.models.perplexity import MeanPerplexity
 
 SIZES = {"vocab_size": 60, "embedding_dim": 6, "hidden_dim": 9}
 
@@ -124,7 +125,14 @@ def test_arguments_out_of_range(wrong):
         LSTMLanguageModel(**{**SIZES, **wrong})
 
 
-def test_a_vocabulary_larger_than_the_model_is_refused():
+@pytest.mark.parametrize("kind", [LSTMLanguageModel, TransformerLanguageModel, TransformerXLLanguageModel])
+def test_a_vocabulary_larger_than_the_model_is_refused(kind):
     data = LanguageModelingData(numbers(400), vocab_size=61)
     with pytest.raises(InvalidArgumentError, match="vocab_size=60"):
-        trainer(fast_dev_run=True).fit(LSTMLanguageModel(**SIZES), datamodule=data)
+        trainer(fast_dev_run=True).fit(kind(vocab_size=60, num_layers=1), datamodule=data)
+
+
+def test_a_model_that_diverged_has_no_perplexity():
+    metric = MeanPerplexity()
+    metric.update(torch.tensor([1.0, math.nan]))
+    assert metric.compute().isnan()

@@ -11,7 +11,7 @@ import lightning_dropreg as dr
 from lightning_dropreg.data import LanguageModelingData
 from lightning_dropreg.functional import find_sites
 from lightning_dropreg.models import LSTMLanguageModel, QRNNLanguageModel
-from lightning_dropreg.passes import run_pass
+from lightning_dropreg.passes import Off, run_pass
 
 ROWS, TIME, WORDS = 2, 5, 7
 SIZES = {"vocab_size": WORDS, "embedding_dim": 3, "hidden_dim": 4}
@@ -104,6 +104,32 @@ def test_loss_and_gradient_are_those_of_plain_loops(name):
     parameters = list(model.parameters())
     assert len(parameters) == 2 + len(model.layers) * (4 if name == "lstm" else 2)
     torch.testing.assert_close(gradients(loss, parameters), gradients(expected, parameters))
+
+
+def test_the_qrnn_with_an_adaptive_softmax_is_that_with_all_log_probabilities():
+    """Loss, exact penalty and their gradients, from the same parameters: log-probabilities are logits too."""
+    torch.set_default_dtype(torch.float64)
+    model = QRNNLanguageModel(**QRNN, init_range=0.8, cutoffs=[3, 5])
+    for parameter in (model.decoder.bias, model.decoder.cluster_weight, model.decoder.cluster_bias):
+        torch.nn.init.normal_(parameter)
+    assert model.decoder.weight is model.embedding.weight
+    text = torch.randint(WORDS, (ROWS, TIME + 1))
+    text, target = text[:, :-1], text[:, 1:]
+    sums = model(text)[0].exp().sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+
+    def full():
+        return torch.nn.functional.cross_entropy(model(text)[0].flatten(0, 1), target.flatten())
+
+    def adaptive():
+        model._train_state = None
+        return model.training_step((text, target), 0)
+
+    parameters = list(model.parameters())
+    for scalar in (lambda c: run_pass(c, Off()).loss, lambda c: dr.functional.explicit_penalty(c, estimator="exact")):
+        ours, theirs = scalar(adaptive), scalar(full)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(gradients(ours, parameters), gradients(theirs, parameters))
 
 
 def test_the_sites_are_the_papers():

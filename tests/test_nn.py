@@ -235,7 +235,6 @@ def test_the_penalty_of_some_rows_is_unbiased():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_there_is_no_warning_and_the_masks_reach_the_kernel():
     names = ["weight_hh_l0", "weight_hh_l1"]
     plain = nn.LSTM(4, 6, num_layers=2, batch_first=True).cuda()

@@ -170,7 +170,7 @@ def after_one_batch(callbacks, drop_prob=0.2):
     model = make(drop_prob=drop_prob)
     trainer = make_trainer(callbacks, limit_train_batches=1, precision="64-true")
     trainer.fit(model, windows([batch(rows=4, length=6)]))
-    return model._train_memory
+    return model._train_state
 
 
 def test_the_memory_is_that_of_the_pass_without_dropout_to_second_order():
@@ -207,7 +207,7 @@ def test_trains_under_the_callbacks(callbacks):
     metrics = trainer.callback_metrics
     assert all(not p.equal(q) for p, q in zip(model.parameters(), before, strict=True))
     assert metrics["val_ppl"].log().item() == pytest.approx(metrics["val_loss"].item(), rel=1e-5)
-    assert [layer.shape for layer in model._train_memory] == [(4, 4, 4)] * 2
+    assert [layer.shape for layer in model._train_state] == [(4, 4, 4)] * 2
 
 
 def test_evaluation_has_a_memory_of_its_own_and_predicts_what_it_measures():
@@ -217,7 +217,7 @@ def test_evaluation_has_a_memory_of_its_own_and_predicts_what_it_measures():
     scores = torch.cat(trainer.predict(model, datamodule=data), 1)
     [metrics] = trainer.test(model, datamodule=data, verbose=False)
     assert metrics["test_ppl"] == pytest.approx(math.exp(-scores.mean().item()), rel=1e-5)
-    assert model._train_memory is None
+    assert model._train_state is None
 
 
 def test_a_checkpoint_keeps_the_memory_within_an_epoch_and_an_epoch_starts_without(tmp_path):
@@ -227,7 +227,7 @@ def test_a_checkpoint_keeps_the_memory_within_an_epoch_and_an_epoch_starts_witho
         trainer = make_trainer(max_epochs=-1, max_steps=steps)
         trainer.fit(model, batches, ckpt_path=checkpoint)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
-        return model._train_memory
+        return model._train_state
 
     torch.manual_seed(0)
     first = TransformerXLLanguageModel(**SIZES, drop_prob=0.0)
@@ -237,13 +237,15 @@ def test_a_checkpoint_keeps_the_memory_within_an_epoch_and_an_epoch_starts_witho
     step = second.training_step
 
     def watched(window, batch_idx):
-        seen.append(second._train_memory)
+        seen.append(second._train_state)
         return step(window, batch_idx)
 
     second.training_step = watched
     run_to(5, second, tmp_path / "last.ckpt")
     assert all(a.equal(b) for a, b in zip(seen[0], left, strict=True))
     assert [memory is None for memory in seen] == [False, False, True]
+    second.on_load_checkpoint({"memory": left})  # as earlier checkpoints call it
+    assert all(a.equal(b) for a, b in zip(second._train_state, left, strict=True))
 
 
 def test_the_learning_rate_follows_its_schedule_at_every_step():

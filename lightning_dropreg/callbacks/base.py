@@ -67,6 +67,18 @@ class RegularizerCallback(Callback):
         if self._session is not None:
             self._session.log_gradient_norm(optimizer)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the means of an epoch with its last batch, before anybody asks for them at its end."""
+        if self._session is not None and trainer.is_last_batch:
+            self._session.log_epoch_means()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the means of an epoch that ended before its last batch."""
+        if self._session is not None:
+            self._session.log_epoch_means()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unwrap the training step."""
         self._end()

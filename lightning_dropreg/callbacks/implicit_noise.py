@@ -30,7 +30,8 @@ class ImplicitNoise(RegularizerCallback):
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; for ``source="taylor"``.
         step_size: Step of the antithetic pair, in ``(0, 1]``.
         batch_fraction: Fraction of the rows on which the noise is drawn, see `ExplicitPenalty`; it is scaled so that
-            its covariance stays that of the whole batch.
+            its covariance stays that of the whole batch. Refused where all rows share a mask (DropConnect, position
+            embeddings): no noise made of some of the rows has the covariance of that of all.
         batch_dim: Dimension of the rows in the tensors of a batch.
         mask: ``"as_model"`` or ``"elementwise"``.
         low_memory: With ``estimator="antithetic"``: keep one autograd graph at a time instead of two, for one more

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lightning_dropreg.callbacks.batch import Batch, SkippedError, with_loss
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
+from lightning_dropreg.callbacks.epoch_means import EpochMeans
 from lightning_dropreg.callbacks.manual import ManualStep, joined
 from lightning_dropreg.callbacks.problems import (
     changed_parameters,
@@ -87,6 +88,7 @@ class Session:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
         self._gradient_norm: Tensor | None = None
+        self._means = EpochMeans(["loss"] if plan.penalty is None else ["loss", "explicit_penalty"])
         # what FSDP2 shards has gradients only in the one backward of the whole
         self._whole_parameters = has_whole_parameters(trainer.strategy)
 
@@ -175,7 +177,7 @@ class Session:
             batch.logs.replay()
             return None
         batch.logs.replay(batch.corrected)
-        self._log(result)
+        self._log(self._values(result))
         self._show(result)
         if result.later is not None:
             self._later = self._gradients(result.later, retain_graph=True)
@@ -207,7 +209,7 @@ class Session:
         with batch.isolation:
             output = ManualStep(batch, self.trainer).run(self.plan, number, watch, self._is_logging_step())
         batch.logs.replay()
-        self._log_values(joined(values))
+        self._log(joined(values))
         return output
 
     def after_backward(self) -> None:
@@ -355,7 +357,7 @@ class Session:
         if chosen is not None and chosen.batch_fraction is not None:
             on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
             if fraction < 1:
-                check_masks_of_rows(sites, on_rows)
+                check_masks_of_rows(sites, on_rows, chosen.mask)
 
     def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -363,8 +365,18 @@ class Session:
         where = f"optimizer step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
         check_finite({"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.aside, where)
 
-    def _log(self, result: StepResult) -> None:
-        self._log_values(self._values(result))
+    def log_epoch_means(self) -> None:
+        """Log the means of loss and penalty since the last call, whatever ``log_every_n_steps`` is."""
+        for name, mean in self._means.take().items():
+            value = mean.to(self.module.device)
+            together = self.trainer.world_size > 1
+            self.module.log(
+                f"dropreg/{name}_epoch", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=together
+            )
+
+    def _log(self, values: Mapping[str, Tensor]) -> None:
+        self._log_values(values)
+        self._means.add(values)
 
     def _values(self, result: StepResult) -> dict[str, Tensor]:
         values = {"loss": result.loss.detach()}

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich import get_console
+from yaml import safe_load  # type: ignore[import-untyped]
 
 from lightning_dropreg.cli.config import ConfigParser, LayeredConfigFile
 from lightning_dropreg.cli.progress import FitProgress
@@ -122,6 +123,13 @@ class DropregCLI(LightningCLI):
             callbacks.append(FitProgress())
         return super().instantiate_trainer(**{**kwargs, "callbacks": [*callbacks, self.fit_summary]})
 
+    def resolved_config(self) -> dict[str, Any]:
+        """Return the configuration with all defaults, as plain values."""
+        command = getattr(self, "subcommand", None)
+        config = self.config if command is None else self.config[command]
+        resolved: dict[str, Any] = safe_load(self._parser(command).dump(config))
+        return resolved
+
     def after_fit(self) -> None:
         """Test if asked to, and print how the fit went."""
         result = self.fit_summary.result
@@ -130,6 +138,7 @@ class DropregCLI(LightningCLI):
                 self.model, datamodule=self.datamodule, ckpt_path=result.checkpoint or None, verbose=False
             )
             result.test = dict(metrics)
+            self.fit_summary.result = result  # the test gave it back the state that it had in the best checkpoint
         if self.trainer.is_global_zero:
             print_result(result, get_console())
 

@@ -3,9 +3,11 @@
 import argparse
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich import get_console
 from rich.table import Table
@@ -14,6 +16,7 @@ from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.comparison import Comparison, Run
 from lightning_dropreg.cli.config import layers
 from lightning_dropreg.cli.curves import draw_curves
+from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.summary import FitResult
 from lightning_dropreg.errors import InvalidArgumentError
 
@@ -34,12 +37,15 @@ def main(args: Sequence[str]) -> None:
     names = _names(options.configs)
     problems: dict[str, str] = {}
     runs: list[Run] = []
+    made_with: dict[str, Any] = {"command": shlex.join(["dropreg", "compare", *args]), "configurations": {}}
     for seed in options.seeds:  # seed by seed, so that what there is can be compared at any time
         for config, name in names.items():
             get_console().rule(f"{name}, seed {seed}", style="dim")
             folder = options.out / name / f"seed-{seed}"
             try:
-                runs.append(Run(name, seed, _finished(folder, config, seed, args[cut + 1 :])))
+                record = _finished(folder, config, seed, args[cut + 1 :])
+                runs.append(Run(name, seed, FitResult(**record["result"])))
+                made_with["configurations"].setdefault(name, {k: record.get(k) for k in ("machine", "config")})
             except Exception as error:  # the other runs may take or have taken hours
                 problems[f"{name}, seed {seed}"] = f"{type(error).__name__}: {error}"
                 get_console().print(f"failed: {error}", highlight=False, markup=False)
@@ -48,6 +54,7 @@ def main(args: Sequence[str]) -> None:
     comparison = Comparison(runs, list(names.values()))
     options.out.mkdir(parents=True, exist_ok=True)
     comparison.write(options.out)
+    (options.out / "machine.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
     figures = draw_curves(comparison, options.out) if options.figure else []
     if options.json:
         print(json.dumps({"runs": [asdict(run) for run in runs], "problems": problems}, indent=2))
@@ -64,9 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dropreg compare",
         usage="dropreg compare FILE FILE ... [--seeds N N ...] [--out DIR] [--figure] [--json] [-- OPTIONS]",
-        description="Run fit with each configuration file and seed in turn and compare the results. Finished runs are "
-        "kept in DIR and not repeated; a killed one goes on after its last whole epoch.",
-        epilog="Options after -- go to every run:  dropreg compare a.yaml b.yaml -- --trainer.max_epochs 3",
+        description="Run fit with each configuration file and seed in turn and compare the results. Finished runs\n"
+        "are kept in DIR and not repeated; a killed one goes on after its last whole epoch.",
+        epilog="Example, from a clone of the repository; options after -- go to every run:\n\n"
+        "  dropreg compare configs/quickstart_dropout.yaml configs/quickstart.yaml \\\n"
+        "    --seeds 1 2 3 --figure -- --trainer.max_epochs 3\n\n"
+        "DIR gets table.md, table.csv, runs.csv and history.csv, and machine.json: command, machine, versions\n"
+        "and resolved configurations. 'difference / sd': of the means to the first, in pooled standard deviations\n"
+        "over seeds.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("configs", nargs="+", metavar="FILE", help="Configuration file; the first is the reference.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N", help="Seeds; 1 by default.")
@@ -85,16 +98,16 @@ def _names(configs: Sequence[str]) -> dict[str, str]:
     return {config: name.replace("/", "_") for config, name in names.items()}
 
 
-def _finished(folder: Path, config: str, seed: int, options: Sequence[str]) -> FitResult:
-    """Return the result of a run: the kept one if it is of the same configuration, else that of a new fit."""
+def _finished(folder: Path, config: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
+    """Return the record of a run: the kept one if it is of the same configuration, else that of a new fit."""
     fingerprint = _fingerprint(config, seed, options)
     record, resume = folder / "result.json", folder / "resume.ckpt"
     started = folder / "fingerprint.txt"
     if record.is_file():
-        kept = json.loads(record.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         if kept["fingerprint"] == fingerprint:
             get_console().print("finished before", style="dim")
-            return FitResult(**kept["result"])
+            return kept
     folder.mkdir(parents=True, exist_ok=True)
     goes_on = resume.is_file() and started.is_file() and started.read_text(encoding="utf-8") == fingerprint
     if not goes_on:
@@ -104,12 +117,18 @@ def _finished(folder: Path, config: str, seed: int, options: Sequence[str]) -> F
     if goes_on:
         get_console().print("going on after the last whole epoch", style="dim")
         arguments += ["--ckpt_path", str(resume)]
-    result = DropregCLI(arguments, resume_file=resume).fit_summary.result
+    cli = DropregCLI(arguments, resume_file=resume)
+    made = {
+        "fingerprint": fingerprint,
+        "result": asdict(cli.fit_summary.result),
+        "machine": describe_machine(cli.model),
+        "config": cli.resolved_config(),
+    }
     part = record.with_suffix(".part")
-    part.write_text(json.dumps({"fingerprint": fingerprint, "result": asdict(result)}, indent=2), encoding="utf-8")
+    part.write_text(json.dumps(made, indent=2), encoding="utf-8")
     part.replace(record)  # whole or not at all
     resume.unlink(missing_ok=True)
-    return result
+    return made
 
 
 def _fingerprint(config: str, seed: int, options: Sequence[str]) -> str:
@@ -118,13 +137,15 @@ def _fingerprint(config: str, seed: int, options: Sequence[str]) -> str:
 
 
 def _print(comparison: Comparison, problems: dict[str, str]) -> None:
-    head, *rows = comparison.rows()
-    table = Table(title="Comparison", title_justify="left")
-    table.add_column(head[0], overflow="fold")
-    for heading in head[1:]:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    get_console().print(table)
+    rows = comparison.rows()
+    cut = rows[0].index("time")
+    # two tables, since one would be wider than a terminal
+    for title, columns in (("Comparison", range(cut)), ("Time", [0, *range(cut, len(rows[0]))])):
+        table = Table(title=title, title_justify="left")
+        for number in columns:
+            table.add_column(rows[0][number], justify="right" if number else "left", overflow="fold")
+        for row in rows[1:]:
+            table.add_row(*(row[number] for number in columns))
+        get_console().print(table)
     for name, problem in problems.items():
         get_console().print(f"failed: {name}: {problem}", highlight=False, markup=False)

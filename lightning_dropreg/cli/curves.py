@@ -1,23 +1,23 @@
-"""The figure of a comparison: validation metric against epoch and against time."""
+"""Figures of a comparison: the validation metric against epoch and against time."""
 
-from math import isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from lightning_dropreg.cli.comparison import Comparison
+from lightning_dropreg.cli.spread import Spread
 from lightning_dropreg.errors import MissingDependencyError
 
-__all__ = ["draw_curves"]
+__all__ = ["draw_bands", "draw_curves"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-LONG = 8
-"""Runs of so many epochs are drawn without their beginning."""
 
 
 def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
-    """Draw the mean over seeds, each seed as a thin line behind it.
+    """Draw the mean over seeds against epoch and time, each seed as a thin line behind it.
+
+    What is more than half above all the best values, as the first epochs are, is cut off: the ends are close.
 
     Args:
         comparison: The runs.
@@ -29,55 +29,102 @@ def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
     Raises:
         MissingDependencyError: If matplotlib is not installed.
     """
+    figure = _new_figure(10, 4.2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, config in enumerate(comparison.configs):
+        style, histories = _style(number), _histories(comparison, config)
+        for history in histories:
+            left.plot([e for e, _, _ in history], [v for _, v, _ in history], lw=0.6, alpha=0.5, **style)
+            right.plot([s for _, _, s in history], [v for _, v, _ in history], lw=0.6, alpha=0.5, **style)
+        if histories:
+            shared = list(zip(*histories, strict=False))  # as long as the shortest
+            values = [mean(value for _, value, _ in point) for point in shared]
+            left.plot([point[0][0] for point in shared], values, lw=2, label=config, **style)
+            right.plot([mean(seconds for _, _, seconds in point) for point in shared], values, lw=2, **style)
+    _cut_off_the_beginning(left, comparison)
+    right.set(xlabel="seconds")
+    _finish(left, comparison.metric)
+    _finish(right, None)
+    return _save(figure, folder / "curves")
+
+
+def draw_bands(comparison: Comparison, title: str, path: Path) -> list[Path]:
+    """Draw the mean over seeds against the epoch, one standard deviation around it as a band.
+
+    The beginning is cut off as in `draw_curves`.
+
+    Args:
+        comparison: The runs.
+        title: Above the figure.
+        path: Where it goes, without ending.
+
+    Returns:
+        The files, PNG and SVG.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+    """
+    figure = _new_figure(6, 4.2)
+    axes = figure.subplots()
+    for number, config in enumerate(comparison.configs):
+        shared = list(zip(*_histories(comparison, config), strict=False))
+        spreads = [(point[0][0], Spread.of([value for _, value, _ in point])) for point in shared]
+        points = [(epoch, spread.mean, spread.deviation or 0.0) for epoch, spread in spreads if spread]
+        if points:
+            epochs, means, deviations = zip(*points, strict=True)
+            low = [m - d for m, d in zip(means, deviations, strict=True)]
+            high = [m + d for m, d in zip(means, deviations, strict=True)]
+            style, best = _style(number), comparison.best(config)
+            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.plot(epochs, means, lw=1.8, label=f"{config} ({best})", **style)
+    _cut_off_the_beginning(axes, comparison)
+    axes.set_title(title, fontsize=10)
+    _finish(axes, comparison.metric)
+    return _save(figure, path)
+
+
+def _cut_off_the_beginning(axes: Any, comparison: Comparison) -> None:
+    bests = [best.mean for config in comparison.configs if (best := comparison.best(config))]
+    if bests and axes.get_ylim()[1] > 1.5 * max(bests):
+        axes.set_ylim(0.95 * min(bests), 1.5 * max(bests))
+
+
+def _new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
             "Figures need matplotlib: pip install 'lightning-dropreg[plot]', or leave out --figure."
         ) from error
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for number, config in enumerate(comparison.configs):
-        style = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": "-" if number < len(_COLOURS) else "--"}
-        histories = [run.result.history for run in comparison.of(config) if run.result.history]
-        for history in histories:
-            left.plot([e for e, _, _ in history], [v for _, v, _ in history], lw=0.6, alpha=0.5, **style)
-            right.plot([s for _, _, s in history], [v for _, v, _ in history], lw=0.6, alpha=0.5, **style)
-        if histories:
-            _plot_mean(left, right, histories, config, style)
-    _leave_out_the_beginning(left, comparison)
-    left.set(xlabel="epoch", ylabel=f"validation {comparison.metric.removeprefix('val_')}")
-    right.set(xlabel="seconds")
-    if comparison.metric == "val_ppl":
-        left.set_yscale("log")
-        left.yaxis.set_major_formatter("{x:.0f}")
-        left.yaxis.set_minor_formatter("{x:.0f}")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    paths = [folder / "curves.png", folder / "curves.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    return paths
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def _leave_out_the_beginning(axes: Any, comparison: Comparison) -> None:
-    """Fit the axis to what comes after the first quarter: the fall of the first epochs would hide all differences."""
-    histories = [history for run in comparison.runs if (history := run.result.history)]
-    longest = max(map(len, histories), default=0)
-    values = [v for history in histories for _, v, _ in history[longest // 4 :] if isfinite(v)]
-    if longest < LONG or not values:
+def _style(number: int) -> dict[str, str]:
+    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": "-" if number < len(_COLOURS) else "--"}
+
+
+def _histories(comparison: Comparison, config: str) -> list[list[tuple[int, float, float]]]:
+    return [run.result.history for run in comparison.of(config) if run.result.history]
+
+
+def _finish(axes: Any, metric: str | None) -> None:
+    """Frame and grid; the axes of `metric` get its label, a scale and a legend."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if metric is None:
         return
-    margin = 0.05 * (max(values) - min(values)) or 0.05 * abs(max(values))
-    axes.set_ylim(min(values) - margin, max(values) + margin)
-    axes.set_title(f"the first {longest // 4} epochs may lie outside", fontsize=8, loc="left")
+    axes.set(xlabel="epoch", ylabel=f"validation {metric.removeprefix('val_')}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if metric == "val_ppl":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_minor_formatter("{x:.0f}")
+    if axes.has_data():
+        axes.legend(frameon=False, fontsize=8)
 
 
-def _plot_mean(left: Any, right: Any, histories: list[Any], config: str, style: dict[str, str]) -> None:
-    shortest = min(len(history) for history in histories)
-    epochs = [histories[0][i][0] for i in range(shortest)]
-    values = [mean(history[i][1] for history in histories) for i in range(shortest)]
-    seconds = [mean(history[i][2] for history in histories) for i in range(shortest)]
-    left.plot(epochs, values, lw=2, label=config, **style)
-    right.plot(seconds, values, lw=2, **style)
+def _save(figure: Any, path: Path) -> list[Path]:
+    paths = [path.with_name(f"{path.name}{ending}") for ending in (".png", ".svg")]
+    for file in paths:
+        figure.savefig(file, dpi=150)
+    return paths

@@ -1,6 +1,7 @@
 """The progress bar: loss, penalty and validation perplexity while training, one line per finished epoch."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,12 +16,18 @@ from rich.progress import BarColumn, TimeRemainingColumn
 
 __all__ = ["FitProgress"]
 
-# Short name, and the logged names it stands for, the first that exists winning.
+# Short name, and the logged names it stands for, the first that exists winning: of the last step, and of an epoch.
+# R is the penalty before its strength.
 SHOWN = {
-    "loss": ("train_loss", "dropreg/loss", "loss"),
-    "penalty": ("dropreg/explicit_penalty",),
+    "loss": ("train_loss_step", "train_loss", "dropreg/loss", "loss"),
+    "penalty R": ("dropreg/explicit_penalty",),
     "val ppl": ("val_ppl",),
     "val loss": ("val_loss",),
+}
+SHOWN_OF_EPOCH = {
+    **SHOWN,
+    "loss": ("dropreg/loss_epoch", "train_loss_epoch", "train_loss", "loss"),
+    "penalty R": ("dropreg/explicit_penalty_epoch",),
 }
 _REFRESH_PER_SECOND = 5
 _BAR_WIDTH = 8
@@ -101,7 +108,7 @@ class FitProgress(RichProgressBar):
         super().on_train_epoch_end(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        metrics = "".join(f"   {name} {value:8.4g}" for name, value in shown_metrics(trainer).items())
+        metrics = "".join(f"   {name} {value:8.4g}" for name, value in shown_metrics(trainer, SHOWN_OF_EPOCH).items())
         seconds = time.monotonic() - self._epoch_start
         get_console().print(
             f"epoch {_of(trainer.current_epoch + 1, trainer):>7}{metrics}   {seconds:6.1f} s",
@@ -114,17 +121,18 @@ def _of(epoch: int, trainer: Trainer) -> str:
     return f"{epoch}/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else str(epoch)
 
 
-def shown_metrics(trainer: Trainer) -> dict[str, float]:
-    """Read the metrics of `SHOWN` that have been logged.
+def shown_metrics(trainer: Trainer, shown: Mapping[str, Sequence[str]] = SHOWN) -> dict[str, float]:
+    """Read the metrics of `shown` that have been logged.
 
     Args:
         trainer: The trainer.
+        shown: Names to look for, by short name.
 
     Returns:
         Values by short name.
     """
     logged = trainer.callback_metrics
-    found = {short: next((n for n in names if n in logged), None) for short, names in SHOWN.items()}
+    found = {short: next((n for n in names if n in logged), None) for short, names in shown.items()}
     if found["val ppl"]:
         found.pop("val loss")
     return {short: float(logged[name]) for short, name in found.items() if name}

@@ -36,7 +36,7 @@ class FitResult:
     ms_per_step: float = math.nan
     """Median milliseconds from the start to the end of a training batch."""
     penalty: float | None = None
-    """Explicit penalty at the last step."""
+    """Mean over the last epoch of the explicit penalty, before its strength."""
     checkpoint: str = ""
     log_dir: str = ""
     test: dict[str, float] = field(default_factory=dict)
@@ -163,8 +163,8 @@ class FitSummary(Callback):
         result.epochs = trainer.current_epoch
         result.steps = len(self._step_seconds)
         result.ms_per_step = 1000 * median(self._step_seconds) if result.steps else math.nan
-        if "dropreg/explicit_penalty" in trainer.callback_metrics:
-            result.penalty = float(trainer.callback_metrics["dropreg/explicit_penalty"])
+        if "dropreg/explicit_penalty_epoch" in trainer.callback_metrics:
+            result.penalty = float(trainer.callback_metrics["dropreg/explicit_penalty_epoch"])
         if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
             result.checkpoint = trainer.checkpoint_callback.best_model_path
 
@@ -205,7 +205,7 @@ def print_result(result: FitResult, console: Console) -> None:
     table.add_row("wall-clock", f"{result.seconds:.1f} s")
     table.add_row("per step", f"{result.ms_per_step:.1f} ms  (median of {result.steps})")
     if result.penalty is not None:
-        table.add_row("penalty, last step", f"{result.penalty:.4f}")
+        table.add_row("penalty R", f"{result.penalty:.4f}  (mean of the last epoch, before its strength)")
     console.print(table)
     for name, path in (("checkpoint", result.checkpoint), ("logs", result.log_dir)):
         if path:

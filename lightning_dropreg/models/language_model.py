@@ -1,8 +1,8 @@
-"""What all recurrent language models share: the carried state, the steps, perplexity and the optimizer."""
+"""What all language models share: carried state, steps, perplexity, optimizer; and what the recurrent ones add."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
-from torchmetrics.text import Perplexity
 
 from lightning_dropreg.checks import below_floor, is_integer, is_number, is_probability
 from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.models.perplexity import MeanPerplexity
 
-__all__ = ["Batch", "RecurrentLanguageModel", "adam", "check_ranges"]
+__all__ = ["Batch", "LanguageModel", "RecurrentLanguageModel", "Reduction", "adam", "check_ranges", "cross_entropy"]
 
 Batch = tuple[Tensor, Tensor]
+Reduction = Literal["mean", "none"]
 
 
 def adam(params: Iterable[nn.Parameter]) -> Optimizer:
@@ -33,57 +34,48 @@ def adam(params: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.Adam(params, lr=2e-3)
 
 
-class RecurrentLanguageModel(LightningModule):
-    """Base of word-level language models trained by truncated back-propagation through time.
+class LanguageModel(LightningModule):
+    """Base of word-level language models; a model says what its cross entropy is, and what state it carries.
 
-    The state is carried, detached, from one training batch to the next and starts at zero in every epoch (a run of one
+    The state is carried, detached, from one training batch to the next and starts as None in every epoch (a run of one
     process that is resumed within an epoch takes it from the checkpoint); evaluation carries one of its own.
-    Logs ``train_loss``, ``val_loss``, ``val_ppl`` and ``test_ppl``.
+    Logs ``train_loss``, ``val_loss``, ``val_ppl``, ``test_loss`` and ``test_ppl``.
 
     Args:
         vocab_size: Number of words.
-        window: Length of the batches that take a full step: others take one with the learning rate times
-            length / `window`, which makes up for jittered lengths. None takes the same step whatever the length.
         optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes a schedule, stepped every epoch, from the optimizer; none by default.
-
-    Raises:
-        InvalidArgumentError: If `window` is less than 1.
+        lr_scheduler: Makes a schedule, stepped every `schedule_interval`, from the optimizer; none by default.
     """
 
     rows_of_state: ClassVar[int] = 0
     """The dimension of the state's tensors along which the rows of the batch lie."""
+    schedule_interval: ClassVar[str] = "epoch"
+    """When the schedule of the learning rate advances: ``"epoch"`` or ``"step"``."""
 
     def __init__(
-        self,
-        vocab_size: int,
-        window: int | None,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
+        self, vocab_size: int, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None
     ) -> None:
         super().__init__()
-        if window is not None and not is_integer(window, 1):
-            raise InvalidArgumentError(f"{type(self).__name__}: window={window} must be None or at least 1.")
         self.vocab_size = vocab_size
-        self.window = window
-        self.val_ppl = Perplexity()
-        self.test_ppl = Perplexity()
+        self.val_ppl = MeanPerplexity()
+        self.test_ppl = MeanPerplexity()
         self._make_optimizer = optimizer
         self._make_scheduler = lr_scheduler
         self._train_state: Any = None
         self._eval_state: Any = None
-        self._length = 0
 
     @abstractmethod
-    def forward(self, text: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Predict the word after each word.
+    def cross_entropy(self, text: Tensor, target: Tensor, state: Any, reduction: Reduction) -> tuple[Tensor, Any]:
+        """Compute what the model is trained on.
 
         Args:
-            text: Word numbers, of shape ``(batch, time)``.
-            state: What a call for the words before returned; the start of a text by default.
+            text: Word numbers, ``(batch, time)``.
+            target: The words after them, ``(batch, time)``.
+            state: What a call for the words before returned; None at the start of a text.
+            reduction: ``"mean"`` over all words, or ``"none"``.
 
         Returns:
-            Logits, of shape ``(batch, time, vocab_size)``, and the state after the last word.
+            The cross entropy, a scalar or of shape ``(batch, time)``, and the state after the last word.
         """
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -97,9 +89,8 @@ class RecurrentLanguageModel(LightningModule):
             Mean cross entropy per word, a scalar.
         """
         text, target = batch
-        logits, state = self(text, self._train_state)
+        loss, state = self.cross_entropy(text, target, self._train_state, "mean")
         self._train_state = tree_map(_detached, state)
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
         self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=target.numel())
         return loss
 
@@ -131,41 +122,16 @@ class RecurrentLanguageModel(LightningModule):
         Returns:
             Log-probability of each following word, of shape ``(batch, time)``.
         """
-        text, target = batch
-        logits, self._eval_state = self(text, self._eval_state)
-        return -F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        losses, self._eval_state = self.cross_entropy(*batch, self._eval_state, "none")
+        return -losses
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer that ``optimizer`` makes, with the schedule that ``lr_scheduler`` makes."""
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer)}
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Step, further the longer the window is.
-
-        Args:
-            epoch: Unused.
-            batch_idx: Unused.
-            optimizer: The optimizer.
-            optimizer_closure: Computes the gradients.
-        """
-        rates = [group["lr"] for group in optimizer.param_groups]
-        if self.window is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self._length / self.window
-        try:
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        finally:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        schedule = {"scheduler": self._make_scheduler(optimizer), "interval": self.schedule_interval}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def setup(self, stage: str) -> None:
         """Check that the data's vocabulary fits the model.
@@ -195,15 +161,14 @@ class RecurrentLanguageModel(LightningModule):
             self._train_state = tree_map(lambda leaf: _select(leaf, self.rows_of_state, rows), self._train_state)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Start an epoch without a past, and remember the length of the window.
+        """Start an epoch without a past.
 
         Args:
-            batch: Words and the words after them, each of shape ``(batch, time)``.
+            batch: Unused.
             batch_idx: Number of the batch in the epoch.
         """
         if batch_idx == 0:  # not on_train_epoch_start, which a run resumed between two epochs does not call
             self._train_state = None
-        self._length = batch[0].shape[1]
 
     def on_validation_epoch_start(self) -> None:
         """Start the epoch without a past."""
@@ -232,34 +197,145 @@ class RecurrentLanguageModel(LightningModule):
         Args:
             checkpoint: What was saved.
         """
-        state = checkpoint.get("carried_state")
+        state = checkpoint.get("carried_state", checkpoint.get("memory"))  # Transformer-XL once called it memory
         self._train_state = tree_map(lambda leaf: _on(leaf, self.device), state)
 
-    def _evaluate(self, stage: str, metric: Perplexity, batch: Batch) -> None:
-        text, target = batch
-        logits, self._eval_state = self(text, self._eval_state)
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-        metric.update(logits, target)
-        self.log(f"{stage}_loss", loss, batch_size=target.numel(), sync_dist=True)
+    def _evaluate(self, stage: str, metric: MeanPerplexity, batch: Batch) -> None:
+        losses, self._eval_state = self.cross_entropy(*batch, self._eval_state, "none")
+        metric.update(losses)
+        self.log(f"{stage}_loss", losses.mean(), batch_size=losses.numel(), sync_dist=True)
         self.log(f"{stage}_ppl", metric, prog_bar=True)
 
 
-def check_ranges(model: str, given: Mapping[str, Any], floors: Mapping[str, int], probabilities: Iterable[str]) -> None:
+class RecurrentLanguageModel(LanguageModel):
+    """Base of recurrent language models, trained by truncated back-propagation through time.
+
+    Args:
+        vocab_size: Number of words.
+        window: Length of the batches that take a full step: others take one with the learning rate times
+            length / `window`, which makes up for jittered lengths. None takes the same step whatever the length.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes a schedule, stepped every epoch, from the optimizer; none by default.
+
+    Raises:
+        InvalidArgumentError: If `window` is less than 1.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        window: int | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+    ) -> None:
+        super().__init__(vocab_size, optimizer, lr_scheduler)
+        if window is not None and not is_integer(window, 1):
+            raise InvalidArgumentError(f"{type(self).__name__}: window={window} must be None or at least 1.")
+        self.window = window
+        self._length = 0
+
+    @abstractmethod
+    def forward(self, text: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Predict the word after each word.
+
+        Args:
+            text: Word numbers, of shape ``(batch, time)``.
+            state: What a call for the words before returned; the start of a text by default.
+
+        Returns:
+            Logits, of shape ``(batch, time, vocab_size)``, and the state after the last word.
+        """
+
+    def cross_entropy(self, text: Tensor, target: Tensor, state: Any, reduction: Reduction) -> tuple[Tensor, Any]:
+        """Compute the cross entropy of the logits.
+
+        Args:
+            text: Word numbers, ``(batch, time)``.
+            target: The words after them, ``(batch, time)``.
+            state: What a call for the words before returned; None at the start of a text.
+            reduction: ``"mean"`` over all words, or ``"none"``.
+
+        Returns:
+            The cross entropy, a scalar or of shape ``(batch, time)``, and the state after the last word.
+        """
+        logits, state = self(text, state)
+        return cross_entropy(logits, target, reduction), state
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, further the longer the window is.
+
+        Args:
+            epoch: Unused.
+            batch_idx: Unused.
+            optimizer: The optimizer.
+            optimizer_closure: Computes the gradients.
+        """
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if self.window is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * self._length / self.window
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        finally:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start an epoch without a past, and remember the length of the window.
+
+        Args:
+            batch: Words and the words after them, each of shape ``(batch, time)``.
+            batch_idx: Number of the batch in the epoch.
+        """
+        super().on_train_batch_start(batch, batch_idx)
+        self._length = batch[0].shape[1]
+
+
+def cross_entropy(logits: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
+    """Compute the cross entropy of words.
+
+    Args:
+        logits: ``(batch, time, vocab_size)``.
+        target: ``(batch, time)``.
+        reduction: ``"mean"`` over all words, or ``"none"``.
+
+    Returns:
+        A scalar, or a tensor of the shape of `target`.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction=reduction)
+    return losses if reduction == "mean" else losses.view_as(target)
+
+
+def check_ranges(
+    model: str,
+    given: Mapping[str, Any],
+    floors: Mapping[str, int],
+    probabilities: Iterable[str],
+    others: Sequence[str] = (),
+) -> None:
     """Refuse arguments outside their range, all in one message.
 
     Args:
         model: Name of the model.
-        given: The arguments.
+        given: The arguments; ``init_range``, if it is among them, must be above 0.
         floors: The least value of some.
         probabilities: Names of those that must be in ``[0, 1)``.
+        others: What else is wrong.
 
     Raises:
         InvalidArgumentError: If one is outside its range.
     """
     wrong = below_floor(given, floors)
     wrong += [f"{name}={given[name]} (in [0, 1))" for name in probabilities if not is_probability(given[name])]
-    if not is_number(given["init_range"]) or given["init_range"] <= 0:
+    if "init_range" in given and (not is_number(given["init_range"]) or given["init_range"] <= 0):
         wrong.append(f"init_range={given['init_range']} (above 0)")
+    wrong += others
     if wrong:
         raise InvalidArgumentError(f"{model}: out of range: {', '.join(wrong)}.")
 

@@ -1,12 +1,14 @@
 """A word-level language model of quasi-recurrent layers."""
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_dropreg.models.language_model import RecurrentLanguageModel, adam, check_ranges
-from lightning_dropreg.nn import QRNN, LockedDropout
+from lightning_dropreg.models.language_model import RecurrentLanguageModel, Reduction, adam, check_ranges
+from lightning_dropreg.nn import QRNN, AdaptiveSoftmax, LockedDropout
 
 __all__ = ["QRNNLanguageModel"]
 
@@ -33,6 +35,8 @@ class QRNNLanguageModel(RecurrentLanguageModel):
         window: Length of the batches that take a full step, see
             `lightning_dropreg.models.language_model.RecurrentLanguageModel`.
         lr_scheduler: Makes a schedule, stepped every epoch, from the optimizer; none by default.
+        cutoffs: Number of the first word of each cluster of an adaptive softmax, rising, for words numbered by falling
+            frequency; none for a plain softmax. Merity et al. use one for WikiText-103.
 
     Raises:
         InvalidArgumentError: If an argument is outside its range.
@@ -58,6 +62,7 @@ class QRNNLanguageModel(RecurrentLanguageModel):
         optimizer: OptimizerCallable = adam,
         window: int | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        cutoffs: Sequence[int] = (),
     ) -> None:
         floors = {"vocab_size": 2, "embedding_dim": 1, "hidden_dim": 1, "num_layers": 1}
         probabilities = ["input_drop_prob", "hidden_drop_prob", "output_drop_prob"]
@@ -72,10 +77,14 @@ class QRNNLanguageModel(RecurrentLanguageModel):
             for index, (width, next_width) in enumerate(pairwise(widths))
         )
         self.dropouts = nn.ModuleList(map(LockedDropout, [input_drop_prob, *between, output_drop_prob]))
-        self.decoder = nn.Linear(embedding_dim, vocab_size)
+        self.decoder: nn.Linear | AdaptiveSoftmax
+        if cutoffs:
+            self.decoder = AdaptiveSoftmax(embedding_dim, vocab_size, cutoffs)
+        else:
+            self.decoder = nn.Linear(embedding_dim, vocab_size)
         nn.init.uniform_(self.embedding.weight, -init_range, init_range)
         nn.init.zeros_(self.decoder.bias)
-        self.decoder.weight = self.embedding.weight
+        self.decoder.weight = cast("nn.Parameter", self.embedding.weight)
 
     def forward(self, text: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Predict the word after each word.
@@ -86,12 +95,39 @@ class QRNNLanguageModel(RecurrentLanguageModel):
                 text by default.
 
         Returns:
-            Logits, of shape ``(batch, time, vocab_size)``, and the state after the last word.
+            Logits, of shape ``(batch, time, vocab_size)``, log-probabilities with `cutoffs`, and the state after the
+            last word.
         """
+        hidden, state = self._hidden(text, state)
+        if isinstance(self.decoder, nn.Linear):
+            return self.decoder(hidden), state
+        return self.decoder.log_prob(hidden), state
+
+    def cross_entropy(
+        self, text: Tensor, target: Tensor, state: State | None, reduction: Reduction
+    ) -> tuple[Tensor, State]:
+        """Compute the cross entropy, with `cutoffs` from the clusters that the targets lie in.
+
+        Args:
+            text: Word numbers, ``(batch, time)``.
+            target: The words after them, ``(batch, time)``.
+            state: What a call for the words before returned; None at the start of a text.
+            reduction: ``"mean"`` over all words, or ``"none"``.
+
+        Returns:
+            The cross entropy, a scalar or of shape ``(batch, time)``, and the state after the last word.
+        """
+        if isinstance(self.decoder, nn.Linear):
+            return super().cross_entropy(text, target, state, reduction)
+        hidden, state = self._hidden(text, state)
+        losses = self.decoder(hidden, target)
+        return losses.mean() if reduction == "mean" else losses, state
+
+    def _hidden(self, text: Tensor, state: State | None) -> tuple[Tensor, State]:
         hidden = self.dropouts[0](self.embedding(text))
         new_state: State = []
         for index, layer in enumerate(self.layers):
             output, layer_state = layer(hidden, None if state is None else state[index])
             hidden = self.dropouts[index + 1](output)
             new_state.append(layer_state)
-        return self.decoder(hidden), new_state
+        return hidden, new_state

@@ -1,27 +1,23 @@
 """A word-level transformer language model on independent windows of text."""
 
-from lightning.pytorch import LightningModule
+from typing import Any
+
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
-from torchmetrics.text import Perplexity
 
-from lightning_dropreg.checks import below_floor, is_integer, is_probability
+from lightning_dropreg.checks import is_integer
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.models.language_model import adam
+from lightning_dropreg.models.language_model import LanguageModel, Reduction, adam, check_ranges, cross_entropy
 
 __all__ = ["TransformerLanguageModel"]
 
-Batch = tuple[Tensor, Tensor]
 
-
-class TransformerLanguageModel(LightningModule):
+class TransformerLanguageModel(LanguageModel):
     """``nn.TransformerEncoder`` with a causal mask, learned positions and a tied decoder.
 
     Dropout acts on the embedding and, in every layer, on the attention probabilities, the attention output, the
-    feed-forward activation and the feed-forward output. Logs ``train_loss``, ``val_loss``, ``val_ppl`` and
-    ``test_ppl``.
+    feed-forward activation and the feed-forward output. Logs ``train_loss``, ``val_loss``, ``val_ppl``,
+    ``test_loss`` and ``test_ppl``.
 
     Args:
         vocab_size: Number of words, at least 2.
@@ -54,16 +50,11 @@ class TransformerLanguageModel(LightningModule):
         drop_prob: float = 0.1,
         optimizer: OptimizerCallable = adam,
     ) -> None:
-        super().__init__()
         floors = {"vocab_size": 2, "num_layers": 1, "num_heads": 1, "feedforward_dim": 1, "max_length": 1}
-        given = locals()
-        wrong = below_floor(given, floors)
-        if not is_probability(drop_prob):
-            wrong.append(f"drop_prob={drop_prob} (in [0, 1))")
-        if not is_integer(width, 1) or (is_integer(num_heads, 1) and width % num_heads):
-            wrong.append(f"width={width} (a positive multiple of num_heads={num_heads})")
-        if wrong:
-            raise InvalidArgumentError(f"TransformerLanguageModel: out of range: {', '.join(wrong)}.")
+        fits = is_integer(width, 1) and (not is_integer(num_heads, 1) or width % num_heads == 0)
+        others = [] if fits else [f"width={width} (a positive multiple of num_heads={num_heads})"]
+        check_ranges("TransformerLanguageModel", locals(), floors, ["drop_prob"], others)
+        super().__init__(vocab_size, optimizer)
         self.save_hyperparameters(ignore=["optimizer"])
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Embedding(max_length, width)
@@ -77,9 +68,6 @@ class TransformerLanguageModel(LightningModule):
             nn.init.normal_(embedding.weight, std=0.02)
         nn.init.zeros_(self.decoder.bias)
         self.decoder.weight = self.embedding.weight
-        self.val_ppl = Perplexity()
-        self.test_ppl = Perplexity()
-        self._make_optimizer = optimizer
 
     def forward(self, text: Tensor) -> Tensor:
         """Predict the word after each word.
@@ -104,62 +92,16 @@ class TransformerLanguageModel(LightningModule):
         logits: Tensor = self.decoder(self.encoder(hidden, mask=causal, is_causal=True))
         return logits
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of one batch of windows.
+    def cross_entropy(self, text: Tensor, target: Tensor, state: Any, reduction: Reduction) -> tuple[Tensor, None]:
+        """Compute the cross entropy of the logits.
 
         Args:
-            batch: Words and the words after them, each of shape ``(batch, time)``.
-            batch_idx: Unused.
+            text: Word numbers, ``(batch, time)``.
+            target: The words after them, ``(batch, time)``.
+            state: Unused: windows are independent.
+            reduction: ``"mean"`` over all words, or ``"none"``.
 
         Returns:
-            Mean cross entropy per word, a scalar.
+            The cross entropy, a scalar or of shape ``(batch, time)``, and no state.
         """
-        loss = self._loss(batch)[0]
-        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=batch[1].numel())
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the validation loss and perplexity.
-
-        Args:
-            batch: Words and the words after them, each of shape ``(batch, time)``.
-            batch_idx: Unused.
-        """
-        self._evaluate("val", self.val_ppl, batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the test loss and perplexity.
-
-        Args:
-            batch: Words and the words after them, each of shape ``(batch, time)``.
-            batch_idx: Unused.
-        """
-        self._evaluate("test", self.test_ppl, batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Score each word after the first.
-
-        Args:
-            batch: Words and the words after them, each of shape ``(batch, time)``.
-            batch_idx: Unused.
-
-        Returns:
-            Log-probability of each following word, of shape ``(batch, time)``.
-        """
-        text, target = batch
-        return -F.cross_entropy(self(text).transpose(1, 2), target, reduction="none")
-
-    def configure_optimizers(self) -> Optimizer:
-        """Return the optimizer that ``optimizer`` makes."""
-        return self._make_optimizer(self.parameters())
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        text, target = batch
-        logits = self(text)
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten()), logits
-
-    def _evaluate(self, stage: str, metric: Perplexity, batch: Batch) -> None:
-        loss, logits = self._loss(batch)
-        metric.update(logits, batch[1])
-        self.log(f"{stage}_loss", loss, batch_size=batch[1].numel(), sync_dist=True)
-        self.log(f"{stage}_ppl", metric, prog_bar=True)
+        return cross_entropy(self(text), target, reduction), None

@@ -1,11 +1,11 @@
 """Transformer-XL (Dai et al., ACL 2019), the model of the paper's Table 2.
 
-Read `network`, then what it is made of: `attention`, `positions`, `layer`, `memory`, `adaptive_softmax`; `model` is the
+Read `network`, then what it is made of: `attention`, `positions`, `layer`, `memory`; `model` is the
 LightningModule.
 """
 
-from lightning_dropreg.models.transformer_xl.adaptive_softmax import AdaptiveSoftmax
 from lightning_dropreg.models.transformer_xl.model import TransformerXLLanguageModel
 from lightning_dropreg.models.transformer_xl.network import TransformerXL
+from lightning_dropreg.nn.adaptive_softmax import AdaptiveSoftmax
 
 __all__ = ["AdaptiveSoftmax", "TransformerXL", "TransformerXLLanguageModel"]
