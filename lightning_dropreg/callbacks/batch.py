@@ -22,7 +22,7 @@ from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.rows import draw_rows, select_rows
 
-__all__ = ["Batch", "SkippedError", "with_loss"]
+__all__ = ["Batch", "SkippedError", "loss_of", "with_loss"]
 
 
 class SkippedError(Exception):
@@ -120,12 +120,11 @@ class Batch:
 
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Tensor:
         output = self._output(step, args, trace)
-        if output is None:
-            raise SkippedError
+        loss = loss_of(output)
         if trace and self.output is None:
             # as Lightning would after the backward; a graph in it would live as long as the batch
             self.output = apply_to_collection(output, Tensor, Tensor.detach)
-        return _loss_of(output)
+        return loss
 
     def _output(self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool) -> Any:
         # every run gets containers of its own, and tensors where the step was seen to change them
@@ -149,7 +148,21 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
 
 
-def _loss_of(output: Any) -> Tensor:
+def loss_of(output: Any) -> Tensor:
+    """Return the loss in what a step returned.
+
+    Args:
+        output: What it returned.
+
+    Returns:
+        The loss.
+
+    Raises:
+        SkippedError: If it returned None.
+        InvalidArgumentError: If there is no loss in it.
+    """
+    if output is None:
+        raise SkippedError
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
