@@ -1,14 +1,14 @@
 """Back-propagating one of several passes at once, so that only one autograd graph is alive at a time.
 
-A pass whose share in the total loss is known can be differentiated as soon as it is made: what is kept of it is its
-value and its parameter gradient. `GradientSum` collects these and ends as a scalar with the sum's value and gradient,
-which goes on through the user's one backward (hooks, DDP, gradient scaler) as if nothing had happened.
+A pass whose share in the total loss is known can be differentiated as soon as it is made. `GradientSum` takes its value
+and its gradient, parameter by parameter as they become ready, so that besides the sum there is never a second gradient
+of all parameters. It ends as a scalar with the sum's value and gradient, which goes on through the user's one backward
+(hooks, DDP, gradient scaler) as if nothing had happened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,31 +19,15 @@ from lightning_dropreg.errors import UnsupportedOperationError
 
 __all__ = [
     "GradientSum",
-    "Gradients",
     "Scaler",
     "backpropagate",
-    "gradients_in",
+    "collect_gradients",
     "has_reentrant_checkpoint",
     "leaves_of",
 ]
 
 Scaler = Callable[[Tensor], Tensor]
 """Multiplies a tensor by the scale of a gradient scaler."""
-
-
-@dataclass
-class Gradients:
-    """A scalar and its gradient.
-
-    Attributes:
-        value: The scalar, without a graph.
-        by_leaf: Its gradient in every leaf tensor that it depends on, times `scale`.
-        scale: What the gradients are multiplied with (that of a gradient scaler, against underflow), or None.
-    """
-
-    value: Tensor
-    by_leaf: dict[Tensor, Tensor]
-    scale: Tensor | None = None
 
 
 def leaves_of(*values: Tensor) -> list[Tensor] | None:
@@ -100,58 +84,6 @@ def has_reentrant_checkpoint(value: Tensor) -> bool:
     return False
 
 
-def backpropagate(total: Tensor, leaves: Sequence[Tensor], scaler: Scaler | None = None) -> Gradients:
-    """Differentiate a scalar in `leaves` and free its graph.
-
-    Args:
-        total: The scalar.
-        leaves: See `leaves_of`.
-        scaler: Multiplies a loss by the scale of a gradient scaler; None without one.
-
-    Returns:
-        Value and gradients.
-    """
-    found = gradients_in([total if scaler is None else scaler(total)], leaves)
-    scale = None if scaler is None else scaler(torch.ones((), device=total.device))
-    return Gradients(total.detach(), found, scale)
-
-
-def gradients_in(
-    values: Sequence[Tensor],
-    leaves: Sequence[Tensor],
-    cotangents: Sequence[Tensor] | None = None,
-    keep_graph: bool = False,
-) -> dict[Tensor, Tensor]:
-    """Differentiate `values` (times `cotangents`) in those of `leaves` that they depend on.
-
-    Args:
-        values: Tensors with a graph.
-        leaves: Leaf tensors.
-        cotangents: One for each value, of its shape; not needed for scalars.
-        keep_graph: Whether the graph is needed once more.
-
-    Returns:
-        The gradient in each leaf.
-
-    Raises:
-        UnsupportedOperationError: If a part of the graph was freed by an earlier pass.
-        RuntimeError: Whatever else the backward raises.
-    """
-    try:
-        gradients = torch.autograd.grad(
-            list(values), list(leaves), cotangents, retain_graph=keep_graph, allow_unused=True
-        )
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise UnsupportedOperationError(
-            "The passes over a batch share a part of their graph (something computed from parameters before the step, "
-            "or kept from an earlier one), which cannot be freed after the first. Compute it inside training_step or "
-            "detach it, or use low_memory=False."
-        ) from error
-    return {leaf: gradient for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
-
-
 class GradientSum:
     """A weighted sum of scalars of which only values and gradients are left.
 
@@ -159,7 +91,7 @@ class GradientSum:
         >>> w = torch.tensor(3.0, requires_grad=True)
         >>> collected = GradientSum()
         >>> for loss in (w**2, 5 * w):
-        ...     collected.add(backpropagate(loss, [w]), 0.5)
+        ...     backpropagate(loss, [w], [(collected, 0.5)])
         >>> total = collected.scalar()
         >>> total.backward()
         >>> total.item(), w.grad.item()
@@ -171,23 +103,33 @@ class GradientSum:
         self._by_leaf: dict[Tensor, Tensor] = {}
         self._scale: Tensor | None = None
 
-    def add(self, gradients: Gradients, weight: float = 1.0) -> None:
-        """Add ``weight`` times a scalar.
+    def add_value(self, value: Tensor, weight: float = 1.0, scale: Tensor | None = None) -> None:
+        """Add ``weight`` times the value of a scalar.
 
         Args:
-            gradients: Its value and gradients; all that are added must have the same scale.
+            value: The value, without a graph.
+            weight: The factor.
+            scale: What the gradients that come with it are multiplied with (that of a gradient scaler, against
+                underflow), or None; the same for all.
+        """
+        self._value = weight * value if self._value is None else self._value + weight * value
+        self._scale = scale
+
+    def add_gradient(self, leaf: Tensor, gradient: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight`` times the gradient in one leaf.
+
+        Args:
+            leaf: The leaf.
+            gradient: The gradient; not kept.
             weight: The factor.
         """
-        self._value = weight * gradients.value if self._value is None else self._value + weight * gradients.value
-        self._scale = gradients.scale
-        for leaf, gradient in gradients.by_leaf.items():
-            held = self._by_leaf.get(leaf)
-            if held is None:
-                self._by_leaf[leaf] = gradient * weight  # a tensor of its own, to be added to in place
-            elif held.is_sparse or gradient.is_sparse:
-                self._by_leaf[leaf] = held + weight * gradient
-            else:
-                held.add_(gradient, alpha=weight)
+        held = self._by_leaf.get(leaf)
+        if held is None:
+            self._by_leaf[leaf] = gradient * weight  # a tensor of its own, to be added to in place
+        elif held.is_sparse or gradient.is_sparse:
+            self._by_leaf[leaf] = held + weight * gradient
+        else:
+            held.add_(gradient, alpha=weight)
 
     def __bool__(self) -> bool:
         """Whether anything was added."""
@@ -199,6 +141,69 @@ class GradientSum:
             self._value, self._scale, list(self._by_leaf.values()), *self._by_leaf
         )
         return attached
+
+
+def backpropagate(
+    total: Tensor, leaves: Sequence[Tensor], into: Sequence[tuple[GradientSum, float]], scaler: Scaler | None = None
+) -> None:
+    """Differentiate a scalar in `leaves` and free its graph.
+
+    Args:
+        total: The scalar.
+        leaves: See `leaves_of`.
+        into: The sums that it goes into, each with its factor there.
+        scaler: Multiplies a loss by the scale of a gradient scaler; None without one.
+    """
+    collect_gradients(total if scaler is None else scaler(total), leaves, into)
+    scale = None if scaler is None else scaler(torch.ones((), device=total.device))
+    for collected, weight in into:
+        collected.add_value(total.detach(), weight, scale)
+
+
+def collect_gradients(
+    value: Tensor,
+    leaves: Sequence[Tensor],
+    into: Sequence[tuple[GradientSum, float]],
+    keep_graph: bool = False,
+    also: Sequence[Tensor] = (),
+) -> None:
+    """Differentiate a scalar in those of `leaves` that it depends on, adding up each gradient when it is ready.
+
+    Args:
+        value: A scalar with a graph.
+        leaves: Leaf tensors.
+        into: The sums that the gradients go into, each with its factor there.
+        keep_graph: Whether the graph is needed once more.
+        also: More leaves to differentiate in, whose gradients go nowhere.
+
+    Raises:
+        UnsupportedOperationError: If a part of the graph was freed by an earlier pass.
+        RuntimeError: Whatever else the backward raises.
+    """
+
+    def adding_up(leaf: Tensor) -> Callable[[Tensor], Tensor | None]:
+        def add(gradient: Tensor) -> Tensor | None:
+            for collected, weight in into:
+                collected.add_gradient(leaf, gradient, weight)
+            # autograd keeps what a hook returns; a number in the shape of the gradient takes no memory
+            return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+        return add
+
+    hooks = [leaf.register_hook(adding_up(leaf)) for leaf in leaves]
+    try:
+        torch.autograd.grad(value, [*leaves, *also], retain_graph=keep_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise UnsupportedOperationError(
+            "The passes over a batch share a part of their graph (something computed from parameters before the step, "
+            "or kept from an earlier one), which cannot be freed after the first. Compute it inside training_step or "
+            "detach it, or use low_memory=False."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Attach(torch.autograd.Function):

@@ -7,12 +7,14 @@ the state must advance once.
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from operator import is_
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ _STRUCTURE = frozenset(nn.Module().__dict__)
 # Longer containers are data (a vocabulary): what is added to them is undone, what is in them is not looked at.
 _SMALL = 256
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
+
+_CONTAINERS = frozenset({dict, list, tuple})
 
 
 class Isolation:
@@ -128,7 +132,10 @@ class Isolation:
         ends = self._cut(cuts) if cuts else [self._current()]
         memo: dict[tuple[int, ...], Any] = {}
         states = ends[0] if len(ends) == 1 else [_ModuleState.mean(list(e), memo) for e in zip(*ends, strict=True)]
-        return [{**state.buffers, **state.attributes} for state in states]
+        return [
+            {**state.buffers, **{name: value for name, value in state.attributes.items() if name not in _STRUCTURE}}
+            for state in states
+        ]
 
     def settle(self) -> None:
         """Put the state that one step leaves in place: nothing has happened if no run counted."""
@@ -168,26 +175,49 @@ def _fresh(states: list[_ModuleState]) -> list[_ModuleState]:
 
 def _modules(root: nn.Module | None) -> list[nn.Module]:
     """All modules below `root`, those in plain containers (a list of metrics, say) included."""
-    if root is None:
-        return []
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
     stack: list[Any] = [root]
     while stack:
         value = stack.pop()
         if isinstance(value, nn.Module):
-            for module in value.modules():
-                if id(module) not in found:
-                    found[id(module)] = module
-                    stack.extend(v for k, v in module.__dict__.items() if k not in _STRUCTURE)
-        elif type(value) in {dict, list, tuple} and len(value) <= _SMALL and id(value) not in seen:
+            if id(value) not in found:
+                found[id(value)] = value
+                stack.extend(value._modules.values())
+                attributes = value.__dict__
+                stack.extend(attributes[name] for name in _kinds_of(attributes).may_hold_modules)
+        elif type(value) in _CONTAINERS and len(value) <= _SMALL and id(value) not in seen:
             seen.add(id(value))
             stack.extend(value.values() if type(value) is dict else value)
     return list(found.values())
 
 
+class _Kinds(NamedTuple):
+    """Names of a module's attributes whose types ask for something to be done; most modules have none."""
+
+    may_hold_modules: tuple[str, ...]
+    copied: tuple[str, ...]
+
+
+def _kinds_of(attributes: dict[str, Any]) -> _Kinds:
+    return _kinds_of_types(tuple(attributes), tuple(map(type, attributes.values())))
+
+
+@functools.lru_cache(maxsize=1024)  # the same from one step to the next, and for all layers of one class
+def _kinds_of_types(names: tuple[str, ...], types: tuple[type, ...]) -> _Kinds:
+    state = [(name, kind) for name, kind in zip(names, types, strict=True) if name not in _STRUCTURE]
+    return _Kinds(
+        tuple(name for name, kind in state if kind in _CONTAINERS or issubclass(kind, nn.Module)),
+        tuple(name for name, kind in state if _is_copied(kind)),
+    )
+
+
 class _ModuleState:
-    """Buffers and attributes of one module."""
+    """Buffers and attributes of one module.
+
+    The attributes are those of the whole ``__dict__``, which is faster to copy than to pick from; what is structure
+    in it is passed over when they are put back.
+    """
 
     def __init__(self, buffers: dict[str, Tensor | None], attributes: dict[str, Any]) -> None:
         self.buffers = buffers
@@ -196,15 +226,16 @@ class _ModuleState:
     @classmethod
     def referenced(cls, module: nn.Module) -> _ModuleState:
         """The state itself."""
-        attributes = {k: v for k, v in module.__dict__.items() if k not in _STRUCTURE}
-        return cls(dict(module._buffers), attributes)
+        return cls(module._buffers.copy(), module.__dict__.copy())
 
     def fresh(self, memo: dict[int, Any]) -> _ModuleState:
         """A copy that changes in place do not reach; `memo` keeps what is shared between modules shared."""
-        return _ModuleState(
-            {k: _copy(v, memo) for k, v in self.buffers.items()},
-            {k: _copy(v, memo) for k, v in self.attributes.items()},
-        )
+        copied = _kinds_of(self.attributes).copied
+        if not (copied or self.buffers):
+            return self
+        attributes = self.attributes.copy()
+        attributes.update({name: _copy(attributes[name], memo) for name in copied})
+        return _ModuleState({k: _copy(v, memo) for k, v in self.buffers.items()}, attributes)
 
     @classmethod
     def mean(cls, states: list[_ModuleState], memo: dict[tuple[int, ...], Any]) -> _ModuleState:
@@ -215,21 +246,42 @@ class _ModuleState:
         Returns:
             The state to leave.
         """
-        first = states[0]
-        attributes = {k: _mean([s.attributes.get(k) for s in states], memo) for k in first.attributes}
-        return cls(first.buffers, attributes)
+        first, *others = states
+        if all(_same(first.attributes, other.attributes) for other in others):
+            return first
+        averaged = _kinds_of(first.attributes).copied
+        means = {name: _mean([state.attributes.get(name) for state in states], memo) for name in averaged}
+        return cls(first.buffers, {**first.attributes, **means})
 
     def install(self, module: nn.Module) -> None:
         """Make this the state of `module`; nothing is written in place, so autograd graphs stay valid."""
-        module._buffers.clear()
-        module._buffers.update(self.buffers)
-        for name in [k for k in module.__dict__ if k not in _STRUCTURE and k not in self.attributes]:
-            del module.__dict__[name]
-        module.__dict__.update(self.attributes)
+        if self.buffers or module._buffers:
+            module._buffers.clear()
+            module._buffers.update(self.buffers)
+        current = module.__dict__
+        if _same(current, self.attributes):
+            return
+        for name in [k for k in current if k not in _STRUCTURE and k not in self.attributes]:
+            del current[name]
+        current.update({k: v for k, v in self.attributes.items() if k not in _STRUCTURE})
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two dicts hold the very same objects by the same names."""
+    return len(one) == len(other) and all(map(is_, one.values(), other.values())) and list(one) == list(other)
 
 
 def _is_dict(value: Any) -> bool:
     return isinstance(value, dict) and type(value).__module__ in {"builtins", "collections"}
+
+
+def _is_copied(kind: type) -> bool:
+    """Whether values of this type are copied; everything else is shared."""
+    return (
+        issubclass(kind, (Tensor, list, set, deque, tuple))
+        or (issubclass(kind, dict) and kind.__module__ in {"builtins", "collections"})
+        or kind.__module__ == "numpy"
+    )
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.estimators import ESTIMATORS, Estimate, Pairs, antithetic_in_turn, one_pass
-from lightning_dropreg.gradients import Gradients, GradientSum, Scaler, backpropagate, leaves_of
+from lightning_dropreg.gradients import GradientSum, Scaler, backpropagate, leaves_of
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.layout import Layout, RowsNotFoundError
 from lightning_dropreg.passes import Closure, Drop, Off, run_pass
@@ -202,6 +202,10 @@ class Plan:
             return self.attention == "site"
         return self.k is None and self.penalty is None and self.noise is None
 
+    def only_drops_nothing(self, step: int) -> bool:
+        """Whether optimizer step `step` is one pass without dropout and nothing else."""
+        return self.k is None and not self.noise_scale and self.penalty_at(step) is None
+
     @property
     def row_dims(self) -> set[int]:
         """Dimensions along which something is estimated on some of the batch's rows."""
@@ -316,13 +320,13 @@ class Plan:
         values = []
         for j in range(k):
             draw = run_pass(runner.whole, Drop(fold_key(key, j))).loss.reshape(())
-            gradients = self._release(runner, draw)
             coefficient = self.noise_scale * reused[j] if j < len(reused) else 0.0
-            total.add(draw, gradients, 1 / k + coefficient)
+            parts = [(total, 1 / k + coefficient)]
             if coefficient and measure_noise:
-                difference.add(draw, gradients, coefficient)
+                parts.append((difference, coefficient))
             elif coefficient:
-                difference.add(draw.detach(), None, coefficient)  # just a number to be looked at
+                difference.add(draw.detach(), coefficient)  # just a number to be looked at
+            self._add(runner, draw, parts)
             values.append(draw.detach())
         loss = torch.stack(values).mean()
         if correction is None or reused:
@@ -330,10 +334,14 @@ class Plan:
         noise = self.extra(runner, key)
         return StepResult(total.scalar() + noise, loss, noise=noise)
 
-    def _release(self, runner: BatchRunner, value: Tensor) -> Gradients | None:
-        """Differentiate one draw and free its graph, if that is wanted and possible."""
-        leaves = leaves_of(value) if self.low_memory and runner.releases else None
-        return None if leaves is None else backpropagate(value, leaves, runner.scaler)
+    def _add(self, runner: BatchRunner, draw: Tensor, parts: Sequence[tuple[_Sum, float]]) -> None:
+        """Add one draw to sums; it is differentiated and its graph freed, if that is wanted and possible."""
+        leaves = leaves_of(draw) if self.low_memory and runner.releases else None
+        if leaves is not None:
+            backpropagate(draw, leaves, [(part.released, weight) for part, weight in parts], runner.scaler)
+            return
+        for part, weight in parts:
+            part.add(draw, weight)
 
     def _difference(self, runner: BatchRunner, key: int) -> Tensor:
         """Difference of the losses of two draws of dropout, the first two of `_dropout_k`."""
@@ -342,20 +350,17 @@ class Plan:
 
 
 class _Sum:
-    """A weighted sum of scalars, of some of which only the gradients are left."""
+    """A weighted sum of scalars, of some of which (`released`) only values and gradients are left."""
 
     def __init__(self) -> None:
         self._alive: list[Tensor] = []
-        self._released = GradientSum()
+        self.released = GradientSum()
 
-    def add(self, value: Tensor, gradients: Gradients | None, weight: float) -> None:
-        if gradients is None:
-            self._alive.append(weight * value)
-        else:
-            self._released.add(gradients, weight)
+    def add(self, value: Tensor, weight: float) -> None:
+        self._alive.append(weight * value)
 
     def scalar(self) -> Tensor:
-        parts = [*self._alive, self._released.scalar()] if self._released else self._alive
+        parts = [*self._alive, self.released.scalar()] if self.released else self._alive
         return torch.stack(parts).sum()
 
 

@@ -26,7 +26,7 @@ from lightning_dropreg.layout import Layout
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.rows import draw_rows, select_rows
 
-__all__ = ["Batch", "SkippedError", "with_loss"]
+__all__ = ["Batch", "SkippedError", "loss_of", "with_loss"]
 
 
 class SkippedError(Exception):
@@ -191,14 +191,13 @@ class Batch:
         self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool, cuts: Sequence[Callable[[], None]] = ()
     ) -> Tensor:
         output = self._output(step, args, trace, cuts)
-        if output is None:
-            raise SkippedError
-        self.loss = _loss_of(output).detach()
+        loss = loss_of(output)
+        self.loss = loss.detach()
         self.returned = with_loss(apply_to_collection(output, Tensor, Tensor.detach), self.loss)
         if trace and self.output is None:
             # as Lightning would after the backward; a graph in it would live as long as the batch
             self.output = apply_to_collection(output, Tensor, Tensor.detach)
-        return _loss_of(output)
+        return loss
 
     def _output(
         self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool, cuts: Sequence[Callable[[], None]] = ()
@@ -224,7 +223,21 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
 
 
-def _loss_of(output: Any) -> Tensor:
+def loss_of(output: Any) -> Tensor:
+    """Return the loss in what a step returned.
+
+    Args:
+        output: What it returned.
+
+    Returns:
+        The loss.
+
+    Raises:
+        SkippedError: If it returned None.
+        InvalidArgumentError: If there is no loss in it.
+    """
+    if output is None:
+        raise SkippedError
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):

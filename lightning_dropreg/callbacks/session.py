@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_dropreg.callbacks.batch import Batch, SkippedError, with_loss
+from lightning_dropreg.callbacks.batch import Batch, SkippedError, loss_of, with_loss
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.epoch_means import EpochMeans
@@ -44,7 +44,7 @@ from lightning_dropreg.gradients import Scaler, has_reentrant_checkpoint
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import all_at_once, check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.layout import Layout, find_layout
-from lightning_dropreg.passes import dormant_sites
+from lightning_dropreg.passes import Off, dormant_sites, run_pass
 from lightning_dropreg.precision import bfloat16_step_size
 from lightning_dropreg.reduction import check_mean_over_rows
 from lightning_dropreg.sites import Site, fold_key
@@ -88,7 +88,9 @@ class Session:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
         self._gradient_norm: Tensor | None = None
-        self._means = EpochMeans(["loss"] if plan.penalty is None else ["loss", "explicit_penalty"])
+        penalized = plan.penalty is not None and plan.penalty.strength > 0
+        self._means = EpochMeans(["loss", "explicit_penalty"] if penalized else ["loss"])
+        self._latest: dict[str, Tensor] = {}
         # what FSDP2 shards has gradients only in the one backward of the whole
         self._whole_parameters = has_whole_parameters(trainer.strategy)
 
@@ -155,6 +157,8 @@ class Session:
         if not self.module.automatic_optimization:
             return self._manual_step(original, args, kwargs)
         step = self.trainer.global_step
+        if self.plan.only_drops_nothing(step):
+            return self._step_without_dropout(original, args, kwargs)
         batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx  # a step need not take it as an argument
         batch = Batch(
             original,
@@ -185,6 +189,23 @@ class Session:
             self._batch = batch  # its state before the step is what the noise's own passes start from
         return with_loss(batch.output, result.total)
 
+    def _step_without_dropout(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the user's step once: a single run needs neither isolation nor anything put back."""
+        output = None
+
+        def closure() -> Tensor:
+            nonlocal output
+            output = original(*args, **kwargs)
+            return loss_of(output)
+
+        try:
+            with attention_dropout(self.plan.attention), self._dormant():
+                loss = run_pass(closure, Off()).loss
+        except SkippedError:
+            return None
+        self._log({"loss": loss.detach()})
+        return output
+
     def _manual_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # optimizer steps are the user's to count here, so the penalty acts in every n-th batch
         number = self.trainer.fit_loop.total_batch_idx
@@ -209,7 +230,7 @@ class Session:
         with batch.isolation:
             output = ManualStep(batch, self.trainer).run(self.plan, number, watch, self._is_logging_step())
         batch.logs.replay()
-        self._log(joined(values))
+        self._log(joined(values), always=True)  # batches and optimizer steps are counted apart here
         return output
 
     def after_backward(self) -> None:
@@ -239,6 +260,8 @@ class Session:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
+        if not self._is_logged():
+            return
         norm = _norm_of(gradients) * trainer.accumulate_grad_batches
         scaler = self._scaler()
         self._log_values({"noise_norm": norm if scaler is None else norm / scaler(torch.ones_like(norm))})
@@ -291,9 +314,9 @@ class Session:
 
     def log_gradient_norm(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradients with which the optimizer will step (before clipping)."""
+        if not self._is_logged():
+            return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if any(isinstance(gradient, DTensor) for gradient in gradients) and not self._is_logging_step():
-            return  # the norm of what lies on other ranks takes a collective
         norm, scaler = _norm(gradients), self._scaler()
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             norm = norm / scaler(torch.ones_like(norm))  # a fused optimizer unscales in its own step
@@ -374,8 +397,8 @@ class Session:
                 f"dropreg/{name}_epoch", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=together
             )
 
-    def _log(self, values: Mapping[str, Tensor]) -> None:
-        self._log_values(values)
+    def _log(self, values: Mapping[str, Tensor], always: bool = False) -> None:
+        self._log_values(values, always)
         self._means.add(values)
 
     def _values(self, result: StepResult) -> dict[str, Tensor]:
@@ -389,9 +412,23 @@ class Session:
             values["noise_norm"] = _norm_of(list(gradients))
         return values
 
-    def _log_values(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
+    def _log_values(self, values: Mapping[str, Tensor], always: bool = False) -> None:
+        """Log the latest values where somebody reads them; one call of Lightning's ``log`` is a thousand of Python's.
+
+        A value that is not made in every step (a penalty with ``every_n_steps``) is logged as it was last.
+        """
+        self._latest.update(values)
+        if not always and not self._is_logged():
+            return
+        for name, value in self._latest.items():
             self.module.log(f"dropreg/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+        self._latest.clear()
+
+    def _is_logged(self) -> bool:
+        """Whether what is logged now is read: by the logger, or at the end of the epoch or the fit."""
+        trainer = self.trainer
+        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        return last or self._is_logging_step()
 
     def _is_logging_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

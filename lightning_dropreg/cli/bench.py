@@ -164,7 +164,7 @@ def _fill_in_passes(costs: list[Cost], counters: dict[str, PassCounter]) -> None
         counter = counters.get(cost.method)
         if counter is None:
             continue
-        cost.forwards = counter.forwards
+        cost.forwards, cost.uses = counter.forwards, counter.uses
         if reference is not None and counter.nodes[reference.heaviest]:
             cost.backwards = counter.nodes[reference.heaviest] / reference.nodes[reference.heaviest]
 
@@ -249,6 +249,10 @@ def _print(costs: Sequence[Cost], machine: dict[str, str | int], options: Any) -
         table.add_row(cost.method, *cells)
     console = get_console()
     console.print(table)
+    done = [cost for cost in costs if not cost.problem]
+    for uses in dict.fromkeys(tuple(cost.uses) for cost in done):
+        methods = "; ".join(cost.method for cost in done if tuple(cost.uses) == uses)
+        console.print(f"uses: {', '.join(uses) or 'no fused kernels'} ({methods})", highlight=False, markup=False)
     for number, problem in enumerate(problems, 1):
         console.print(f"({number}) {problem}", highlight=False, markup=False)
     console.print(

@@ -15,6 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from lightning_dropreg.cli.fast_paths import find_fast_paths
+
 __all__ = ["Cost", "MemoryWatch", "PassCounter", "Stopwatch", "without_dropout"]
 
 
@@ -28,6 +30,7 @@ class Cost:
         peak_mb: Peak memory of its steps above what was there before the first, in MiB, or None.
         forwards: Times that the step runs forward.
         backwards: Times that its heaviest operation runs backward, in units of one dropout step; None if unknown.
+        uses: Fused kernels and autocast that its step runs with.
         problem: Why the model cannot be trained with it, or empty.
     """
 
@@ -36,6 +39,7 @@ class Cost:
     peak_mb: float | None = None
     forwards: int | None = None
     backwards: float | None = None
+    uses: list[str] = field(default_factory=list)
     problem: str = ""
 
     def quantiles(self) -> list[float]:
@@ -134,12 +138,20 @@ class PassCounter(Callback):
 
     Args:
         step: Number of the step that is counted, after the first, which the callbacks look at.
+
+    Attributes:
+        forwards: How often the step ran forward.
+        nodes: How often each autograd node ran.
+        heaviest: The node that took most time.
+        uses: Fused kernels and autocast that the step ran with.
     """
 
     def __init__(self, step: int = 1) -> None:
         self.forwards = 0
         self.nodes: Counter[str] = Counter()
         self.heaviest = ""
+        self.uses: list[str] = []
+        self._autocast: set[torch.dtype] = set()
         self._step = step
         self._profile: Any = None
 
@@ -147,7 +159,9 @@ class PassCounter(Callback):
         """Wrap a training step."""
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            self.forwards += self._profile is not None
+            if self._profile is not None:
+                self.forwards += 1
+                self._autocast |= {torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
             return step(*args, **kwargs)
 
         return training_step
@@ -167,7 +181,10 @@ class PassCounter(Callback):
             return
         self._profile.__exit__(None, None, None)
         prefix = "autograd::engine::evaluate_function: "
-        events = [e for e in self._profile.key_averages() if e.key.startswith(prefix)]
+        averages = self._profile.key_averages()
+        precisions = [f"{str(dtype).removeprefix('torch.')} autocast" for dtype in self._autocast]
+        self.uses = find_fast_paths(e.key for e in averages) + precisions
+        events = [e for e in averages if e.key.startswith(prefix)]
         self.nodes = Counter({e.key.removeprefix(prefix): e.count for e in events})
         if events:
             self.heaviest = max(events, key=lambda e: e.cpu_time_total).key.removeprefix(prefix)

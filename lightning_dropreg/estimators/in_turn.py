@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_dropreg.curvature import element_weights
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.antithetic import combine
 from lightning_dropreg.estimators.base import Estimate
-from lightning_dropreg.gradients import Gradients, GradientSum, Scaler, gradients_in, leaves_of
+from lightning_dropreg.gradients import GradientSum, Scaler, collect_gradients, leaves_of
 from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
 from lightning_dropreg.sites import Directions
 
@@ -51,7 +54,7 @@ def antithetic_in_turn(
     """
     directions = Directions(key, mask)
     record = curvature is not None
-    plus = _cut(run_pass(closure, Perturb(directions, step_size), record_losses=record))
+    plus, ends = _cut(run_pass(closure, Perturb(directions, step_size), record_losses=record))
     directions.rewind()
     minus = run_pass(closure, Perturb(directions, -step_size), record_losses=record)
     directions.rewind()
@@ -59,52 +62,109 @@ def antithetic_in_turn(
     weights = element_weights(minus.loss, minus.losses) if record else []
     estimate = combine(plus, minus, weights, curvature, noise, step_size)
     scalars = list(weigh(estimate))
-    values = [scalar.detach() for scalar in scalars]
-    ends = _ends(plus)
-    ids = {id(end) for end in ends}
-    leaves = [leaf for leaf in _leaves(scalars) if id(leaf) not in ids]
-    sums = [GradientSum() for _ in scalars]
-    scale = None if scaler is None else scaler(values[0].new_ones(()))
-    cotangents = []
-    for position, (scalar, value, collected) in enumerate(zip(scalars, values, sums, strict=True)):
-        scaled = scalar if scaler is None else scaler(scalar)
-        found = gradients_in([scaled], [*ends, *leaves], keep_graph=position < len(scalars) - 1)
-        cotangents.append([found.pop(end, None) for end in ends])
-        collected.add(Gradients(value, found, scale))
     estimate = Estimate(
         loss=estimate.loss.detach(),
         penalty=None if estimate.penalty is None else estimate.penalty.detach(),
         noise=None if estimate.noise is None else estimate.noise.detach(),
     )
-    del minus, plus, weights, scalars, scalar, scaled
+    values = [scalar.detach() for scalar in scalars]
+    del plus, minus, weights  # and their outputs: the graph has kept what it needs of them
+    sums = [GradientSum() for _ in scalars]
+    scale = None if scaler is None else scaler(values[0].new_ones(()))
+    leaves = [leaf for leaf in _leaves(scalars) if leaf is not ends.anchor]
+    cotangents = []
+    for position, (value, collected) in enumerate(zip(values, sums, strict=True)):
+        scalar = scalars[position] if scaler is None else scaler(scalars[position])
+        collect_gradients(scalar, leaves, [(collected, 1.0)], position < len(scalars) - 1, also=[ends.anchor])
+        collected.add_value(value, scale=scale)
+        cotangents.append(ends.take())
+    del scalars, scalar
 
     repeated = run_pass(again, Perturb(directions, step_size), record_losses=record)
     directions.rewind()
-    ends = _ends(repeated)
-    leaves = _leaves(ends)
-    for position, (cotangent, collected) in enumerate(zip(cotangents, sums, strict=True)):
-        pairs = [(end, c) for end, c in zip(ends, cotangent, strict=True) if c is not None]
-        found = gradients_in([e for e, _ in pairs], leaves, [c for _, c in pairs], position < len(sums) - 1)
-        collected.add(Gradients(values[position].new_zeros(()), found, scale))
+    replays = [_replay(repeated, cotangent) for cotangent in cotangents]
+    del repeated, cotangents
+    leaves = _leaves(replays)
+    for position, collected in enumerate(sums):
+        collect_gradients(replays[position], leaves, [(collected, 1.0)], position < len(sums) - 1)
     return estimate, [collected.scalar() for collected in sums]
 
 
-def _cut(done: Pass) -> Pass:
-    """The values of a pass without its graph, themselves to be differentiated in."""
-    losses = []
-    for loss in done.losses:
-        cut = copy(loss)
-        cut.outputs, cut.elements = _leaf(loss.outputs), _leaf(loss.elements)
-        losses.append(cut)
-    return Pass(_leaf(done.loss), losses, done.sites)
+class _Ends:
+    """The values of a pass without its graph; the next backward leaves their cotangents here.
+
+    Nothing but the estimate holds on to the values: outputs over a large vocabulary are a model's largest tensors.
+
+    Attributes:
+        anchor: What must be differentiated in, so that the cotangents are found.
+    """
+
+    def __init__(self, anchor: Tensor) -> None:
+        self.anchor = anchor
+        self._found: list[Tensor | None] = []
+
+    def cut(self, value: Tensor) -> Tensor:
+        """Return a value without its graph."""
+        self._found.append(None)
+        cut: Tensor = _Cut.apply(self.anchor, value.detach(), self._found, len(self._found) - 1)  # type: ignore[no-untyped-call]
+        return cut
+
+    def take(self) -> list[Tensor | None]:
+        """Return the cotangent of every value in order, None for what had no part in the backward."""
+        found = self._found.copy()
+        self._found[:] = [None] * len(found)
+        return found
 
 
-def _leaf(value: Tensor) -> Tensor:
-    return value.detach().requires_grad_()
+class _Cut(torch.autograd.Function):
+    """The identity, which keeps the cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor, found: list[Tensor | None], position: int) -> Tensor:
+        ctx.found, ctx.position = found, position
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        ctx.found[ctx.position] = grad
+        return None, None, None, None
 
 
-def _ends(done: Pass) -> list[Tensor]:
-    """Everything that an estimate is computed from."""
+class _Replay(torch.autograd.Function):
+    """A scalar whose backward, possible once, gives each of several values its cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, cotangents: list[Tensor], *values: Tensor) -> Tensor:
+        ctx.cotangents = cotangents
+        return values[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cotangents, ctx.cotangents = ctx.cotangents, None
+        return (None, *cotangents)
+
+
+def _replay(done: Pass, cotangents: Sequence[Tensor | None]) -> Tensor:
+    pairs = [(value, c) for value, c in zip(_values(done), cotangents, strict=True) if c is not None]
+    replay: Tensor = _Replay.apply([c for _, c in pairs], *(value for value, _ in pairs))  # type: ignore[no-untyped-call]
+    return replay
+
+
+def _cut(done: Pass) -> tuple[Pass, _Ends]:
+    """The values of a pass without its graph."""
+    ends = _Ends(done.loss.new_zeros(()).requires_grad_())
+    loss = ends.cut(done.loss)
+    losses = [copy(recorded) for recorded in done.losses]
+    for recorded in losses:
+        recorded.outputs = ends.cut(recorded.outputs)
+    for recorded in losses:
+        recorded.elements = ends.cut(recorded.elements)
+    return Pass(loss, losses, done.sites), ends
+
+
+def _values(done: Pass) -> list[Tensor]:
+    """Everything that an estimate is computed from, in the order of `_cut`."""
     return [done.loss, *(loss.outputs for loss in done.losses), *(loss.elements for loss in done.losses)]
 
 
