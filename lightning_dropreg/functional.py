@@ -112,6 +112,7 @@ def implicit_noise(
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; in smooth networks the same
             noise from all, the first up to ``step_size**2``. In networks with kinks (ReLU) the first is larger: its two
             passes may lie on different sides of a kink, and the difference of their gradients is divided by the step.
+            `lightning_dropreg.kinks.noise_excess` measures how much.
         step_size: See `explicit_penalty`.
         mask: See `explicit_penalty`.
         generator: See `explicit_penalty`.

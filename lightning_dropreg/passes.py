@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -214,11 +214,13 @@ class Pass:
         loss: The scalar loss that the closure returned.
         losses: The recognized losses in it, if they were recorded.
         sites: The dropout sites that were reached.
+        kinks: How often the loss has operations with a kink behind a site, by name; if they were looked for.
     """
 
     loss: Tensor
     losses: list[Loss]
     sites: list[Site]
+    kinks: dict[str, int] = field(default_factory=dict)
 
 
 def run_pass(

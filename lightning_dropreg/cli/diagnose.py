@@ -20,9 +20,12 @@ from lightning_dropreg.cli.step import look_at_first_step
 from lightning_dropreg.diagnostics import Diagnosis, measure_effect, measure_noise, read, show
 from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance
 from lightning_dropreg.diagnostics.effect import MIN_DRAWS
+from lightning_dropreg.diagnostics.noise import NOISE_STEP
 from lightning_dropreg.diagnostics.statistics import check_confidence
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
+from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.kinks import EXCESS, REMEDY, noise_excess
 
 __all__ = ["main"]
 
@@ -45,8 +48,8 @@ def main(args: Sequence[str]) -> None:
         from lightning_dropreg.diagnostics.figures import need_matplotlib
 
         need_matplotlib()  # before minutes of measuring
-    diagnosis = look_at_first_step(cli, lambda model, closure: _diagnose(model, closure, options))
-    lines = [*read(diagnosis, costs), _scope(options["ckpt_path"])]
+    diagnosis, excess = look_at_first_step(cli, lambda model, closure: _diagnose(model, closure, options))
+    lines = [*read(diagnosis, costs), *_kinks(excess), _scope(options["ckpt_path"])]
     if options["json"]:
         print(json.dumps({**diagnosis.as_dict(), "costs": costs, "reading": lines}, indent=2))
     else:
@@ -78,8 +81,8 @@ def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
 
 
-def _diagnose(model: LightningModule, closure: Callable[[], Tensor], options: Any) -> Diagnosis:
-    draws, confidence, noise = options["draws"], options["confidence"], None
+def _diagnose(model: LightningModule, closure: Callable[[], Tensor], options: Any) -> tuple[Diagnosis, float | None]:
+    draws, confidence, noise, excess = options["draws"], options["confidence"], None, None
     generator = torch.Generator().manual_seed(SEED)
     rounds = 1 + len(options["sweep"]) + options["noise"]
     with _progress(draws * rounds, shown=not options["json"]) as advance:
@@ -95,7 +98,19 @@ def _diagnose(model: LightningModule, closure: Callable[[], Tensor], options: An
         )
         if options["noise"]:
             noise = measure_noise(closure, model, **common)
-    return Diagnosis(effect, noise, sweep, options["tolerance"])
+            trained = [p for p in model.parameters() if p.requires_grad]
+            with Isolation(model) as isolation:
+                excess = noise_excess(lambda: isolation.run(closure, trace=False), trained, step_size=NOISE_STEP)
+    return Diagnosis(effect, noise, sweep, options["tolerance"]), excess
+
+
+def _kinks(excess: float | None) -> list[str]:
+    if excess is None or excess <= EXCESS:
+        return []
+    return [
+        f"This xi_approx is that of the antithetic estimator with step_size={NOISE_STEP}. The network has kinks, and "
+        f"so its norm is {excess:.2f} times that of the definition. {REMEDY}"
+    ]
 
 
 @contextmanager
