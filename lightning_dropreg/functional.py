@@ -18,6 +18,7 @@ states and metrics advanced once.
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from lightning_dropreg.checks import is_one_of
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.estimators import ESTIMATORS, Estimate
+from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic
 from lightning_dropreg.interception import constants_marked
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.passes import Closure, Drop, Off, run_pass
@@ -60,7 +61,9 @@ def explicit_penalty(
         curvature: ``"loss_hessian"`` (4.4), or ``"identity"`` or ``"loss_jacobian"`` (5.1), the ablations of
             section 5.2.
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``.
-        step_size: Step of the antithetic pair, relative to the size of the noise; errors fall as its square.
+        step_size: Step of the antithetic pair, relative to the size of the noise; errors fall as its square. In
+            bfloat16 a wider one is taken where drop probabilities are small, see
+            `lightning_dropreg.precision.bfloat16_step_size`.
         mask: ``"as_model"`` gives the noise the shape of the model's masks, ``"elementwise"`` draws each entry alone.
         generator: Source of the seed of the noise; the global one by default.
         module: A module whose state must advance once although the closure is called twice.
@@ -234,7 +237,10 @@ def _estimate(
     key = draw_key(generator)  # before the random state is remembered, or the first pass would start from another one
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
     with Isolation(module, mean=True) as isolation, constants_marked() if curvature else nullcontext():
-        return ESTIMATORS[estimator](
+        estimate = ESTIMATORS[estimator]
+        if estimate is antithetic:
+            estimate = functools.partial(antithetic, restart=isolation.restart)
+        return estimate(
             lambda: isolation.run(closure),
             curvature=curvature,
             noise=noise,

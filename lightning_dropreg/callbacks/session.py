@@ -316,7 +316,7 @@ class Session:
             problems += changed_parameters(self.module, before)
         if problems:
             raise all_at_once(problems, name)
-        if self._in_bfloat16():
+        if seen.in_bfloat16:
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
 
     def _warn_of_kinks(self) -> None:
@@ -351,10 +351,6 @@ class Session:
             on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
             if fraction < 1:
                 check_masks_of_rows(sites, on_rows)
-
-    def _in_bfloat16(self) -> bool:
-        precision = str(self.trainer.precision)
-        return precision.startswith("bf16") or any(p.dtype == torch.bfloat16 for p in self.module.parameters())
 
     def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
