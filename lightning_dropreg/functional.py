@@ -24,7 +24,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import is_one_of
+from lightning_dropreg.checks import check_instance, is_one_of
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic
@@ -87,8 +87,7 @@ def explicit_penalty(
         >>> round(explicit_penalty(closure).item(), 3)
         4.0
     """
-    if curvature not in CURVATURES:
-        raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
+    check_curvature(curvature)
     penalty = _estimate(closure, curvature, False, estimator, step_size, mask, generator, module).penalty
     assert penalty is not None
     return penalty
@@ -172,6 +171,7 @@ def dropout_loss(
         True
     """
     check_count("k", k)
+    _check_module(module)
     key = draw_key(generator)
     with Isolation(module) as isolation:
         losses = [isolation.run(lambda j=j: run_pass(closure, Drop(fold_key(key, j))).loss) for j in range(k)]  # type: ignore[misc]
@@ -234,6 +234,7 @@ def _estimate(
     module: nn.Module | None,
 ) -> Estimate:
     check_estimation(estimator, step_size, mask)
+    _check_module(module)
     key = draw_key(generator)  # before the random state is remembered, or the first pass would start from another one
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
     with Isolation(module, mean=True) as isolation, constants_marked() if curvature else nullcontext():
@@ -264,6 +265,20 @@ def check_count(name: str, value: object, minimum: int = 1) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise InvalidArgumentError(f"{name}={value!r} must be an integer of at least {minimum}.")
+
+
+def _check_module(module: object) -> None:
+    check_instance("module", module, (nn.Module, type(None)), "an nn.Module or None")
+
+
+def check_curvature(curvature: str) -> None:
+    """Refuse an unknown name.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    if not is_one_of(curvature, CURVATURES):
+        raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
 
 
 def check_estimation(estimator: str, step_size: float, mask: str) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Classifier, make_loader, make_trainer, train
-from test_callbacks import drop, estimate, pair
 from lightning.pytorch.plugins import MixedPrecision
+from test_callbacks import drop, estimate, pair
 from torch import nn
 
 import lightning_dropreg as dr

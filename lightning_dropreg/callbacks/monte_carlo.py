@@ -12,6 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_dropreg.checks import check_instance, check_integer
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
 from lightning_dropreg.sites import fold_key
@@ -104,6 +105,10 @@ class MonteCarloDropout(Callback):
             raise InvalidArgumentError(f"likelihood={likelihood!r} is unknown; choose one of {', '.join(LIKELIHOODS)}.")
         if estimator not in ("forward", "antithetic"):
             raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose 'forward' or 'antithetic'.")
+        check_integer("class_dim", class_dim)
+        check_instance("output", output, (str, type(None)), "the name of a field, or None")
+        if seed is not None:
+            check_integer("seed", seed)
         self.passes = passes
         self.chunk = chunk
         self.likelihood = likelihood

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dropreg.checks import below_floor, is_integer, is_probability
+from lightning_dropreg.checks import below_floor, check_flags, is_integer, is_probability
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.models.perplexity import MeanPerplexity
 from lightning_dropreg.models.transformer_xl.adaptive_softmax import AdaptiveSoftmax
@@ -93,6 +93,7 @@ class TransformerXLLanguageModel(LightningModule):
         ]
         if not is_integer(dim, 2) or dim % 2:
             wrong.append(f"dim={dim} (even, at least 2)")
+        check_flags(tie_weights=tie_weights)
         if wrong:
             raise InvalidArgumentError(f"TransformerXLLanguageModel: out of range: {', '.join(wrong)}.")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
