@@ -89,7 +89,7 @@ class DivergenceDetector(Callback):
         self._seen.clear()
         if not pl_module.automatic_optimization:
             raise UnsupportedModuleError(
-                f"{type(pl_module).__name__} optimizes manually, and DivergenceDetector sees only automatic optimization. "
+                f"{type(pl_module).__name__} optimizes manually, and DivergenceDetector sees automatic steps only. "
                 "Leave it out, and watch what is logged as dropreg/explicit_penalty and dropreg/noise_norm."
             )
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
