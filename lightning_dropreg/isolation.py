@@ -98,8 +98,9 @@ class Isolation:
         """Forget the runs so far: the next one is the first."""
         for original, start in zip(self._original, _fresh(self._start), strict=True):
             for name, buffer in original.buffers.items():
-                if buffer is not None:
-                    buffer.detach().copy_(start.buffers[name])  # the very objects are kept, as in `_ModuleState.mean`
+                before = start.buffers[name]
+                if buffer is not None and before is not None:
+                    buffer.detach().copy_(before)  # the very objects are kept, as in `_ModuleState.mean`
             original.attributes = start.attributes
         self._ends, self._end_random = [], None
 
