@@ -3,10 +3,71 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-__all__ = ["below_floor", "is_integer", "is_number", "is_one_of", "is_probability"]
+from lightning_dropreg.errors import InvalidArgumentError
+
+__all__ = [
+    "below_floor",
+    "check_flags",
+    "check_instance",
+    "check_integer",
+    "check_path",
+    "is_integer",
+    "is_number",
+    "is_one_of",
+    "is_probability",
+]
+
+
+def check_instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Refuse what is of another type.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What was passed.
+        kind: What it must be.
+        wanted: The same in words.
+
+    Raises:
+        InvalidArgumentError: If it is not.
+
+    Example:
+        >>> check_instance("modules", "encoder", list, "a list of patterns")
+        Traceback (most recent call last):
+        lightning_dropreg.errors.InvalidArgumentError: modules must be a list of patterns; found str 'encoder'.
+    """
+    if not isinstance(value, kind):
+        raise InvalidArgumentError(f"{name} must be {wanted}; found {type(value).__name__} {str(value)[:40]!r}.")
+
+
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither True nor False."""
+    for name, value in flags.items():
+        check_instance(name, value, bool, "True or False")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Refuse what is no integer.
+
+    Raises:
+        InvalidArgumentError: If it is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidArgumentError(f"{name}={value!r} must be an integer.")
+
+
+def check_path(name: str, value: object) -> Path:
+    """Take the path of a file or folder.
+
+    Returns:
+        The path.
+    """
+    check_instance(name, value, (str, os.PathLike), "a path (a string or a pathlib.Path)")
+    return Path(value)  # type: ignore[arg-type]
 
 
 def is_integer(value: object, floor: int) -> bool:

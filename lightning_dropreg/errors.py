@@ -11,6 +11,7 @@ __all__ = [
     "DropregError",
     "InconsistentPassesError",
     "InvalidArgumentError",
+    "KinkedNetworkWarning",
     "LossNotRecognizedError",
     "MissingDependencyError",
     "NoDropoutSiteError",
@@ -85,3 +86,7 @@ class UnreadableTextError(DropregError, ValueError):
 
 class VocabularyMismatchError(DropregError, ValueError):
     """A checkpoint was trained with other words than the data has."""
+
+
+class KinkedNetworkWarning(UserWarning):
+    """The noise of finite steps is larger than ``xi_approx``, because the network has kinks (ReLU)."""

@@ -18,15 +18,16 @@ states and metrics advanced once.
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import is_one_of
+from lightning_dropreg.checks import check_instance, is_one_of
 from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.estimators import ESTIMATORS, Estimate
+from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic
 from lightning_dropreg.interception import constants_marked
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.passes import Closure, Drop, Off, run_pass
@@ -60,7 +61,9 @@ def explicit_penalty(
         curvature: ``"loss_hessian"`` (4.4), or ``"identity"`` or ``"loss_jacobian"`` (5.1), the ablations of
             section 5.2.
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``.
-        step_size: Step of the antithetic pair, relative to the size of the noise; errors fall as its square.
+        step_size: Step of the antithetic pair, relative to the size of the noise; errors fall as its square. In
+            bfloat16 a wider one is taken where drop probabilities are small, see
+            `lightning_dropreg.precision.bfloat16_step_size`.
         mask: ``"as_model"`` gives the noise the shape of the model's masks, ``"elementwise"`` draws each entry alone.
         generator: Source of the seed of the noise; the global one by default.
         module: A module whose state must advance once although the closure is called twice.
@@ -84,8 +87,7 @@ def explicit_penalty(
         >>> round(explicit_penalty(closure).item(), 3)
         4.0
     """
-    if curvature not in CURVATURES:
-        raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
+    check_curvature(curvature)
     penalty = _estimate(closure, curvature, False, estimator, step_size, mask, generator, module).penalty
     assert penalty is not None
     return penalty
@@ -112,6 +114,7 @@ def implicit_noise(
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; in smooth networks the same
             noise from all, the first up to ``step_size**2``. In networks with kinks (ReLU) the first is larger: its two
             passes may lie on different sides of a kink, and the difference of their gradients is divided by the step.
+            `lightning_dropreg.kinks.noise_excess` measures how much.
         step_size: See `explicit_penalty`.
         mask: See `explicit_penalty`.
         generator: See `explicit_penalty`.
@@ -168,6 +171,7 @@ def dropout_loss(
         True
     """
     check_count("k", k)
+    _check_module(module)
     key = draw_key(generator)
     with Isolation(module) as isolation:
         losses = [isolation.run(lambda j=j: run_pass(closure, Drop(fold_key(key, j))).loss) for j in range(k)]  # type: ignore[misc]
@@ -230,10 +234,14 @@ def _estimate(
     module: nn.Module | None,
 ) -> Estimate:
     check_estimation(estimator, step_size, mask)
+    _check_module(module)
     key = draw_key(generator)  # before the random state is remembered, or the first pass would start from another one
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
     with Isolation(module, mean=True) as isolation, constants_marked() if curvature else nullcontext():
-        return ESTIMATORS[estimator](
+        estimate = ESTIMATORS[estimator]
+        if estimate is antithetic:
+            estimate = functools.partial(antithetic, restart=isolation.restart)
+        return estimate(
             lambda: isolation.run(closure),
             curvature=curvature,
             noise=noise,
@@ -257,6 +265,20 @@ def check_count(name: str, value: object, minimum: int = 1) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise InvalidArgumentError(f"{name}={value!r} must be an integer of at least {minimum}.")
+
+
+def _check_module(module: object) -> None:
+    check_instance("module", module, (nn.Module, type(None)), "an nn.Module or None")
+
+
+def check_curvature(curvature: str) -> None:
+    """Refuse an unknown name.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    if not is_one_of(curvature, CURVATURES):
+        raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
 
 
 def check_estimation(estimator: str, step_size: float, mask: str) -> None:

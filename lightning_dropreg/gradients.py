@@ -59,7 +59,8 @@ def leaves_of(*values: Tensor) -> list[Tensor] | None:
         if leaf is not None:
             if leaf._backward_hooks:
                 return None
-            leaves[leaf] = None
+            if leaf.requires_grad:  # toggle_optimizer may have frozen it since; a backward passes over it too
+                leaves[leaf] = None
         elif node.name() in _NOT_ASIDE:
             return None
         stack.extend(next_node for next_node, _ in reversed(node.next_functions))

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg.curvature import element_weights
 from lightning_dropreg.errors import DropregError, NonFinitePenaltyError, UnsupportedModuleError, UnsupportedSiteError
+from lightning_dropreg.kinks import find_kinks
 from lightning_dropreg.naming import name_caller
 from lightning_dropreg.passes import Closure, Off, Pass, Tap, is_dormant, run_pass
 from lightning_dropreg.sites import Directions, Site
@@ -29,19 +30,22 @@ def inspect_step(closure: Closure, need_losses: bool) -> tuple[Pass, list[Dropre
         need_losses: Whether its losses must be recognized (for the penalty).
 
     Returns:
-        The pass, its sites named, and what was found wrong.
+        The pass, its sites named and its kinks counted, and what was found wrong.
     """
     problems: list[DropregError] = []
+    taps = Tap(Directions(0))
     with _RandomnessWatch() as watch:
         done = run_pass(
             closure,
-            Tap(Directions(0)),
+            taps,
             record_losses=need_losses,
             name_sites=True,
             written_out=False,
             problems=problems,
         )
     whole = isinstance(done.loss, Tensor) and done.loss.requires_grad
+    if whole:
+        done.kinks = find_kinks(done.loss, taps.taps)
     for loss in done.losses if whole else ():
         try:
             loss.check()

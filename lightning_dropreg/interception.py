@@ -23,6 +23,7 @@ from lightning_dropreg.handlers.attention import attention_is_ignored
 from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
 from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.naming import name_caller
+from lightning_dropreg.precision import is_in_bfloat16
 from lightning_dropreg.sites import Site, check_drop_prob
 
 __all__ = ["Interception", "RepeatableRule", "Rule", "constants_marked"]
@@ -79,6 +80,7 @@ class Interception(TorchFunctionMode):
         losses: The losses in the order in which they were computed.
         inactive: How many dropouts were reached whose drop probability is 0 at the moment (a schedule may raise it).
         refused: What was found wrong with losses that have no known curvature.
+        in_bfloat16: Whether a site was reached in bfloat16.
         ignores_attention: Whether dropout on attention probabilities is left out.
         checkpoints: How many checkpointed regions the running code is in.
     """
@@ -108,6 +110,7 @@ class Interception(TorchFunctionMode):
         self.site_nodes: list[Any] = []
         self.losses: list[Loss] = []
         self.inactive = 0
+        self.in_bfloat16 = False
         self.refused: list[str] = []
 
     def __torch_function__(
@@ -220,6 +223,7 @@ class Interception(TorchFunctionMode):
         checkpointing.check_recomputation(self)
         site = Site(name_caller() if self.name_sites else "", p, tuple(h.shape), mask_shape, self._kind or kind)
         self.sites.append(site)
+        self.in_bfloat16 = self.in_bfloat16 or is_in_bfloat16(h)
         dropped = self.rule(site, h.clone() if inplace else h)
         if _marking.get() and not dropped.requires_grad and torch.is_grad_enabled():
             dropped = dropped.requires_grad_()

@@ -137,6 +137,16 @@ class Isolation:
             for state in states
         ]
 
+    def restart(self) -> None:
+        """Forget the runs so far: the next one is the first."""
+        for original, start in zip(self._original, _fresh(self._start), strict=True):
+            for name, buffer in original.buffers.items():
+                before = start.buffers[name]
+                if buffer is not None and before is not None:
+                    buffer.detach().copy_(before)  # the very objects are kept, as in `_ModuleState.mean`
+            original.attributes = start.attributes
+        self._ends, self._end_random = [], None
+
     def settle(self) -> None:
         """Put the state that one step leaves in place: nothing has happened if no run counted."""
         if self._ends:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -214,11 +214,15 @@ class Pass:
         loss: The scalar loss that the closure returned.
         losses: The recognized losses in it, if they were recorded.
         sites: The dropout sites that were reached.
+        in_bfloat16: Whether any was reached in bfloat16.
+        kinks: How often the loss has operations with a kink behind a site, by name; if they were looked for.
     """
 
     loss: Tensor
     losses: list[Loss]
     sites: list[Site]
+    in_bfloat16: bool = False
+    kinks: dict[str, int] = field(default_factory=dict)
 
 
 def run_pass(
@@ -286,7 +290,7 @@ def run_pass(
         if problems is None:
             raise missing
         problems.append(missing)
-    return Pass(loss, interception.losses, interception.sites)
+    return Pass(loss, interception.losses, interception.sites, interception.in_bfloat16)
 
 
 def _check_losses(loss: Tensor, interception: Interception) -> None:

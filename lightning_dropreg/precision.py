@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from lightning_dropreg.sites import Site
 
-__all__ = ["bfloat16_step_size"]
+__all__ = ["bfloat16_step_size", "is_in_bfloat16"]
+
+SEEN = 0.1  # a relative change of activations of which bfloat16 leaves penalty and noise two good digits
 
 
 def bfloat16_step_size(step_size: float, sites: Sequence[Site]) -> float:
@@ -16,15 +21,15 @@ def bfloat16_step_size(step_size: float, sites: Sequence[Site]) -> float:
     The pair multiplies activations by :math:`1 \pm \varepsilon \sqrt{c_i}`. Two outputs that differ by less than the
     8 bits of bfloat16 leave a slope of rounding errors, and its square in the penalty; that happens where all drop
     probabilities are small, just where a wider step does no harm, because its error falls as
-    :math:`\varepsilon^2 c`. So the step is measured at the largest variance: the activations there change by
-    ``step_size``, never by less.
+    :math:`\varepsilon^2 c`. So the step is measured at the largest variance: the activations there change by a tenth,
+    never by less.
 
     Args:
         step_size: The step asked for, in ``(0, 1]``.
         sites: The sites that the step reaches.
 
     Returns:
-        The step, at least `step_size`, at most 1.
+        The step, at least `step_size`, at most 1; given to this function again, the same.
 
     Example:
         >>> site = Site("", 0.1, (4,), (4,), "dropout")  # c = 1/9
@@ -34,4 +39,23 @@ def bfloat16_step_size(step_size: float, sites: Sequence[Site]) -> float:
         0.1
     """
     largest = max((site.variance for site in sites), default=1.0)
-    return min(1.0, max(step_size, step_size / math.sqrt(largest)))
+    return min(1.0, max(step_size, SEEN / math.sqrt(largest)))
+
+
+def is_in_bfloat16(h: Tensor) -> bool:
+    """Whether `h` is in bfloat16, or what is computed from it will be, by autocast.
+
+    Args:
+        h: Activations at a site.
+
+    Returns:
+        Whether that is so.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     is_in_bfloat16(torch.ones(1))
+        True
+    """
+    kind = h.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return autocast or h.dtype == torch.bfloat16

@@ -191,6 +191,13 @@ class Plan:
         return self.noise.estimation.batch_fraction is None  # its own passes give the loss too
 
     @property
+    def noise_of_finite_steps(self) -> Estimation | None:
+        """How the noise is estimated, if that is by a finite step, which kinks of the network disturb."""
+        if self.noise is None or not self.noise_scale or self.noise.source != "taylor":
+            return None
+        return self.noise.estimation if self.noise.estimation.estimator == "antithetic" else None
+
+    @property
     def noise_after_backward(self) -> bool:
         """Whether the noise is added to the gradients after the backward pass."""
         return self.noise_scale != 0 and not self.noise_in_loss

@@ -51,12 +51,14 @@ class Support:
         losses: Its recognized losses in order.
         problems: Everything that keeps the step from being regularized, whatever the estimator.
         untried: Why an estimator was not tried on the losses, by estimator.
+        kinks: How often the loss has operations with a kink behind a site, by name (`lightning_dropreg.kinks`).
     """
 
     sites: Sequence[SiteSupport]
     losses: Sequence[LossSupport]
     problems: Sequence[DropregError]
     untried: Mapping[str, str] = field(default_factory=dict)
+    kinks: Mapping[str, int] = field(default_factory=dict)
 
 
 def find_support(closure: Closure, *, module: nn.Module | None = None) -> Support:
@@ -87,7 +89,7 @@ def find_support(closure: Closure, *, module: nn.Module | None = None) -> Suppor
 
         done, problems = inspect_step(run, need_losses=True)
         losses, untried = _losses(done)
-        return Support(_sites(run, done.sites, problems), losses, problems, untried)
+        return Support(_sites(run, done.sites, problems), losses, problems, untried, done.kinks)
 
 
 def _sites(run: Closure, sites: Sequence[Site], problems: Sequence[DropregError]) -> list[SiteSupport]:

@@ -13,6 +13,9 @@ def test_noise_differs_between_steps_and_seeds_and_repeats():
     runs = [train([dr.ImplicitNoise()], seed=s) for s in (1, 1, 2)]
     assert same(runs[0], runs[1])
     assert not torch.equal(runs[0].gradients[0], runs[2].gradients[0])
+    one_batch = make_loader(6)  # the same in every epoch, with weights that stay: only the noise differs
+    still = train([dr.ImplicitNoise()], loader=one_batch, model_options={"lr": 0.0}, max_epochs=2)
+    assert not torch.equal(*still.gradients)
 
 
 def test_fit_leaves_the_module_as_it_was():

@@ -130,7 +130,8 @@ def test_inspect_lists_sites_losses_and_what_would_happen(capsys):
     [outlook] = found["plans"]
     assert outlook["callbacks"] == ["ExplicitPenalty", "ImplicitNoise"]
     assert "Back-propagated: loss + 2 R_approx + 1 s (whose gradient is xi_approx)." in outlook["plan"]
-    assert outlook["values"].keys() == {"loss", "explicit penalty", "norm of the gradient"}
+    assert outlook["values"].keys() == {"loss", "explicit penalty", "norm of the gradient", "noise over xi_approx"}
+    assert outlook["values"]["noise over xi_approx"] == pytest.approx(1, abs=0.01)
     assert not found["problems"]
     assert not outlook["refused"]
 
@@ -456,3 +457,28 @@ def test_unknown_command(capsys):
     assert main(["fitt"]) == 2
     assert "fitt" in capsys.readouterr().err
     assert main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ["--config", "bad.yaml"],
+            "trainer.callbacks: lightning_dropreg.ExplicitPenalty: batch_fraction='quarter' must be float or None.",
+        ),
+        (["--trainer.max_epochs=many"], "trainer.max_epochs='many' must be int or None."),
+        (
+            ["--model.num_layers=1.5"],
+            "model: lightning_dropreg.models.LSTMLanguageModel: num_layers='1.5' must be int.",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told_in_one_line(options, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bad = "{class_path: lightning_dropreg.ExplicitPenalty, init_args: {batch_fraction: quarter}}"
+    Path("bad.yaml").write_text(f"trainer: {{callbacks: [{bad}]}}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", QUICKSTART, *options])
+    first, hint = capsys.readouterr().err.splitlines()
+    assert first == f"dropreg fit: {told}"
+    assert hint == "(all options: dropreg fit --help)"

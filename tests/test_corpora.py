@@ -210,7 +210,7 @@ def test_where_nothing_can_be_kept_the_text_is_encoded_all_the_same(tmp_path):
     write(tmp_path)
     (tmp_path / ".dropreg").write_text("a file where the folder should be")
     assert tokens(TextFolder(tmp_path))[:3] == ["the", "cat", "<unk>"]
-    data = LanguageModelingData("folder", tmp_path, batch_size=2, cache_dir=tmp_path / "elsewhere")
+    data = LanguageModelingData("folder", tmp_path, batch_size=2, cache_dir=str(tmp_path / "elsewhere"))
     data.setup("fit")
     kept = {path.name.split("-")[0] for path in (tmp_path / "elsewhere").iterdir()}
     assert kept == {"vocabulary", "train", "validation"}

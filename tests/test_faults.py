@@ -109,13 +109,38 @@ def test_the_detector_is_silent_while_all_is_well_and_changes_nothing(method):
 
 @pytest.mark.parametrize("method", ["algorithm 2", "after backward", "algorithm 4", "low memory"])
 def test_the_detector_sees_noise_far_above_the_gradient(method):
-    with pytest.raises(errors.DivergenceError, match=r"in 2 checks, the last at optimizer step 1\."):
+    with pytest.raises(errors.DivergenceError, match=r"in 2 optimizer steps, the last of them step 1\."):
         detect(METHODS[method](), noise_ratio=1e-6)
 
 
 def test_the_detector_sees_a_penalty_far_above_the_loss():
-    with pytest.raises(errors.DivergenceError, match="3 checks, the last at optimizer step 8"):
-        detect([dr.ExplicitPenalty()], penalty_ratio=1e-6, every_n_steps=3, patience=3)
+    with pytest.raises(errors.DivergenceError, match="3 optimizer steps, the last of them step 5"):
+        detect([dr.ExplicitPenalty()], penalty_ratio=1e-6, every_n_steps=4, patience=3)
+
+
+def test_the_detector_looks_at_every_step_from_the_first_bad_one_on_and_forgets_after_a_good_one():
+    class Loud(dr.DivergenceDetector):
+        bad, checked = {3, 4, 6, 7}, []
+
+        def see_penalty(self, penalty, loss):
+            step = len(self.checked)
+            super().see_penalty(penalty * (1e9 if step in self.bad else 0), loss)
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.checked.append(self.due(trainer.global_step))
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    train([dr.ExplicitPenalty(), Loud(every_n_steps=4, patience=3)], loader=make_loader(60, 6))
+    # after the regular check of step 3 also 4 and 5, which is good; 6 is not looked at, 7 is
+    assert [step for step, due in enumerate(Loud.checked) if due] == [3, 4, 5, 7, 8]
+
+
+def test_the_detector_refuses_manual_optimization():
+    class Manual(Classifier):
+        automatic_optimization = False
+
+    with pytest.raises(errors.UnsupportedModuleError, match="Manual optimizes manually"):
+        train([dr.ImplicitNoise(), dr.DivergenceDetector()], make=Manual)
 
 
 def test_the_ratios_are_those_of_their_definition():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_dropreg as dr
-from lightning_dropreg import data, functional, models
+from lightning_dropreg import data, functional, metrics, models
 from lightning_dropreg import nn as layers
 from lightning_dropreg.cli import main
 from lightning_dropreg.cli.app import DropregCLI
@@ -24,7 +24,7 @@ VALUES = st.one_of(
     st.integers(-3, 8),
     st.floats(-2, 4),
     st.sampled_from(
-        [float("nan"), float("inf"), -float("inf"), 1e-300, True, False, None, "", "x", [], [1], {}, object()]
+        [float("nan"), float("inf"), -float("inf"), 1e-300, True, False, None, "", "x", [], [1], {}, {"a": 1}, object()]
     ),
 )
 
@@ -36,6 +36,11 @@ def closure():
     return F.cross_entropy(NET(torch.ones(2, 3)), torch.tensor([0, 1]))
 
 
+def weight_drop(module=None, weight_names="weight_hh_l0", p=0.5):
+    layers.WeightDrop(nn.LSTM(2, 2) if module is None else module, weight_names, p)
+
+
+LOGITS, TARGET = torch.ones(4, 3), torch.tensor([0, 1, 1, 0])
 SMALL = {"vocab_size": 8}
 CALLS = {
     dr.ExplicitPenalty: {},
@@ -62,6 +67,20 @@ CALLS = {
     layers.LockedDropout: {},
     layers.EmbeddingDropout: {"embedding": nn.Embedding(3, 2)},
     layers.QRNN: {"input_size": 2, "hidden_size": 2},
+    weight_drop: {},
+    data.TextFolder: {},
+    data.PennTreebank: {},
+    data.PythonManual: {},
+    data.make_corpus: {"name": "penn_treebank"},
+    metrics.MeanExplicitPenalty: {},
+    metrics.NoiseScale: {},
+    metrics.LinearModelBound: {"num_classes": 2},
+    metrics.LossJacobianSize: {},
+    metrics.functional.dropout_effects: {"closure": closure, "module": NET},
+    metrics.functional.loss_jacobian_size: {"logits": LOGITS, "target": TARGET},
+    metrics.functional.loss_hessian_size: {"logits": LOGITS, "target": TARGET},
+    metrics.functional.norm_2_1: {},
+    metrics.functional.linear_model_bound: {"inputs": LOGITS, "weight": LOGITS[:2], "target": TARGET},
     functional.explicit_penalty: {"closure": closure},
     functional.implicit_noise: {"closure": closure},
     functional.dropout_loss: {"closure": closure},
@@ -73,17 +92,18 @@ OBJECTS = {
     "lr_scheduler",
     "closure",
     "generator",
-    "module",
-    "embedding",
-    "corpus",
-    "root",
-    "cache_dir",
+}
+# Keyword arguments that a constructor hands on.
+HANDED_ON = {
+    metrics.MeanExplicitPenalty: ["draws", "seed", "estimator", "step_size"],
+    metrics.NoiseScale: ["draws", "seed", "estimator", "step_size"],
 }
 
 
 def arguments():
     for call, base in CALLS.items():
-        for name in inspect.signature(call).parameters:
+        named = [n for n, p in inspect.signature(call).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        for name in [*named, *HANDED_ON.get(call, [])]:
             if name not in OBJECTS:
                 yield pytest.param(call, base, name, id=f"{call.__name__}-{name}")
 
@@ -137,3 +157,9 @@ def test_the_commands_own_options_have_ranges(options, capsys):
     command, option = options.split()
     assert main([command, "--config", QUICKSTART, option]) == 1
     assert option.partition("=")[0].strip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("call", "base", "name"), arguments())
+def test_what_can_be_no_value_of_any_argument_is_refused_at_once(call, base, name):
+    with pytest.raises(DropregError, match=name):
+        call(**{**base, name: object()})

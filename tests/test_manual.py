@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Classifier, make_loader, make_trainer, train
+from lightning.pytorch.plugins import MixedPrecision
 from test_callbacks import drop, estimate, pair
 from torch import nn
 
@@ -98,6 +99,10 @@ METHODS = {
     ),
     "algorithm 2": (lambda: [dr.ExplicitPenalty(2.0), dr.ImplicitNoise()], algorithm_2),
     "algorithm 4": (lambda: [dr.MiniBatchDropout(4), dr.ImplicitNoise()], algorithm_4),
+    "low memory": (
+        lambda: [dr.ExplicitPenalty(2.0, low_memory=True), dr.ImplicitNoise(low_memory=True)],
+        algorithm_2,
+    ),
     "forward": (lambda: [dr.ExplicitPenalty(estimator="forward")], penalty_forward),
 }
 
@@ -178,6 +183,43 @@ def test_one_optimizer(method, way):
         step(total(lambda: F.cross_entropy(net(x), y), fold_key(7, 0, index, 0)), net, optimizer)
     for ours, by_hand in zip(model.parameters(), net.parameters()):
         torch.testing.assert_close(ours, by_hand, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("injection", ["loss", "after_backward"])
+def test_mixed_precision(injection):
+    """bf16-mixed: penalty and noise as in float32. A scaler alone changes nothing but rounding."""
+    callbacks = lambda: [dr.ExplicitPenalty(), dr.ImplicitNoise(injection=injection)]
+
+    class Float(Manual):
+        def __init__(self):
+            super().__init__(p=0.1)
+            self.net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Dropout(0.1), nn.Linear(64, 64), *self.net[1:])
+            self.net[-1] = nn.Linear(64, 3)
+            self.float()
+
+    def fit(seed=0, **options):
+        loader = make_loader(24, dtype=torch.float32)
+        return train(callbacks(), seed, make=Float, loader=loader, log_every_n_steps=1, **options)
+
+    def measured(seed, precision):
+        metrics = fit(seed, precision=precision, max_steps=1).trainer.callback_metrics
+        return torch.stack([metrics[f"dropreg/{name}"] for name in ("explicit_penalty", "noise_norm")])
+
+    means = [torch.stack([measured(s, p) for s in range(3)]).mean(0) for p in ("bf16-mixed", "32-true")]
+    torch.testing.assert_close(*means, rtol=0.02, atol=0)
+
+    class OnlyScaler(MixedPrecision):
+        def forward_context(self):
+            return torch.autocast("cpu", enabled=False)
+
+    scaled = fit(plugins=OnlyScaler("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12)))
+    plain = fit()
+    for a, b in zip(scaled.gradients, plain.gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(scaled.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    metrics = [model.trainer.callback_metrics["dropreg/noise_norm"] for model in (scaled, plain)]
+    torch.testing.assert_close(*metrics, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("callback", [dr.ExplicitPenalty, dr.ImplicitNoise])

@@ -1,5 +1,6 @@
 """Reduced precision, gradient scaling, accumulation, and optimizers that do things their own way."""
 
+import contextlib
 import copy
 
 import lightning as L
@@ -12,6 +13,7 @@ from torch import nn
 
 import lightning_dropreg as dr
 from lightning_dropreg import errors
+from lightning_dropreg.functional import explicit_penalty, implicit_noise
 
 ALGORITHM_2 = {
     injection: lambda injection=injection: [dr.ExplicitPenalty(), dr.ImplicitNoise(injection=injection)]
@@ -80,6 +82,45 @@ def test_penalty_and_noise_are_those_of_float32(p, precision, injection):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])
 def test_penalty_and_noise_are_those_of_float32_on_cuda(precision, injection):
     check_against_float32(0.1, precision, injection, accelerator="gpu")
+
+
+@pytest.mark.parametrize("how", ["around", "inside", "true"])
+def test_the_functions_adapt_the_step_to_bfloat16(how):
+    """Penalty and noise as in float32, however the bfloat16 came about; and the pass more leaves no trace."""
+    text, targets = next(iter(words()))
+    autocast = lambda on: torch.autocast("cpu", torch.bfloat16, enabled=on)
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.norm = Transformer(p=0.05).net, nn.BatchNorm1d(50)
+            self.hidden = torch.zeros(())
+
+        def forward(self, text, inside):
+            with autocast(inside) if inside else contextlib.nullcontext():
+                z = self.norm(self.net(text).flatten(0, 1)) / 10
+            self.hidden = self.hidden + z.detach().float().square().mean()
+            return F.cross_entropy(z, targets.flatten())
+
+    def measured(function, module, how, seed):
+        module = copy.deepcopy(module).to(torch.bfloat16 if how == "true" else torch.float32)
+        closure = lambda: module(text, how == "inside")
+        with autocast(how == "around") if how == "around" else contextlib.nullcontext():
+            value = function(closure, module=module, generator=torch.Generator().manual_seed(seed))
+        value.backward()
+        norm = torch.stack([p.grad.float().norm() for p in module.parameters() if p.grad is not None]).norm()
+        return torch.stack([value.detach().float(), norm]), module
+
+    module = Counting()
+    for function, part in ((explicit_penalty, 0), (implicit_noise, 1)):
+        found = [measured(function, module, how, seed) for seed in range(4)]
+        plain = [measured(function, module, "", seed) for seed in range(4)]
+        values = [torch.stack([values for values, _ in runs]).mean(0)[part] for runs in (found, plain)]
+        torch.testing.assert_close(*values, rtol=0.03, atol=0)
+        for (_, a), (_, b) in zip(found, plain, strict=True):
+            assert a.norm.num_batches_tracked == 1
+            torch.testing.assert_close(a.hidden, b.hidden, rtol=0.01, atol=0)
+            torch.testing.assert_close(a.norm.running_var.float(), b.norm.running_var, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.gpu

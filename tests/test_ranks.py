@@ -3,10 +3,13 @@
 import itertools
 import os
 
+import lightning as L
 import pytest
 import torch
 from conftest import Classifier, make_loader, make_trainer
 from ranks import run_on_two_ranks
+from test_manual import GAN, Manual
+from test_uncertainty import Predicting
 
 import lightning_dropreg as dr
 
@@ -44,8 +47,6 @@ STRATEGIES = {
 
 def fit(callbacks, make=Classifier, loader=None, strategy="ddp", **options):
     """Twenty steps, both ranks on the same batches, so that nothing but the noise tells them apart."""
-    import lightning as L
-
     L.seed_everything(1, verbose=False)
     model = make()
     options = {"devices": 2, "max_epochs": 5, "use_distributed_sampler": False, **options}
@@ -215,6 +216,30 @@ def skipping():
     return weights_of(model), detector.state_dict()
 
 
+MANUAL = ("algorithm 2, antithetic, loss", "dropout noise, after_backward", "algorithm 4, loss", "low memory")
+MANUAL_SAME_NOISE = ("algorithm 2, antithetic, loss", "algorithm 4, loss")
+
+
+def gan(method):
+    def check():
+        model = fit(METHODS[method](), make=GAN, strategy="ddp_find_unused_parameters_true", max_epochs=3)
+        return weights_of(model)
+
+    return check
+
+
+def predict():
+    """What a rank predicts of its own half of the examples, and of one batch that both have."""
+    L.seed_everything(1, verbose=False)
+    model = Predicting()
+    options = {"devices": 2, "strategy": "ddp"}
+    predict = lambda loader, **more: make_trainer([dr.MonteCarloDropout(4, first_order=2)], **options, **more).predict(
+        model, loader
+    )
+    same = predict(make_loader(6), use_distributed_sampler=False)
+    return predict(make_loader(24)), same, weights_of(model), "predict_step" in model.__dict__
+
+
 class Normalized(Classifier):
     def __init__(self):
         super().__init__(norm=True)
@@ -241,6 +266,11 @@ def ranks(tmp_path_factory):
     checks["own seeds"] = own_seeds
     checks["save"] = save(folder)
     checks["skipping"] = skipping
+    checks["predict"] = predict
+    for method in MANUAL:
+        checks[f"manual, {method}"] = replicas(method, make=Manual)
+        checks[f"gan, {method}"] = gan(method)
+    checks |= {f"manual half, {method}": half(method, make=Manual) for method in MANUAL_SAME_NOISE}
     # last: what raises in the middle of a reduction leaves the group unusable
     for name, callbacks in {"plain": plain, **STRATEGIES}.items():
         checks[f"unused is an error, {name}"] = unused(callbacks, "ddp")
@@ -277,6 +307,42 @@ def test_two_halves_of_a_batch_give_the_gradient_of_the_whole(ranks, method):
     for a, b, c in zip(one, two, whole):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-11)
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", MANUAL)
+def test_replicas_that_optimize_manually_are_identical(ranks, method):
+    """With one optimizer and, in a GAN, with two."""
+    one, two = found(ranks, f"manual, {method}")
+    assert len(one["gradients"]) == 20
+    assert all(torch.equal(a, b) for a, b in zip(one["gradients"], two["gradients"]))
+    one, two = found(ranks, f"gan, {method}")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("method", MANUAL_SAME_NOISE)
+def test_two_halves_give_the_gradient_of_the_whole_with_manual_optimization(ranks, method):
+    one, _ = found(ranks, f"manual half, {method}")
+    with SameNoise(6, slice(None)):
+        whole = fit(METHODS[method](), make=Manual, devices=1, strategy="auto", max_epochs=2).gradients
+    assert len(one) == len(whole) == 8
+    for a, b in zip(one, whole):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_ranks_predict_their_examples_with_masks_of_their_own(ranks):
+    one, two = found(ranks, "predict")
+    L.seed_everything(1, verbose=False)
+    model = Predicting()
+    plain = torch.cat(make_trainer().predict(model, make_loader(24)))
+    halves = [torch.cat([batch.outputs for batch in rank[0]]) for rank in (one, two)]
+    torch.testing.assert_close(torch.stack(halves, 1).flatten(0, 1), plain)  # Lightning deals the examples in turn
+    (a,), (b,) = one[1], two[1]
+    assert torch.equal(a.outputs, b.outputs)
+    assert not torch.equal(a.mean, b.mean)
+    assert not torch.equal(a.first_order_variance, b.first_order_variance)
+    for rank in (one, two):
+        assert all(torch.equal(rank[2][k], v) for k, v in model.state_dict().items())
+        assert not rank[3]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -183,6 +183,31 @@ def test_isolation_restores_after_an_exception_in_a_later_run():
     assert (module.items, module.count.item(), module.lazy) == ([1], 1, "made in the step")
 
 
+def test_runs_before_a_restart_do_not_count():
+    module = torch.nn.Module()
+    module.hidden, module.seen = torch.zeros(()), []
+    module.register_buffer("statistics", torch.zeros(2))
+    buffer = module.statistics
+    draws = []
+
+    def step(value):
+        module.hidden = module.hidden + value
+        module.seen.append(value)
+        module.statistics.add_(value)
+        draws.append(torch.rand(()).item())
+
+    with Isolation(module, mean=True) as isolation:
+        isolation.run(lambda: step(100.0))
+        isolation.restart()
+        isolation.run(lambda: step(1.0))
+        isolation.run(lambda: step(3.0))
+    assert module.hidden == 2
+    assert module.seen == [1.0]
+    assert module.statistics is buffer
+    assert buffer.tolist() == [1, 1]
+    assert len(set(draws)) == 1
+
+
 def test_runs_aside_leave_nothing():
     module = torch.nn.Module()
     module.items, module.count = [], torch.zeros(())

@@ -22,18 +22,19 @@ class DivergenceDetector(Callback):
     """Raises, or skips optimizer steps, when penalty or noise stay far above what they are added to.
 
     Every `every_n_steps` optimizer steps it compares the penalty (with its strength) with the loss, and the norm of the
-    noise in the gradient with the norm of the gradient without it. A check costs a backward pass or two and waits for
-    the device; the steps between cost nothing and wait for nothing. NaN and infinity count as above everything.
+    noise in the gradient with the norm of the gradient without it; once something is above its ratio, in every step
+    until nothing is. A check costs a backward pass or two and waits for the device; the steps between cost nothing and
+    wait for nothing. NaN and infinity count as above everything. With several processes, the check of one counts for
+    all. Not checked are the noise under FSDP2, and modules that optimize manually, which are refused.
 
     Args:
         penalty_ratio: The penalty may be this many times the absolute loss; positive.
         noise_ratio: The noise may be this many times the gradient; positive. A gradient shrinks during training and
             the noise does not, so leave room.
-        patience: After how many checks above a ratio, one after another, something is done; at least 1.
-        every_n_steps: Optimizer steps from one check to the next; at least 1. With several processes, the check of one
-            counts for all. (The noise is not checked under FSDP2.)
-        action: ``"raise"``, or ``"skip"``: the checked step is not taken (with ``every_n_steps=1`` none is, until the
-            ratios are small again). ``dropreg/skipped`` logs how many were skipped.
+        patience: After how many optimizer steps above a ratio, one after another, something is done; at least 1.
+        every_n_steps: Optimizer steps from one check to the next while all is well; at least 1.
+        action: ``"raise"``, or ``"skip"``: no step is taken until the ratios are small again. ``dropreg/skipped`` logs
+            how many were skipped.
 
     Raises:
         InvalidArgumentError: If an argument is out of range.
@@ -69,7 +70,7 @@ class DivergenceDetector(Callback):
 
     def due(self, step: int) -> bool:
         """Whether optimizer step `step` is checked."""
-        return step % self.every_n_steps == self.every_n_steps - 1
+        return self._streak > 0 or step % self.every_n_steps == self.every_n_steps - 1
 
     def see_penalty(self, penalty: Tensor, loss: Tensor) -> None:
         """Take note of one batch's penalty and loss; nothing is read yet."""
@@ -83,9 +84,14 @@ class DivergenceDetector(Callback):
         """Refuse what cannot be skipped.
 
         Raises:
-            UnsupportedModuleError: If an optimizer unscales its gradients itself.
+            UnsupportedModuleError: If an optimizer unscales its gradients itself, or the module optimizes manually.
         """
         self._seen.clear()
+        if not pl_module.automatic_optimization:
+            raise UnsupportedModuleError(
+                f"{type(pl_module).__name__} optimizes manually, and DivergenceDetector sees automatic steps only. "
+                "Leave it out, and watch what is logged as dropreg/explicit_penalty and dropreg/noise_norm."
+            )
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         fused = [type(o).__name__ for o in trainer.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
         if self.action == "skip" and scaled and fused:
@@ -113,7 +119,7 @@ class DivergenceDetector(Callback):
             return
         found = (
             f"penalty or noise were above {self.penalty_ratio:g} times the loss or {self.noise_ratio:g} times the "
-            f"gradient in {self._streak} checks, the last at optimizer step {trainer.global_step}"
+            f"gradient in {self._streak} optimizer steps, the last of them step {trainer.global_step}"
         )
         if self.action == "raise":
             raise DivergenceError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map
 from lightning_dropreg.callbacks.configured import configured
 from lightning_dropreg.callbacks.logs import LogCollector
 from lightning_dropreg.callbacks.session import Session, own_step
+from lightning_dropreg.checks import check_flags, check_path
 from lightning_dropreg.diagnostics import (
     Diagnosis,
     measure_effect,
@@ -103,7 +105,7 @@ class DropoutDiagnostics(Callback):
         batch: str = "first",
         confidence: float = 0.95,
         tolerance: float = TOLERANCE,
-        figures: str | None = None,
+        figures: str | PathLike[str] | None = None,
         verbose: bool = True,
     ) -> None:
         check_count("draws", draws, MIN_DRAWS)
@@ -117,7 +119,9 @@ class DropoutDiagnostics(Callback):
             raise InvalidArgumentError(f"batch={batch!r} is unknown; choose one of {', '.join(BATCHES)}.")
         check_confidence(confidence)
         check_tolerance(tolerance)
+        check_flags(at_end=at_end, per_site=per_site, noise=noise, verbose=verbose)
         if figures is not None:
+            check_path("figures", figures)
             need_matplotlib()
         self.draws = draws
         self.every_n_epochs = every_n_epochs

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.hooks import RemovableHandle
 
+from lightning_dropreg.checks import check_instance
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 
 __all__ = ["MaxNorm", "project_units"]
@@ -134,6 +135,10 @@ class MaxNorm(Callback):
             raise InvalidArgumentError(f"max_norm={max_norm!r} must be a finite number above 0; 3 is usual.")
         if isinstance(modules, str):
             raise InvalidArgumentError(f"modules={modules!r} must be a list of patterns, [{modules!r}] for one.")
+        if modules is not None:
+            check_instance("modules", modules, Sequence, "a list of patterns")
+            for pattern in modules:
+                check_instance("modules", pattern, str, "a list of patterns, which are strings")
         self.max_norm = float(max_norm)
         self.modules = modules
         self._layers: list[nn.Module] = []

@@ -12,6 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_dropreg.checks import check_integer
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
 from lightning_dropreg.sites import fold_key
@@ -115,6 +116,9 @@ class MonteCarloDropout(Callback):
         check_training(training)
         if isinstance(output, bool) or not isinstance(output, (str, int, type(None))):
             raise InvalidArgumentError(f"output={output!r} must be the name or the number of a field, or None.")
+        check_integer("class_dim", class_dim)
+        if seed is not None:
+            check_integer("seed", seed)
         self.passes = passes
         self.chunk = chunk
         self.likelihood = likelihood

@@ -11,10 +11,14 @@ from lightning_dropreg.callbacks.batch import SkippedError
 from lightning_dropreg.callbacks.problems import changed_parameters, fingerprints, module_problems, uncompiled
 from lightning_dropreg.callbacks.session import Session
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
+from lightning_dropreg.handlers.attention import attention_dropout
+from lightning_dropreg.kinks import noise_excess
 from lightning_dropreg.step import Plan
 from lightning_dropreg.support import Support, find_support, gradient_norm
 
-__all__ = ["look", "rehearse"]
+__all__ = ["NOISE_EXCESS", "look", "rehearse"]
+
+NOISE_EXCESS = "noise over xi_approx"
 
 
 def look(
@@ -58,7 +62,8 @@ def rehearse(
         args: What that is called with.
 
     Returns:
-        Loss, penalty and norm of the gradient.
+        Loss, penalty and norm of the gradient; for noise of finite steps, how many times the norm of ``xi_approx`` it
+        has, where that can be measured.
     """
     session = Session(trainer, module, plan, seed=0)
     session.inspect(step, args, {})
@@ -67,12 +72,19 @@ def rehearse(
     batch = session.to_look_at(step, args, {})
     batch.lasting = False
     with batch.isolation:
-        result = plan.run(batch, 0, 0)
+        result = session.plan.run(batch, 0, 0)
         total = result.total
         if result.later is not None:
             total = total + result.later
         elif plan.noise_after_backward:
-            total = total + plan.extra(batch, 0)
-        norm = gradient_norm(total)
-    values = {"loss": result.loss.item(), "norm of the gradient": norm}
-    return values if result.penalty is None else {"explicit penalty": result.penalty.item(), **values}
+            total = total + session.plan.extra(batch, 0)
+        values = {"loss": result.loss.item(), "norm of the gradient": gradient_norm(total)}
+        if result.penalty is not None:
+            values = {"explicit penalty": result.penalty.item(), **values}
+        estimation = session.plan.noise_of_finite_steps
+        if estimation is not None:
+            with attention_dropout(plan.attention):
+                trained = [p for p in module.parameters() if p.requires_grad]
+                excess = noise_excess(batch.aside, trained, step_size=estimation.step_size, mask=estimation.mask)
+            values |= {} if excess is None else {NOISE_EXCESS: excess}
+    return values

@@ -52,6 +52,8 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _alike_leaf(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         a, b = a.detach(), b.detach()
         if a.shape != b.shape or a.dtype != b.dtype or a.is_sparse or b.is_sparse:
@@ -61,7 +63,7 @@ def _alike_leaf(a: Any, b: Any) -> bool:
         scale = float(a.abs().amax()) if a.numel() else 0.0
         return torch.allclose(a, b, rtol=_CLOSE, atol=_CLOSE * scale, equal_nan=True)
     if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=_CLOSE) or a == b
+        return math.isclose(a, b, rel_tol=_CLOSE) or (math.isnan(a) and math.isnan(b))
     if isinstance(a, (bool, int, str)) and isinstance(b, (bool, int, str)):
         return a == b
     return type(a) is type(b)

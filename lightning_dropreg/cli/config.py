@@ -1,5 +1,6 @@
 """Configuration files that build on one another, and errors in them that can be read."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,28 @@ __all__ = ["ConfigParser", "LayeredConfigFile", "layers"]
 
 # What jsonargparse says about its own types, around what it says about the mistake.
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+
+
+_KEY = re.compile(r'Parser key "([\w.]+)":')
+_CLASS = re.compile(r"given class_path '([\w.]+)'")
+_EXPECTED = re.compile(r"Expected a <class '([\w.]+)'>")
+_VALUE = re.compile(r"(?:Given|Got) value: (.*)")
+
+
+def _wrong_value(message: str) -> str | None:
+    """Say in one line which value is of the wrong type, and what was expected, if that is all that is wrong."""
+    keys = list(_KEY.finditer(message))
+    value = _VALUE.search(message, keys[-1].end()) if keys else None
+    if value is None:
+        return None
+    reasons = message[keys[-1].end() : value.start()].replace("Given value type: <class 'str'>", "")
+    types = list(dict.fromkeys(_EXPECTED.findall(reasons)))
+    left = [line.strip(" -.") for line in _EXPECTED.sub("", reasons).splitlines()]
+    if not types or any(line and not line.startswith(_NOISE) for line in left) or "is not accepted" in message:
+        return None
+    where = ": ".join([*[key[1] for key in keys[:-1]], *_CLASS.findall(message)[-1:]])
+    wanted = " or ".join("None" if name == "NoneType" else name for name in types)
+    return f"{where + ': ' if where else ''}{keys[-1][1]}={value[1]!r} must be {wanted}."
 
 
 class LayeredConfigFile(ActionConfigFile):
@@ -89,7 +112,9 @@ class ConfigParser(LightningArgumentParser):
         if not self.exit_on_error:  # the parser of a class within: the outer one says where, and exits
             super().error(message, ex)
         prog = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
-        told = "\n".join(line for line in message.splitlines() if not line.lstrip(" -").startswith(_NOISE))
+        told = _wrong_value(message) or "\n".join(
+            line for line in message.splitlines() if not line.lstrip(" -").startswith(_NOISE)
+        )
         meant = nearest(message, self)
         hint = f"Did you mean {meant!r}?\n" if meant else ""
         sys.stderr.write(f"{prog}: {told}\n{hint}(all options: {prog} --help)\n")

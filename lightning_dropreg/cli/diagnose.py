@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from lightning_dropreg.callbacks.configured import Configured, configured
 from lightning_dropreg.cli.app import DropregCLI
@@ -31,10 +32,13 @@ from lightning_dropreg.diagnostics import (
     show,
 )
 from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance
+from lightning_dropreg.diagnostics.noise import NOISE_STEP
 from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
 from lightning_dropreg.diagnostics.statistics import check_confidence
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_count
+from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.kinks import EXCESS, REMEDY, noise_excess
 
 __all__ = ["main"]
 
@@ -65,9 +69,9 @@ def main(args: Sequence[str]) -> None:
 
         need_matplotlib()  # before minutes of measuring
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    diagnosis, trained = look_at_first_batch(cli, lambda first: _diagnose(first, callbacks, options))
+    diagnosis, trained, excess = look_at_first_batch(cli, lambda first: _diagnose(first, callbacks, options))
     told = costs or ("not measured" if options["no_costs"] else _measure_costs(cli, trained))
-    lines = [*_true_noise(trained), *read(diagnosis, told), _scope(options["ckpt_path"])]
+    lines = [*_true_noise(trained), *read(diagnosis, told), *_kinks(excess), _scope(options["ckpt_path"])]
     if options["json"]:
         found = None if isinstance(told, str) else asdict(told)
         print(json.dumps({**diagnosis.as_dict(), "costs": found, "reading": lines}, indent=2))
@@ -105,9 +109,9 @@ def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
 
 
-def _diagnose(first: FirstStep, callbacks: Sequence[Any], options: Any) -> tuple[Diagnosis, Configured]:
+def _diagnose(first: FirstStep, callbacks: Sequence[Any], options: Any) -> tuple[Diagnosis, Configured, float | None]:
     model, closure = first.model, first.loss
-    draws, noise, penalty = options["draws"], None, None
+    draws, noise, penalty, excess = options["draws"], None, None, None
     trained = configured([*callbacks, *first.callbacks], first.trainer, model, closure)
     generator = torch.Generator().manual_seed(SEED)
     rounds = 1 + len(options["sweep"]) + options["noise"] + (trained.penalty is not None)
@@ -123,9 +127,29 @@ def _diagnose(first: FirstStep, callbacks: Sequence[Any], options: Any) -> tuple
         sweep = tuple((q, measure_effect(closure, per_site=False, drop_prob=q, **common)) for q in options["sweep"])
         if options["noise"]:
             noise = measure_noise(closure, **trained.noise, **common)
+            excess = _excess(model, closure, trained)
         if trained.penalty is not None and not effect.problem:
             penalty = measure_penalty(closure, **trained.penalty, **common)
-    return Diagnosis(effect, noise, sweep, options["tolerance"], penalty=penalty), trained
+    return Diagnosis(effect, noise, sweep, options["tolerance"], penalty=penalty), trained, excess
+
+
+def _excess(model: LightningModule, closure: Callable[[], Tensor], trained: Configured) -> float | None:
+    """How many times larger than by the definition the noise is; None where it is by the definition."""
+    if trained.noise.get("estimator", "antithetic") != "antithetic":
+        return None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    step_size = trained.noise.get("step_size", NOISE_STEP)
+    with Isolation(model) as isolation:
+        return noise_excess(lambda: isolation.run(closure, trace=False), parameters, step_size=step_size)
+
+
+def _kinks(excess: float | None) -> list[str]:
+    if excess is None or excess <= EXCESS:
+        return []
+    return [
+        "This xi_approx is that of the antithetic estimator. The network has kinks, and so its norm is "
+        f"{excess:.2f} times that of the definition. {REMEDY}"
+    ]
 
 
 def _true_noise(trained: Configured) -> list[str]:

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
 from lightning_dropreg.callbacks.base import RegularizerCallback
-from lightning_dropreg.callbacks.preview import look, rehearse
+from lightning_dropreg.callbacks.preview import NOISE_EXCESS, look, rehearse
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.step import FirstStep, look_at_first_batch
 from lightning_dropreg.description import describe
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.estimators import ESTIMATORS
+from lightning_dropreg.kinks import EXCESS, REMEDY
 from lightning_dropreg.support import LossSupport, SiteSupport, Support
 
 __all__ = ["main"]
@@ -35,6 +36,7 @@ class Outlook:
     callbacks: list[str]
     plan: list[str] = field(default_factory=list)
     values: dict[str, float] = field(default_factory=dict)
+    warning: str = ""
     refused: str = ""
 
 
@@ -77,15 +79,21 @@ def _look(first: FirstStep, configured: Sequence[Any]) -> Findings:
     each: list[RegularizerCallback] = [ExplicitPenalty(), ImplicitNoise(), MiniBatchDropout()]
     groups = [ours] if ours else [[callback] for callback in each]
     support, problems = look(first.trainer, first.model, first.step, first.args)
-    return Findings(support, [str(problem) for problem in problems], [_outlook(first, group) for group in groups])
+    return Findings(
+        support, [str(problem) for problem in problems], [_outlook(first, group, support.kinks) for group in groups]
+    )
 
 
-def _outlook(first: FirstStep, callbacks: list[RegularizerCallback]) -> Outlook:
+def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapping[str, int]) -> Outlook:
     outlook = Outlook([type(callback).__name__ for callback in callbacks])
     try:
         plan = callbacks[0].plan(cast(Trainer, SimpleNamespace(callbacks=callbacks)))
         outlook.plan = describe(plan)
         outlook.values = rehearse(first.trainer, first.model, plan, first.step, first.args)
+        excess = outlook.values.get(NOISE_EXCESS, 1.0)
+        if excess > EXCESS:
+            found = ", ".join(kinks) or "in a custom function, perhaps"
+            outlook.warning = f"The noise is {excess:.2f} times as large as xi_approx: kinks ({found}). {REMEDY}"
     except DropregError as error:
         outlook.refused = str(error)
     return outlook
@@ -109,6 +117,7 @@ def _as_dict(found: Findings) -> dict[str, object]:
             {"name": each.name, "outputs_shape": list(each.shape), **_estimators(each.refused, support.untried)}
             for each in support.losses
         ],
+        "kinks": dict(support.kinks),
         "problems": found.problems,
         "plans": [vars(outlook) for outlook in found.outlooks],
     }
@@ -168,6 +177,8 @@ def _print(found: Findings, model: LightningModule) -> None:
         if outlook.values:
             values = ", ".join(f"{name} {value:.4g}" for name, value in outlook.values.items())
             console.print(f"- On the first batch: {values}.", highlight=False)
+        if outlook.warning:
+            console.print(f"[yellow]- {escape(outlook.warning)}[/]", highlight=False)
 
 
 def _site_table(sites: Sequence[SiteSupport], step: str, notes: _Notes) -> Table:

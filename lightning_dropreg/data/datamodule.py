@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dropreg.checks import below_floor, is_number
+from lightning_dropreg.checks import below_floor, check_flags, check_instance, check_path, is_number
 from lightning_dropreg.data.corpus import Corpus, Split
 from lightning_dropreg.data.encoding import TextEncoder
 from lightning_dropreg.data.named import CorpusName, make_corpus
@@ -51,7 +51,7 @@ class LanguageModelingData(LightningDataModule):
     def __init__(
         self,
         corpus: CorpusName | Corpus | None = None,
-        root: Path | None = None,
+        root: Path | str | None = None,
         batch_size: int = 20,
         eval_batch_size: int = 10,
         window: int = 35,
@@ -59,10 +59,12 @@ class LanguageModelingData(LightningDataModule):
         min_freq: int = 1,
         num_workers: int = 0,
         train_fraction: float = 1.0,
-        cache_dir: Path | None = None,
+        cache_dir: Path | str | None = None,
         jitter: bool = False,
     ) -> None:
         super().__init__()
+        check_flags(jitter=jitter)
+        check_instance("corpus", corpus, (str, Corpus, type(None)), "a Corpus or the name of one")
         floors = {
             "batch_size": 1,
             "eval_batch_size": 1,
@@ -83,7 +85,7 @@ class LanguageModelingData(LightningDataModule):
                 f"{type(corpus).__name__}, which knows where its text is."
             )
         self.corpus = corpus if isinstance(corpus, Corpus) else make_corpus(corpus or "python_manual", root)
-        self.cache_dir = cache_dir
+        self.cache_dir = None if cache_dir is None else check_path("cache_dir", cache_dir)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.window = window

@@ -1,8 +1,9 @@
 """The corpora by name, for configuration files."""
 
-from pathlib import Path
+from os import PathLike
 from typing import Literal
 
+from lightning_dropreg.checks import is_one_of
 from lightning_dropreg.data.corpus import Corpus
 from lightning_dropreg.data.python_manual import PythonManual
 from lightning_dropreg.data.text_files import PennTreebank, TextFolder, WikiText2, WikiText103
@@ -20,7 +21,7 @@ _IN_FILES: dict[str, type[TextFolder]] = {
 }
 
 
-def make_corpus(name: CorpusName, root: Path | str | None = None) -> Corpus:
+def make_corpus(name: CorpusName, root: str | PathLike[str] | None = None) -> Corpus:
     """Make a corpus from its name.
 
     Args:
@@ -37,14 +38,16 @@ def make_corpus(name: CorpusName, root: Path | str | None = None) -> Corpus:
         >>> type(make_corpus("wikitext2", "texts")).__name__
         'WikiText2'
     """
-    if name in _IN_FILES:
+    if is_one_of(name, _IN_FILES):
         if name == "folder" and root is None:
             raise InvalidArgumentError(
                 "corpus='folder' needs root, the folder with train.txt, valid.txt and test.txt (or an archive of it)."
             )
         return _IN_FILES[name](root)
     if name != "python_manual":
-        raise InvalidArgumentError(f"corpus={name!r} is unknown: use python_manual, {', '.join(_IN_FILES)}.")
+        raise InvalidArgumentError(
+            f"The name of the corpus, {name!r}, is unknown: use python_manual, {', '.join(_IN_FILES)}."
+        )
     if root is not None:
         raise InvalidArgumentError(f"corpus='python_manual' reads no files, but root={str(root)!r} was given.")
     return PythonManual()

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
+from lightning_dropreg.checks import check_instance
 from lightning_dropreg.data.corpus import Corpus, Split
 from lightning_dropreg.errors import InvalidArgumentError
 
@@ -38,6 +39,11 @@ class PythonManual(Corpus):
     tokenizer: ClassVar[str | None] = "basic_english"
 
     def __init__(self, topics: Mapping[str, str] | None = None) -> None:
+        if topics is not None:
+            check_instance("topics", topics, Mapping, "a mapping from names to texts")
+            for item in topics.items():
+                check_instance("topics", item[0], str, "a mapping from names, which are strings")
+                check_instance("topics", item[1], str, "a mapping to texts, which are strings")
         paragraphs = _own_paragraphs(_installed_topics() if topics is None else topics)
         self._paragraphs = paragraphs
         self._topics = _split_by_topic({name: _words(own) for name, own in paragraphs.items()})

@@ -1,9 +1,11 @@
 """Corpora that are text files, one for each split: the published ones, and any other."""
 
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import ClassVar
 
+from lightning_dropreg.checks import check_path
 from lightning_dropreg.data.corpus import Corpus, Split
 from lightning_dropreg.data.sources import TextSource, find_text
 from lightning_dropreg.errors import CorpusNotFoundError
@@ -27,6 +29,9 @@ class TextFolder(Corpus):
         root: The folder, or a zip or tar archive with the files in it (read as it is, never extracted).
             ``".data"``, torchtext's own, by default.
 
+    Raises:
+        InvalidArgumentError: If `root` is no path.
+
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
@@ -46,8 +51,8 @@ class TextFolder(Corpus):
     published: ClassVar[str] = ""
     """Where to get the files."""
 
-    def __init__(self, root: Path | str | None = None) -> None:
-        self.root = Path(".data" if root is None else root)
+    def __init__(self, root: str | PathLike[str] | None = None) -> None:
+        self.root = check_path("root", ".data" if root is None else root)
         self._digests: dict[Split, str] = {}
 
     def source(self, split: Split) -> TextSource:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -10,13 +10,21 @@ from lightning_dropreg.curvature import element_weights, pair_quadratic_form
 from lightning_dropreg.errors import InconsistentPassesError
 from lightning_dropreg.estimators.base import Estimate, inactive
 from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
+from lightning_dropreg.precision import bfloat16_step_size
 from lightning_dropreg.sites import Directions
 
 __all__ = ["antithetic", "combine"]
 
 
 def antithetic(
-    closure: Closure, *, curvature: str | None, noise: bool, step_size: float, mask: str, key: int
+    closure: Closure,
+    *,
+    curvature: str | None,
+    noise: bool,
+    step_size: float,
+    mask: str,
+    key: int,
+    restart: Callable[[], None] = lambda: None,
 ) -> Estimate:
     r"""Estimate loss, penalty and noise by central differences over all dropout sites at once.
 
@@ -25,7 +33,17 @@ def antithetic(
     with errors ``O(eps^2)``. Since the sites' directions are independent, ``E[u u^T] = sum_i c_i J_i diag(h_i^2)
     J_i^T``, and ``1/2 u^T H u`` is an unbiased estimate of the penalty (4.4).
 
-    See `lightning_dropreg.estimators.base.Estimator` for the arguments.
+    In bfloat16 a step too small to be seen is widened, for one more pass
+    (`lightning_dropreg.precision.bfloat16_step_size`; the callbacks find that out before training).
+
+    Args:
+        closure: See `lightning_dropreg.estimators.base.Estimator`, as for what follows.
+        curvature: See there.
+        noise: See there.
+        step_size: See there.
+        mask: See there.
+        key: See there.
+        restart: Called when what the closure has done so far is not to count.
 
     Returns:
         Loss, penalty and noise.
@@ -35,6 +53,11 @@ def antithetic(
     plus = run_pass(closure, Perturb(directions, step_size), record_losses=record)
     if not plus.sites:
         return inactive(plus.loss, curvature, noise)
+    wider = bfloat16_step_size(step_size, plus.sites) if plus.in_bfloat16 else step_size
+    if wider > step_size:
+        restart()
+        step_size, directions = wider, Directions(key, mask)
+        plus = run_pass(closure, Perturb(directions, step_size), record_losses=record)
     directions.rewind()
     minus = run_pass(closure, Perturb(directions, -step_size), record_losses=record)
     directions.rewind()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.functional import check_count
+from lightning_dropreg.checks import check_flags, check_integer
+from lightning_dropreg.functional import check_count, check_curvature, check_estimation
 from lightning_dropreg.metrics.functional import Effects, dropout_effects
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.sites import fold_key
@@ -43,6 +43,8 @@ class _DropoutEffect(Metric):
     ) -> None:
         super().__init__(**kwargs)
         check_count("draws", draws)
+        check_integer("seed", seed)
+        check_estimation(estimator, step_size, "as_model")
         self.draws = draws
         self.seed = seed
         self.estimator = estimator
@@ -90,6 +92,7 @@ class MeanExplicitPenalty(_DropoutEffect):
 
     def __init__(self, curvature: str = "loss_hessian", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_curvature(curvature)
         self.curvature = curvature
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -136,8 +139,7 @@ class NoiseScale(_DropoutEffect):
 
     def __init__(self, relative: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(relative, bool):
-            raise InvalidArgumentError(f"relative={relative!r} must be True or False.")
+        check_flags(relative=relative)
         self.relative = relative
         self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("gradient", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")

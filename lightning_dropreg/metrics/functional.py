@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_dropreg.checks import check_flags, check_instance, check_integer
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError
 from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.functional import check_count, check_estimation
+from lightning_dropreg.functional import check_count, check_curvature, check_estimation
 from lightning_dropreg.isolation import Isolation
 from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.sites import fold_key
@@ -93,6 +94,10 @@ def dropout_effects(
     """
     check_count("draws", draws)
     check_estimation(estimator, step_size, "as_model")
+    check_curvature(curvature)
+    check_integer("key", key)
+    check_instance("module", module, nn.Module, "an nn.Module")
+    check_flags(penalty=penalty, noise=noise)
     parameters = [p for p in module.parameters() if p.requires_grad]
     zero = torch.zeros(())
     gradient = zero
@@ -212,6 +217,9 @@ def _counted(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor,
     Raises:
         InvalidArgumentError: If the shapes do not fit.
     """
+    check_integer("ignore_index", ignore_index)
+    for name, value in (("logits", logits), ("target", target)):
+        check_instance(name, value, Tensor, "a tensor")
     if logits.ndim != 2 or target.shape != logits.shape[:1] or target.is_floating_point():
         raise InvalidArgumentError(
             f"Expected logits (N, classes) and integer targets (N,); found {tuple(logits.shape)} and "
@@ -275,6 +283,7 @@ def norm_2_1(matrix: Tensor) -> Tensor:
         >>> norm_2_1(torch.tensor([[3.0, 0.0], [4.0, 2.0]])).item()
         7.0
     """
+    check_instance("matrix", matrix, Tensor, "a tensor")
     total: Tensor = torch.linalg.vector_norm(matrix, dim=0).sum()
     return total
 
@@ -356,6 +365,8 @@ def check_linear(inputs: Tensor, weight: Tensor) -> None:
     Raises:
         InvalidArgumentError: If they are not.
     """
+    for name, value in (("inputs", inputs), ("weight", weight)):
+        check_instance(name, value, Tensor, "a tensor")
     if inputs.ndim != 2 or weight.ndim != 2 or inputs.shape[1] != weight.shape[1]:
         raise InvalidArgumentError(
             f"Expected inputs (n, d) and a weight (c, d); found {tuple(inputs.shape)} and {tuple(weight.shape)}."

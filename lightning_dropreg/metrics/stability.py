@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_dropreg.checks import check_integer
 from lightning_dropreg.metrics.functional import loss_hessian_size, loss_jacobian_size
 
 __all__ = ["LossHessianSize", "LossJacobianSize"]
@@ -24,6 +25,7 @@ class _MeanOverExamples(Metric):
 
     def __init__(self, ignore_index: int = -100, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_integer("ignore_index", ignore_index)
         self.ignore_index = ignore_index
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")

@@ -7,7 +7,7 @@ from typing import Literal
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import is_one_of
+from lightning_dropreg.checks import check_flags, is_one_of
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.models.language_model import RecurrentLanguageModel, adam, check_ranges
 from lightning_dropreg.nn import LockedDropout, WeightDrop
@@ -78,6 +78,7 @@ class LSTMLanguageModel(RecurrentLanguageModel):
         floors = {"vocab_size": 2, "embedding_dim": 1, "hidden_dim": 1, "num_layers": 1}
         check_ranges("LSTMLanguageModel", locals(), floors, ["drop_prob", "weight_drop_prob"])
         super().__init__(vocab_size, window, optimizer, lr_scheduler)
+        check_flags(tie_weights=tie_weights)
         if not is_one_of(dropout, DROPOUTS):
             raise InvalidArgumentError(f"LSTMLanguageModel: dropout={dropout!r} is not one of {', '.join(DROPOUTS)}.")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])

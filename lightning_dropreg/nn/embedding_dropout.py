@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_dropreg.checks import check_instance
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.handlers.custom import drop
 from lightning_dropreg.sites import check_drop_prob
@@ -35,6 +36,7 @@ class EmbeddingDropout(nn.Module):
     def __init__(self, embedding: nn.Embedding, p: float = 0.1) -> None:
         super().__init__()
         check_drop_prob(p, "EmbeddingDropout")
+        check_instance("embedding", embedding, nn.Embedding, "an nn.Embedding")
         if embedding.sparse or embedding.max_norm is not None:
             raise InvalidArgumentError(
                 "EmbeddingDropout was given an nn.Embedding with sparse=True or max_norm; a masked copy of the matrix "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_dropreg.checks import check_flags
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.handlers.custom import drop
 from lightning_dropreg.sites import check_drop_prob
@@ -31,6 +32,7 @@ class LockedDropout(nn.Module):
     def __init__(self, p: float = 0.5, batch_first: bool = True) -> None:
         super().__init__()
         check_drop_prob(p, "LockedDropout")
+        check_flags(batch_first=batch_first)
         self.p = p
         self.batch_first = batch_first
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_dropreg.checks import check_instance
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.handlers.custom import drop
 from lightning_dropreg.sites import check_drop_prob
@@ -66,6 +67,8 @@ class WeightDrop(nn.Module):
     def __init__(self, module: nn.Module, weight_names: str | Sequence[str], p: float = 0.5) -> None:
         super().__init__()
         check_drop_prob(p, "WeightDrop")
+        check_instance("module", module, nn.Module, "an nn.Module")
+        check_instance("weight_names", weight_names, (str, Sequence), "the name of a weight, or a list of names")
         names = [weight_names] if isinstance(weight_names, str) else list(weight_names)
         own = [name for name, _ in module.named_parameters(recurse=False)]
         missing = [name for name in names if name not in own]

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dropreg.checks import is_integer
+from lightning_dropreg.checks import check_flags, is_integer
 from lightning_dropreg.models.language_model import LanguageModel, Reduction, check_ranges
 from lightning_dropreg.models.transformer_xl.memory import Memory
 from lightning_dropreg.models.transformer_xl.network import TransformerXL
@@ -83,6 +83,7 @@ class TransformerXLLanguageModel(LanguageModel):
         floors = {"vocab_size": 2, "num_layers": 1, "heads": 1, "head_dim": 1, "inner_dim": 1, "memory_length": 0}
         others = [] if is_integer(dim, 2) and dim % 2 == 0 else [f"dim={dim} (even, at least 2)"]
         check_ranges("TransformerXLLanguageModel", locals(), floors, ["drop_prob", "attention_drop_prob"], others)
+        check_flags(tie_weights=tie_weights)
         super().__init__(vocab_size, optimizer, lr_scheduler)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.network = TransformerXL(
