@@ -72,12 +72,12 @@ class RegularizerCallback(Callback):
     ) -> None:
         """Log the means of an epoch with its last batch, before anybody asks for them at its end."""
         if self._session is not None and trainer.is_last_batch:
-            self._session.log_epoch_means()
+            self._session.values.log_means()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means of an epoch that ended before its last batch."""
         if self._session is not None:
-            self._session.log_epoch_means()
+            self._session.values.log_means()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unwrap the training step."""

@@ -34,7 +34,7 @@ class SkippedError(Exception):
 
 
 class Batch:
-    """One batch: runs the user's step on it (a `lightning_dropreg.step.BatchRunner`)."""
+    """One batch: runs the user's step on it (a `lightning_dropreg.runner.BatchRunner`)."""
 
     def __init__(
         self,
@@ -69,28 +69,28 @@ class Batch:
         self.corrected: dict[Tensor, Tensor] = {}
 
     def whole(self) -> Tensor:
-        """See `lightning_dropreg.step.BatchRunner`."""
+        """See `lightning_dropreg.runner.BatchRunner`."""
         return self._run(self.original, self.args, trace=self.lasting)
 
     def aside(self) -> Tensor:
-        """See `lightning_dropreg.step.BatchRunner`."""
+        """See `lightning_dropreg.runner.BatchRunner`."""
         return self._run(self.original, self.args, trace=False)
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
-        """See `lightning_dropreg.step.BatchRunner`."""
+        """See `lightning_dropreg.runner.BatchRunner`."""
         rows = draw_rows(self.args[0], fraction, dim, key)
         count = self.row_count(dim)
         return self._on_rows(rows, dim, count), len(rows) / count
 
     def paired(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs] | None:
-        """See `lightning_dropreg.step.BatchRunner`."""
+        """See `lightning_dropreg.runner.BatchRunner`."""
         if self.layout is None or not self.same_traces:
             return None
         run, pairs, _ = self.on_pairs(fraction, dim, key, trace=self.lasting)
         return run, self.layout, pairs
 
     def pairs(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs, float] | None:
-        """See `lightning_dropreg.step.BatchRunner`."""
+        """See `lightning_dropreg.runner.BatchRunner`."""
         if self.layout is None:
             return None
         rows, count = draw_rows(self.args[0], fraction, dim, key), self.row_count(dim)
@@ -125,11 +125,11 @@ class Batch:
         return self._on_rows(torch.cat([alone, rows, rows]), dim, count, trace, cuts), pairs, cuts
 
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
-        """See `lightning_dropreg.step.BatchRunner`."""
+        """See `lightning_dropreg.runner.BatchRunner`."""
         self.corrected[returned] = loss
 
     def forget(self) -> None:
-        """See `lightning_dropreg.step.BatchRunner`."""
+        """See `lightning_dropreg.runner.BatchRunner`."""
         self.isolation.forget()
         self.logs.forget()
         self.output = None

@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 from lightning_dropreg.callbacks.batch import Batch, SkippedError, loss_of, with_loss
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
-from lightning_dropreg.callbacks.epoch_means import EpochMeans
 from lightning_dropreg.callbacks.manual import ManualStep, joined
 from lightning_dropreg.callbacks.problems import (
     changed_parameters,
@@ -36,6 +35,7 @@ from lightning_dropreg.callbacks.problems import (
 )
 from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
 from lightning_dropreg.callbacks.same_traces import leaves_same_traces
+from lightning_dropreg.callbacks.values import Values, norm_of
 from lightning_dropreg.errors import (
     DropregError,
     KinkedNetworkWarning,
@@ -80,6 +80,7 @@ class Session:
         self._inspected = False
         self.kinks: dict[str, int] = {}
         self._copies = False
+        self._acted = False  # in the last step
         self._layout: Layout | None = None
         # what the first step showed and a resumed run must not find otherwise, in plain values for the checkpoint
         self.found: dict[str, Any] = {}
@@ -92,8 +93,7 @@ class Session:
         self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
         self._gradient_norm: Tensor | None = None
         penalized = plan.penalty is not None and plan.penalty.strength > 0
-        self._means = EpochMeans(["loss", "explicit_penalty"] if penalized else ["loss"])
-        self._latest: dict[str, Tensor] = {}
+        self.values = Values(trainer, module, ["loss", "explicit_penalty"] if penalized else ["loss"])
         # what FSDP2 shards has gradients only in the one backward of the whole
         self._whole_parameters = has_whole_parameters(trainer.strategy)
 
@@ -185,7 +185,8 @@ class Session:
             batch.logs.replay()
             return None
         batch.logs.replay(batch.corrected)
-        self._log(self._values(result))
+        self.values.add(self._values(result), always=True)
+        self._acted = True
         self._show(result)
         if result.later is not None:
             self._later = self._gradients(result.later, retain_graph=True)
@@ -207,7 +208,8 @@ class Session:
                 loss = run_pass(closure, Off()).loss
         except SkippedError:
             return None
-        self._log({"loss": loss.detach()})
+        self.values.add({"loss": loss.detach()})
+        self._acted = False
         return output
 
     def _manual_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -232,9 +234,10 @@ class Session:
             values.append(self._values(result))
 
         with batch.isolation:
-            output = ManualStep(batch, self.trainer).run(self.plan, number, watch, self._is_logging_step())
+            output = ManualStep(batch, self.trainer).run(self.plan, number, watch, self.values.in_logging_step)
         batch.logs.replay()
-        self._log(joined(values), always=True)  # batches and optimizer steps are counted apart here
+        self._acted = True
+        self.values.add(joined(values), always=True)  # batches and optimizer steps are counted apart here
         return output
 
     def after_backward(self) -> None:
@@ -264,17 +267,16 @@ class Session:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-        if not self._is_logged():
-            return
-        norm = _norm_of(gradients) * trainer.accumulate_grad_batches
+        norm = norm_of(gradients) * trainer.accumulate_grad_batches
         scaler = self._scaler()
-        self._log_values({"noise_norm": norm if scaler is None else norm / scaler(torch.ones_like(norm))})
+        noise_norm = norm if scaler is None else norm / scaler(torch.ones_like(norm))
+        self.values.log({"noise_norm": noise_norm}, always=True)
 
     def _due(self) -> list[DivergenceDetector]:
         return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
 
     def _measures_noise(self) -> bool:
-        return self._whole_parameters and (self._is_logging_step() or bool(self._due()))
+        return self._whole_parameters and (self.values.in_logging_step or bool(self._due()))
 
     def _show(self, result: StepResult) -> None:
         """Let the detectors see penalty, loss, noise and gradient of a step that they check."""
@@ -287,14 +289,14 @@ class Session:
             return
         # the noise that comes after the backward will be seen there
         plain = result.total if result.noise is None else result.total - result.noise
-        self._gradient_norm = _norm_of(self._gradients(plain, retain_graph=True))
+        self._gradient_norm = norm_of(self._gradients(plain, retain_graph=True))
         if result.noise is not None:
             self._show_noise(self._gradients(result.noise, retain_graph=True))
 
     def _show_noise(self, gradients: list[Tensor | None]) -> None:
         if self._gradient_norm is not None:
             for detector in self._due():
-                detector.see_noise(_norm_of(gradients), self._gradient_norm)
+                detector.see_noise(norm_of(gradients), self._gradient_norm)
         self._gradient_norm = None
 
     def _gradients(self, scalar: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
@@ -318,13 +320,15 @@ class Session:
 
     def log_gradient_norm(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradients with which the optimizer will step (before clipping)."""
-        if not self._is_logged():
+        if not (self._acted or self.values.are_read):
             return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm, scaler = _norm(gradients), self._scaler()
+        if any(isinstance(gradient, DTensor) for gradient in gradients) and not self.values.in_logging_step:
+            return  # the norm of what lies on other ranks takes a collective
+        norm, scaler = norm_of(gradients), self._scaler()
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             norm = norm / scaler(torch.ones_like(norm))  # a fused optimizer unscales in its own step
-        self._log_values({"grad_norm": norm})
+        self.values.log({"grad_norm": norm}, always=True)
 
     def inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
@@ -406,51 +410,16 @@ class Session:
         where = f"optimizer step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
         check_finite({"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.aside, where)
 
-    def log_epoch_means(self) -> None:
-        """Log the means of loss and penalty since the last call, whatever ``log_every_n_steps`` is."""
-        for name, mean in self._means.take().items():
-            value = mean.to(self.module.device)
-            together = self.trainer.world_size > 1
-            self.module.log(
-                f"dropreg/{name}_epoch", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=together
-            )
-
-    def _log(self, values: Mapping[str, Tensor], always: bool = False) -> None:
-        self._log_values(values, always)
-        self._means.add(values)
-
     def _values(self, result: StepResult) -> dict[str, Tensor]:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
-        noise = result.noise if self._whole_parameters and self._is_logging_step() else None
+        noise = result.noise if self._whole_parameters and self.values.in_logging_step else None
         if noise is not None and noise.requires_grad and not has_reentrant_checkpoint(noise):
             # one more backward, so only where somebody reads it
             gradients = torch.autograd.grad(noise, self._parameters(), retain_graph=True, allow_unused=True)
-            values["noise_norm"] = _norm_of(list(gradients))
+            values["noise_norm"] = norm_of(list(gradients))
         return values
-
-    def _log_values(self, values: Mapping[str, Tensor], always: bool = False) -> None:
-        """Log the latest values where somebody reads them; one call of Lightning's ``log`` is a thousand of Python's.
-
-        A value that is not made in every step (a penalty with ``every_n_steps``) is logged as it was last.
-        """
-        self._latest.update(values)
-        if not always and not self._is_logged():
-            return
-        for name, value in self._latest.items():
-            self.module.log(f"dropreg/{name}", value, on_step=True, on_epoch=False, batch_size=1)
-        self._latest.clear()
-
-    def _is_logged(self) -> bool:
-        """Whether what is logged now is read: by the logger, or at the end of the epoch or the fit."""
-        trainer = self.trainer
-        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        return last or self._is_logging_step()
-
-    def _is_logging_step(self) -> bool:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (self.trainer.global_step % every == every - 1 or self.trainer.global_step == 0)
 
 
 def own_step(module: LightningModule) -> Callable[..., Any]:
@@ -464,15 +433,3 @@ def _function_of(method: Any) -> Callable[..., Any]:
     if inspect.ismethod(method):
         return method.__func__
     return functools.wraps(method)(lambda _, *args, **kwargs: method(*args, **kwargs))
-
-
-def _norm_of(gradients: list[Tensor | None]) -> Tensor:
-    return _norm([gradient for gradient in gradients if gradient is not None])
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    if not tensors:
-        return torch.zeros(())
-    tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
