@@ -38,8 +38,8 @@ class EpochMeans:
         """
         for name in self._names:
             if name in values:
-                total, count = self._sums.get(name, (torch.zeros_like(values[name]), 0))
-                self._sums[name] = total + values[name], count + 1
+                total, count = self._sums.get(name, (None, 0))
+                self._sums[name] = values[name] if total is None else total + values[name], count + 1
 
     def take(self) -> dict[str, Tensor]:
         """Return the means and start again; nan where there was no value, and nothing where there was none at all."""
