@@ -30,6 +30,7 @@ REMEDY = (
     "Use estimator='forward' or 'double_backward', which follow the definition (for ExplicitPenalty too, so that they "
     "share passes), or a larger step_size (0.5 or 1)."
 )
+"""What to do about it, for messages."""
 
 # Those that jump where activations lie. Left out are clamps, most of which keep a denominator from 0.
 _ALWAYS = {

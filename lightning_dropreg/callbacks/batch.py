@@ -94,6 +94,8 @@ class Batch:
         if self.layout is None:
             return None
         rows, count = draw_rows(self.args[0], fraction, dim, key), self.row_count(dim)
+        if 2 * len(rows) == count and getattr(self.module, "select_rows", None) is None:
+            return None  # a state carried for all rows would fit these by chance, and nobody would notice
         run = self._on_rows(torch.cat([rows, rows]), dim, count)
         return run, self.layout, Pairs(0, len(rows)), len(rows) / count
 

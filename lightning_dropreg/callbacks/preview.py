@@ -8,7 +8,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from lightning_dropreg.callbacks.batch import SkippedError
-from lightning_dropreg.callbacks.problems import changed_parameters, fingerprints, module_problems, uncompiled
+from lightning_dropreg.callbacks.compiled import as_compiled, compiled_problems, uncompiled
+from lightning_dropreg.callbacks.problems import changed_parameters, fingerprints, module_problems
 from lightning_dropreg.callbacks.session import Session
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 from lightning_dropreg.handlers.attention import attention_dropout
@@ -45,7 +46,8 @@ def look(
             support = find_support(batch.aside)
     except SkippedError:
         raise InvalidArgumentError("The first training step has no loss.") from None
-    problems = module_problems(trainer, module, Plan())
+    sites = [found.site for found in support.sites]
+    problems = module_problems(trainer, module, Plan()) + compiled_problems(module, sites, Plan())
     return support, [*problems, *support.problems, *changed_parameters(module, before)]
 
 
@@ -71,7 +73,7 @@ def rehearse(
         return {}
     batch = session.to_look_at(step, args, {})
     batch.lasting = False
-    with batch.isolation:
+    with as_compiled(session.compiled), batch.isolation:
         result = session.plan.run(batch, 0, 0)
         total = result.total
         if result.later is not None:

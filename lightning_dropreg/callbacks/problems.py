@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 
 import torch
 from lightning import LightningModule, Trainer
@@ -17,7 +16,7 @@ from lightning_dropreg.callbacks.ranks import unsupported_strategy
 from lightning_dropreg.errors import UnsupportedModuleError
 from lightning_dropreg.step import Plan
 
-__all__ = ["changed_parameters", "fingerprints", "in_bfloat16", "module_problems", "takes_iterator", "uncompiled"]
+__all__ = ["changed_parameters", "fingerprints", "in_bfloat16", "module_problems", "takes_iterator"]
 
 
 def in_bfloat16(trainer: Trainer, module: LightningModule) -> bool:
@@ -36,12 +35,7 @@ def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> li
     Returns:
         One error for each problem; none is raised.
     """
-    found = [
-        f"{name or 'The module itself'} is compiled by torch.compile, and dropout inside a compiled graph cannot be "
-        "seen. Train it uncompiled."
-        for name, child in module.named_modules()
-        if _is_compiled(child)
-    ]
+    found = []
     if takes_iterator(module):
         found.append("training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx).")
     strategy = type(trainer.strategy).__name__
@@ -59,11 +53,6 @@ def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> li
 def takes_iterator(module: LightningModule) -> bool:
     """Whether ``training_step`` fetches its batches itself."""
     return "dataloader_iter" in inspect.signature(module.training_step).parameters
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Let compiled modules run as they were written, to look at them."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def fingerprints(module: nn.Module) -> dict[str, tuple[int, int, str]]:
@@ -101,11 +90,3 @@ def _has_norm(parameter: nn.Parameter) -> bool:
     # what FSDP2 shards is gathered and let go around every forward
     unknown = isinstance(parameter, (UninitializedParameter, DTensor))
     return not unknown and parameter.is_floating_point()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return (
-        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or getattr(module, "_compiler_ctx", None) is not None
-    )

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_dropreg.callbacks.batch import Batch, SkippedError, loss_of, with_loss
+from lightning_dropreg.callbacks.compiled import as_compiled, compiled_parts, compiled_problems, uncompiled
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.manual import ManualStep, joined
@@ -31,7 +32,6 @@ from lightning_dropreg.callbacks.problems import (
     fingerprints,
     module_problems,
     takes_iterator,
-    uncompiled,
 )
 from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
 from lightning_dropreg.callbacks.same_traces import leaves_same_traces
@@ -80,6 +80,7 @@ class Session:
         self._inspected = False
         self.kinks: dict[str, int] = {}
         self._copies = False
+        self.compiled = list(compiled_parts(module).values())
         self._acted = False  # in the last step
         self._layout: Layout | None = None
         # what the first step showed and a resumed run must not find otherwise, in plain values for the checkpoint
@@ -178,7 +179,7 @@ class Session:
             same_traces=bool(self.found.get("same_traces")),
         )
         try:
-            with batch.isolation, self._dormant():
+            with as_compiled(self.compiled), batch.isolation, self._dormant():
                 result = self.plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
                 self._check_finite(batch, result)
         except SkippedError:
@@ -204,7 +205,7 @@ class Session:
             return loss_of(output)
 
         try:
-            with attention_dropout(self.plan.attention), self._dormant():
+            with as_compiled(self.compiled), attention_dropout(self.plan.attention), self._dormant():
                 loss = run_pass(closure, Off()).loss
         except SkippedError:
             return None
@@ -233,7 +234,7 @@ class Session:
             self._check_finite(runner, result)
             values.append(self._values(result))
 
-        with batch.isolation:
+        with as_compiled(self.compiled), batch.isolation:
             output = ManualStep(batch, self.trainer).run(self.plan, number, watch, self.values.in_logging_step)
         batch.logs.replay()
         self._acted = True
@@ -251,7 +252,7 @@ class Session:
         trainer = self.trainer
         if batch is not None:
             context = trainer.precision_plugin.train_step_context()
-            with self._dormant(), batch.isolation.aside(), context, torch.enable_grad():
+            with as_compiled(self.compiled), self._dormant(), batch.isolation.aside(), context, torch.enable_grad():
                 scalar = self.plan.extra(batch, batch.key)
             gradients = self._gradients(scalar)
         if gradients is None:
@@ -339,7 +340,7 @@ class Session:
         try:
             with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
                 seen, found = inspect_step(batch.aside, self.plan.penalty is not None)
-                problems += found
+                problems += compiled_problems(self.module, seen.sites, self.plan) + found
                 if not problems:
                     self._check_rows(batch, seen.sites)
                     self._find_layout(batch)
