@@ -1,4 +1,4 @@
-"""Makes the paper's Figures 1 to 5 and Table 1 at small size (configs/small: a small part of Penn Treebank, two CPU cores).
+"""Makes the paper's Figures 1 to 5 and Table 1 at small size: configs/small, a little of Penn Treebank, two CPU cores.
 
 python examples/reproduce_paper.py --root FOLDER_WITH_PTB [--figures 1 2 3 4 5 table] [--seeds 1 2 3] [--out DIR]
 python examples/reproduce_paper.py --from DIR     draws what an earlier `dropreg compare` left in DIR, trains nothing

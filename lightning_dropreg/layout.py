@@ -34,10 +34,10 @@ class RowAxis:
             one, as in ``(T B, C)``.
 
     Example:
-        >>> RowAxis(0, first=True).part(torch.arange(6), rows=3, start=1, count=1)
-        tensor([2, 3])
-        >>> RowAxis(0, first=False).part(torch.arange(6), rows=3, start=1, count=1)
-        tensor([1, 4])
+        >>> RowAxis(0, first=True).split(torch.arange(6), [1, 2])
+        [tensor([0, 1]), tensor([2, 3, 4, 5])]
+        >>> RowAxis(0, first=False).split(torch.arange(6), [1, 2])
+        [tensor([0, 3]), tensor([1, 2, 4, 5])]
     """
 
     dim: int
@@ -64,10 +64,10 @@ class RowAxis:
         pair = (rows, size // rows) if self.first else (size // rows, rows)
         return (*shape[: self.dim], *pair, *shape[self.dim + 1 :]), self.dim + (not self.first)
 
-    def part(self, tensor: Tensor, rows: int, start: int, count: int) -> Tensor:
-        """Take `count` of the `rows` rows of a tensor, from number `start` on."""
-        shape, dim = self.unfold(tensor.shape, rows)
-        return tensor.reshape(shape).narrow(dim, start, count).flatten(self.dim, self.dim + 1)
+    def split(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Split a tensor into its first ``counts[0]`` rows, the next ``counts[1]``, and so on."""
+        shape, dim = self.unfold(tensor.shape, sum(counts))
+        return [part.flatten(self.dim, self.dim + 1) for part in tensor.reshape(shape).split(list(counts), dim)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ is put right by the weights that it gave to its elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +40,11 @@ class Pairs:
     def rows(self) -> int:
         """Number of rows in the pass."""
         return self.single + 2 * self.count
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Number of the rows of each kind."""
+        return self.single, self.count, self.count
 
     @property
     def fraction(self) -> float:
@@ -81,7 +85,7 @@ class PerturbPairs:
     def _perturbed(self, axis: RowAxis, h: Tensor, direction: Tensor) -> Tensor:
         pairs = self.pairs
         shape, dim = axis.unfold(h.shape, pairs.rows)
-        single, plus, minus = h.reshape(shape).split([pairs.single, pairs.count, pairs.count], dim)
+        single, plus, minus = h.reshape(shape).split(pairs.counts, dim)
         push = self.step * direction
         parts = [single, (plus * (1 + push)).to(h.dtype), (minus * (1 - push)).to(h.dtype)]
         return torch.cat(parts, dim).reshape(h.shape)
@@ -126,7 +130,8 @@ def one_pass(
             penalty = penalty + _penalty(curvature, recorded, chosen, axis, pairs, step_size) / 2
         if slope is not None:
             values = chosen * recorded.per_element(recorded.elements)
-            slope = slope + (_plus(values, axis, pairs).sum() - _minus(values, axis, pairs).sum()) / (2 * step_size)
+            _, plus, minus = axis.split(values, pairs.counts)
+            slope = slope + (plus.sum() - minus.sum()) / (2 * step_size)
     return Estimate(loss, penalty, slope)
 
 
@@ -170,33 +175,13 @@ def _balanced(done: Pass, layout: Layout, pairs: Pairs) -> tuple[Tensor, list[Te
 
 def _penalty(curvature: str, loss: Loss, weights: Tensor, axis: RowAxis, pairs: Pairs, step: float) -> Tensor:
     """``sum w u^T M u`` over the chosen examples."""
-    plus = loss.some(lambda values: _plus(values, axis, pairs))
-    if plus is not None:
-        minus = loss.some(lambda values: _minus(values, axis, pairs))
-        assert minus is not None
-        return pair_quadratic_form(curvature, plus, minus, _plus(weights, axis, pairs), step)
+    parts = loss.parts(lambda values: axis.split(values, pairs.counts))
+    if parts is not None:
+        return pair_quadratic_form(curvature, parts[1], parts[2], axis.split(weights, pairs.counts)[1], step)
     # a loss that knows its examples only all together: the second of each pair in the place of the first, and no weight
     # for all others
-    partner = torch.arange(len(weights), device=weights.device)
-    partner = _moved(partner, axis, pairs, _minus)
-    alone = _moved(weights, axis, pairs, None)
+    numbers = torch.arange(len(weights), device=weights.device)
+    _, plus, minus = axis.split(numbers, pairs.counts)
+    partner = numbers.index_copy(0, plus, minus)
+    alone = torch.zeros_like(weights).index_copy(0, plus, weights[plus])
     return pair_quadratic_form(curvature, loss, loss.reordered(partner), alone, step)
-
-
-def _plus(values: Tensor, axis: RowAxis, pairs: Pairs) -> Tensor:
-    return axis.part(values, pairs.rows, pairs.single, pairs.count)
-
-
-def _minus(values: Tensor, axis: RowAxis, pairs: Pairs) -> Tensor:
-    return axis.part(values, pairs.rows, pairs.single + pairs.count, pairs.count)
-
-
-def _moved(
-    values: Tensor, axis: RowAxis, pairs: Pairs, source: Callable[[Tensor, RowAxis, Pairs], Tensor] | None
-) -> Tensor:
-    """`values` with those of the plus rows replaced by `source`; with None, zero everywhere but in the plus rows."""
-    shape, dim = axis.unfold(values.shape, pairs.rows)
-    moved = torch.zeros_like(values) if source is None else values.clone()
-    target = moved.view(shape).narrow(dim, pairs.single, pairs.count)
-    target.copy_((_plus if source is None else source)(values, axis, pairs).view(target.shape))
-    return moved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,14 +69,15 @@ class Loss(ABC):
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
         """Return ``v`` of shape ``(T, C)`` with ``E[v_t v_t^T] = w_t H_t(z_t)`` over random `signs` ``(T, C)``."""
 
-    def some(self, take: Callable[[Tensor], Tensor]) -> Loss | None:
-        """Return the loss of some of its examples, to compare with another one in `pair_hessian_form`.
+    def parts(self, split: Callable[[Tensor], Sequence[Tensor]]) -> list[Loss] | None:
+        """Return the losses of parts of its examples, to compare with one another in `pair_hessian_form`.
 
         Args:
-            take: Takes them along the first dimension of a tensor ``(T, ...)``.
+            split: Splits a tensor ``(T, ...)`` along its first dimension; one call for each tensor, because the
+                backward of several is several times the size of the whole.
 
         Returns:
-            The loss; None for a kind of loss that can be had of all its examples only.
+            One loss for each part; None for a kind of loss that can be had of all its examples only.
         """
         return None
 

@@ -6,7 +6,7 @@ All have the Hessian ``s (diag(p) - p p^T)`` with ``p = softmax(z)``, one exampl
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -104,12 +104,15 @@ class CategoricalLoss(Loss):
         """See `Loss`."""
         return softmax_factor(self.name, z, weights * self.scale, signs)
 
-    def some(self, take: Callable[[Tensor], Tensor]) -> Loss:
+    def parts(self, split: Callable[[Tensor], Sequence[Tensor]]) -> list[Loss]:
         """See `Loss`."""
-        other = copy.copy(self)
-        other.outputs, other.elements = take(self.outputs), take(self.per_element(self.elements))
-        other.scale, other.counted = take(self.scale), take(self.counted)
-        return other
+        tensors = (self.outputs, self.per_element(self.elements), self.scale, self.counted)
+        parts: list[Loss] = []
+        for outputs, elements, scale, counted in zip(*map(split, tensors), strict=True):
+            part = copy.copy(self)
+            part.outputs, part.elements, part.scale, part.counted = outputs, elements, scale, counted
+            parts.append(part)
+        return parts
 
     def check(self) -> None:
         """See `Loss`."""
