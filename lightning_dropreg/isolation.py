@@ -113,12 +113,9 @@ class Isolation:
             ends.append(self._current())
         return ends
 
-    def forget(self) -> None:
-        """Let no run so far count."""
-        self._ends, self._end_random = [], None
-        self._original = [
-            _ModuleState(a.buffers, b.attributes) for a, b in zip(self._original, _fresh(self._start), strict=True)
-        ]
+    def drew_randomness(self) -> bool:
+        """Whether the last run drew from the global random states."""
+        return self._start_random is not None and not self._start_random.is_current()
 
     def outcome(self, cuts: Sequence[Callable[[], None]] = ()) -> list[dict[str, Any]]:
         """Return buffers and attributes of every module as the last run would leave them, had it counted.
@@ -366,6 +363,13 @@ class _RandomState:
         self.python = random.getstate()
         self.numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
 
+    def is_current(self) -> bool:
+        """Whether nothing was drawn since."""
+        now = _RandomState()
+        if now.numpy is not None and self.numpy is not None and repr(now.numpy[2:]) != repr(self.numpy[2:]):
+            return False
+        return _equal(self.torch, now.torch) and _equal(self.cuda, now.cuda) and self.python == now.python
+
     def restore(self) -> None:
         """Make them current again."""
         torch.set_rng_state(self.torch)
@@ -374,3 +378,7 @@ class _RandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

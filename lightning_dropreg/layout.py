@@ -21,7 +21,7 @@ __all__ = ["Layout", "RowAxis", "RowsNotFoundError", "find_layout"]
 
 
 class RowsNotFoundError(DropregError):
-    """A tensor has not the shape that the rows would give it. Always caught: they get a pass of their own."""
+    """A pass is not what the rows would make of it. Always caught: they get a pass of their own."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,18 @@ class RowAxis:
         dim: The dimension along which they lie.
         first: Whether the number of the row is the slow index of that dimension, as in ``(B T, C)``, or the fast
             one, as in ``(T B, C)``.
+        size: How many entries of that dimension a row has, ``T`` there.
 
     Example:
-        >>> RowAxis(0, first=True).split(torch.arange(6), [1, 2])
+        >>> RowAxis(0, first=True, size=2).split(torch.arange(6), [1, 2])
         [tensor([0, 1]), tensor([2, 3, 4, 5])]
-        >>> RowAxis(0, first=False).split(torch.arange(6), [1, 2])
+        >>> RowAxis(0, first=False, size=2).split(torch.arange(6), [1, 2])
         [tensor([0, 3]), tensor([1, 2, 4, 5])]
     """
 
     dim: int
     first: bool
+    size: int
 
     def unfold(self, shape: Sequence[int], rows: int) -> tuple[tuple[int, ...], int]:
         """Give the rows a dimension of their own.
@@ -54,14 +56,13 @@ class RowAxis:
             The shape with one dimension more, and the dimension of the rows in it.
 
         Raises:
-            RowsNotFoundError: If the shape does not hold so many rows.
+            RowsNotFoundError: If the shape is not that of so many rows.
         """
-        size = shape[self.dim] if self.dim < len(shape) else 0
-        if size == 0 or size % rows:
+        if self.dim >= len(shape) or shape[self.dim] != rows * self.size:
             raise RowsNotFoundError(
-                f"{rows} rows do not fill dimension {self.dim} of a tensor of shape {tuple(shape)}."
+                f"{rows} rows of size {self.size} are not dimension {self.dim} of a tensor of shape {tuple(shape)}."
             )
-        pair = (rows, size // rows) if self.first else (size // rows, rows)
+        pair = (rows, self.size) if self.first else (self.size, rows)
         return (*shape[: self.dim], *pair, *shape[self.dim + 1 :]), self.dim + (not self.first)
 
     def split(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -82,14 +83,14 @@ class Layout:
     sites: tuple[RowAxis, ...]
     losses: tuple[RowAxis, ...]
 
-    def plain(self) -> list[list[tuple[int, bool]]]:
+    def plain(self) -> list[list[tuple[int, bool, int]]]:
         """Return it as plain numbers, for a checkpoint."""
-        return [[(axis.dim, axis.first) for axis in axes] for axes in (self.sites, self.losses)]
+        return [[(axis.dim, axis.first, axis.size) for axis in axes] for axes in (self.sites, self.losses)]
 
     @classmethod
     def of(cls, plain: Sequence[Sequence[Sequence[int]]]) -> Layout:
         """Return the layout that `plain` was made of."""
-        return cls(*(tuple(RowAxis(int(dim), bool(first)) for dim, first in axes) for axes in plain))
+        return cls(*(tuple(RowAxis(int(dim), bool(first), int(n)) for dim, first, n in axes) for axes in plain))
 
 
 def find_layout(on_rows: Callable[[Tensor], Closure], rows: int) -> Layout | None:
@@ -101,7 +102,7 @@ def find_layout(on_rows: Callable[[Tensor], Closure], rows: int) -> Layout | Non
 
     Returns:
         The layout; None if the rows have no place of their own everywhere: they depend on one another, share a mask, or
-        a loss is not recognized.
+        a loss is not recognized as a mean.
     """
     if rows < 2:
         return None
@@ -114,7 +115,7 @@ def find_layout(on_rows: Callable[[Tensor], Closure], rows: int) -> Layout | Non
         return None
     sites, tensors = seen[0].sites, [one.tensors for one in seen]
     shapes = [[t.shape for t in each] for each in tensors]
-    if not sites or shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+    if not sites or not all(one.means for one in seen) or shapes[0] != shapes[1] or shapes[0] != shapes[2]:
         return None
     axes = []
     for position, (h, *others) in enumerate(zip(*tensors, strict=True)):
@@ -135,6 +136,7 @@ class _Seen:
         self._values: list[Tensor] = []
         done = run_pass(closure, self, record_losses=True)
         self.sites: list[Site] = done.sites
+        self.means = all(loss.is_mean for loss in done.losses)
         self.tensors = [*self._values, *(loss.outputs.detach() for loss in done.losses)]
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
@@ -155,9 +157,10 @@ def _axis_of(changed: Sequence[Tensor], rows: int, dims: Sequence[int]) -> RowAx
     found = []
     for dim in dims:
         for first in (True, False):
-            axis = RowAxis(dim, first)
-            if changed[0].shape[dim] % rows or (changed[0].shape[dim] == rows and not first):
+            size, rest = divmod(changed[0].shape[dim], rows)
+            if size == 0 or rest or (size == 1 and not first):
                 continue
+            axis = RowAxis(dim, first, size)
             places = [axis.unfold(c.shape, rows) for c in changed]
             moved = [
                 c.reshape(shape).movedim(d, 0).flatten(1).any(1) for c, (shape, d) in zip(changed, places, strict=True)

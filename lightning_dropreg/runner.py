@@ -73,12 +73,6 @@ class BatchRunner(Protocol):
         followed by `forget` and another way.
         """
 
-    def pairs(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs, float] | None:
-        """Return what runs on random rows, those of `key`, each twice, leaving no trace, and their fraction.
-
-        None and `RowsNotFoundError` as in `paired`.
-        """
-
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
         """Let `loss` be logged where the step logged the loss that it `returned`."""
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_dropreg.estimators import ESTIMATORS, Estimate, Pairs, antithetic_in_turn, one_pass
-from lightning_dropreg.layout import Layout, RowsNotFoundError
-from lightning_dropreg.passes import Closure, Off, run_pass
+from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic_in_turn, one_pass
+from lightning_dropreg.layout import RowsNotFoundError
+from lightning_dropreg.passes import Off, run_pass
 from lightning_dropreg.runner import BatchRunner, StepResult
 from lightning_dropreg.settings import Estimation
 from lightning_dropreg.sites import fold_key
@@ -39,10 +39,6 @@ class Share:
         Returns:
             This share's part of the total, and the values in it.
         """
-        of_pairs = None if self.has_loss else self._of_pairs(runner, key)
-        if of_pairs is not None:
-            estimate, fraction = of_pairs
-            return self._result(estimate, self._weigh(estimate, fraction, measure_noise), fraction)
         closure, fraction = runner.whole if self.has_loss else runner.aside, 1.0
         chosen = self.estimation
         if chosen.batch_fraction is not None:  # estimates of penalty and noise alone, on these rows
@@ -109,40 +105,22 @@ class Share:
             return returned[0]
 
         try:
-            estimate = self._one_pass(keeping, layout, pairs, key)
+            estimate = one_pass(
+                keeping,
+                layout,
+                pairs,
+                curvature=self.curvature,
+                noise=bool(self.noise or self.later),
+                step_size=chosen.step_size,
+                mask=chosen.mask,
+                key=key,
+            )
         except RowsNotFoundError:
             runner.forget()
             return None
         runner.counts_as(returned[0], estimate.loss)
         share = replace(self, has_loss=True)
         return share._result(estimate, share._weigh(estimate, pairs.fraction, measure_noise), pairs.fraction)
-
-    def _of_pairs(self, runner: BatchRunner, key: int) -> tuple[Estimate, float] | None:
-        """Estimate on some rows in one small pass instead of two; None if that is no way."""
-        chosen = self.estimation
-        if not self.may_be_one_pass or chosen.batch_fraction is None:
-            return None
-        found = runner.pairs(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
-        if found is None:
-            return None
-        closure, layout, pairs, fraction = found
-        try:
-            return self._one_pass(closure, layout, pairs, key), fraction
-        except RowsNotFoundError:
-            return None
-
-    def _one_pass(self, closure: Closure, layout: Layout, pairs: Pairs, key: int) -> Estimate:
-        chosen = self.estimation
-        return one_pass(
-            closure,
-            layout,
-            pairs,
-            curvature=self.curvature,
-            noise=bool(self.noise or self.later),
-            step_size=chosen.step_size,
-            mask=chosen.mask,
-            key=key,
-        )
 
     def _spread(self, fraction: float) -> float:
         # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all

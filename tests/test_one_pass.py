@@ -1,19 +1,16 @@
 """Penalty and noise on some rows within the pass over all of them."""
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from conftest import Classifier, make_loader, make_trainer, train
+from conftest import Classifier, train
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dropreg as dr
-from lightning_dropreg.callbacks.batch import Batch
-from lightning_dropreg.callbacks.same_traces import leaves_same_traces
 from lightning_dropreg.estimators import Pairs, antithetic, one_pass
-from lightning_dropreg.layout import Layout, RowAxis, RowsNotFoundError, find_layout
-from lightning_dropreg.models import LSTMLanguageModel, TransformerLanguageModel
+from lightning_dropreg.layout import RowAxis, RowsNotFoundError, find_layout
 from lightning_dropreg.passes import Off, run_pass
 
 ROWS, TIME, WIDTH = 6, 3, 4
@@ -54,18 +51,12 @@ def batch_of(rows=ROWS):
     return x, labels, torch.rand(rows, TIME, WIDTH, generator=g, dtype=torch.float64)
 
 
-def masked_mean(z, labels):
-    counts = (labels >= 0).double()
-    return (F.cross_entropy(z.transpose(1, 2), labels, reduction="none") * counts).sum() / counts.sum()
-
-
 CLASSES = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
 LOSSES = {
     "words": lambda z, y, t: F.cross_entropy(z.flatten(0, 1), y.flatten()),
     "classes second": lambda z, y, t: F.cross_entropy(z.transpose(1, 2), y, weight=CLASSES, label_smoothing=0.1),
     "time first": lambda z, y, t: F.cross_entropy(z.transpose(0, 1).flatten(0, 1), y.T.flatten()),
     "soft labels": lambda z, y, t: F.cross_entropy(z.flatten(0, 1), t.flatten(0, 1).softmax(-1)),
-    "masked": lambda z, y, t: masked_mean(z, y),
     "mse": lambda z, y, t: F.mse_loss(z, t),
     "weighted mse": lambda z, y, t: F.mse_loss(z, t, weight=t + 0.5),
     "bce": lambda z, y, t: F.binary_cross_entropy_with_logits(z, t, pos_weight=CLASSES),
@@ -143,6 +134,21 @@ def test_over_all_choices_of_rows_the_penalty_is_that_of_the_batch():
     assert (mean - whole.mean()).abs() < 3 * whole.std() * (1 / 1000 + 1 / 400) ** 0.5
 
 
+ODD = [
+    "nothing",
+    "batch norm",
+    "metric",
+    "count",
+    "log",
+    "mixing",
+    "shared mask",
+    "output",
+    "noise",
+    "numpy",
+    "mean of all",
+]
+
+
 class Odd(Classifier):
     """A classifier with something that does not bear rows that are there twice."""
 
@@ -164,121 +170,36 @@ class Odd(Classifier):
             self.log("accuracy", (z.argmax(-1) == y).double().mean())
         if self.what == "mixing":
             loss = loss + F.mse_loss(z - z.mean(0), z.detach())
+        if self.what == "noise":
+            loss = F.cross_entropy(self.net(x + 1e-6 * torch.randn_like(x)), y)
+        if self.what == "numpy":
+            self.log("accuracy", numpy.float32((z.argmax(-1) == y).double().mean()))
+        if self.what == "mean of all":
+            loss = F.cross_entropy(z, y, reduction="none").mean()
         if self.what == "shared mask":
             loss = F.cross_entropy(z * F.dropout(torch.ones(3, dtype=z.dtype), 0.5), y)
         return {"loss": loss, "logits": z} if self.what == "output" else loss
 
 
-@pytest.mark.parametrize("what", ["batch norm", "metric", "count", "log", "mixing", "shared mask", "output"])
-def test_a_step_that_would_leave_other_traces_is_run_on_the_rows_apart(what):
-    layout, same = tried(what)
-    assert not same
-    assert (layout is None) == (what in {"batch norm", "mixing", "shared mask"})
-
-
-def test_a_step_that_leaves_the_same_traces_is_not():
-    assert tried("nothing") == (Layout((RowAxis(0, True),), (RowAxis(0, True),)), True)
-
-
-def tried(what):
-    model = Odd(what)
-    model.log = lambda *args, **kwargs: None
-    batch = Batch(Odd.training_step.__get__(model), (next(iter(make_loader())), 0), {}, model, False, 1, copies=True)
-    with batch.isolation:
-        layout = find_layout(lambda rows: batch.on_rows(rows, 0), 6)
-        return layout, layout is not None and leaves_same_traces(batch, layout, 0.5, 0)
-
-
-def test_noise_after_the_backward_on_some_rows_takes_one_small_pass():
-    sizes = []
-
-    class Counting(Classifier):
-        def training_step(self, batch, batch_idx):
-            sizes.append(len(batch[0]))
-            return super().training_step(batch, batch_idx)
-
-    noise = dict(batch_fraction=1 / 3, injection="after_backward", step_size=1e-3)
-    ours = train([dr.ExplicitPenalty(), dr.ImplicitNoise(**noise)], make=Counting, max_steps=1)
-    assert sizes[-3:] == [6, 6, 4]  # the penalty's two, and two rows of either sign
-    apart = train(
-        [dr.ExplicitPenalty(), dr.ImplicitNoise(**noise, low_memory=True)], make=Counting, max_steps=1
-    )  # two passes
-    assert sizes[-2:] == [2, 2]
-    torch.testing.assert_close(ours.gradients[0], apart.gradients[0], rtol=1e-6, atol=1e-9)
-
-
-def text():
-    g = torch.Generator().manual_seed(0)
-    words = torch.randint(20, (8, 4, 6), generator=g)
-    return DataLoader(TensorDataset(words[:, :, :-1], words[:, :, 1:]), batch_size=None)
-
-
-@pytest.mark.parametrize("make", [LSTMLanguageModel, TransformerLanguageModel])
-def test_state_and_logs_are_those_of_one_step_and_the_step_runs_once(make, monkeypatch):
-    states, calls = [], []
-
-    class Model(make):
-        def training_step(self, batch, batch_idx):
-            calls.append(len(batch[0]))
-            return super().training_step(batch, batch_idx)
-
-        def on_train_batch_end(self, *args):
-            states.append((getattr(self, "_train_state", None), self.trainer.callback_metrics["train_loss"].clone()))
-
-    options = {"hidden_dim": 8} if make is LSTMLanguageModel else {"num_layers": 1}
-    estimate = dict(batch_fraction=0.5, step_size=1e-3)
-    for callbacks in ([dr.ExplicitPenalty(**estimate), dr.ImplicitNoise(**estimate)], []):
-        torch.manual_seed(0)
-        model = Model(vocab_size=20, drop_prob=0.4 if callbacks else 0.0, **options).double()
-        trainer = make_trainer(callbacks, max_steps=2)
-        model.configure_optimizers = lambda model=model: torch.optim.SGD(model.parameters(), lr=0.0)
-        trainer.fit(model, text())
-        if callbacks:
-            assert calls[-2:] == [6, 6]
-    for (ours, loss), (plain, plain_loss) in zip(states[:2], states[2:], strict=True):
-        torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
-        if ours is not None:
-            for a, b in zip(ours, plain, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-class Growing(Classifier):
-    """Has one dropout more from the second batch on."""
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("rows", float(len(x)))
-        return F.cross_entropy(self.net(F.dropout(x, 0.1) if batch_idx else x), y)
-
-
-def test_a_step_that_changes_its_sites_is_run_apart_from_then_on():
-    model = train([dr.ExplicitPenalty(batch_fraction=0.5)], make=Growing)
-    assert len(model.gradients) == 4
-    assert all(torch.isfinite(g).all() for g in model.gradients)
-    assert model.trainer.callback_metrics["rows"] == 6
-
-
-def test_a_resumed_run_does_what_the_first_one_found(tmp_path):
-    path = tmp_path / "a.ckpt"
-    train([dr.ExplicitPenalty(batch_fraction=0.5)], max_steps=2).trainer.save_checkpoint(path)
-    checkpoint = torch.load(path, weights_only=True)
-    found = checkpoint["lightning_dropreg"]["ExplicitPenalty"]["found"]
-    assert Layout.of(found["layout"]) == Layout((RowAxis(0, True),), (RowAxis(0, True),))
-    found["layout"] = None
-    torch.save(checkpoint, path)
-    sizes = []
-
-    class Counting(Classifier):
-        def training_step(self, batch, batch_idx):
-            sizes.append(len(batch[0]))
-            return super().training_step(batch, batch_idx)
-
-    make_trainer([dr.ExplicitPenalty(batch_fraction=0.5)], max_epochs=2, max_steps=3).fit(
-        Counting(), make_loader(), ckpt_path=path
-    )
-    assert sizes[-3:] == [3, 3, 6]  # apart, and nothing tried
+@pytest.mark.parametrize("what", CHANGING)
+def test_whatever_a_step_does_the_result_is_that_of_rows_apart(what):
+    estimate = dict(batch_fraction=1 / 3, step_size=1e-3)
+    runs = []
+    for more in ({}, {"low_memory": True}):  # which runs the rows apart
+        noise = dr.ImplicitNoise(**estimate, **more)
+        callbacks = [noise] if what == "focal" else [dr.ExplicitPenalty(**estimate, **more), noise]
+        options = {"model_options": {"what": what}, "seed": 3, "log_every_n_steps": 1}
+        runs.append(train(callbacks, make=Changing, **options))
+    ours, apart = runs
+    for a, b in zip(ours.gradients, apart.gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert ours.steps == apart.steps == 4
+    metrics = ours.trainer.callback_metrics
+    assert metrics.keys() == apart.trainer.callback_metrics.keys()
+    for name, value in metrics.items():
+        torch.testing.assert_close(value, apart.trainer.callback_metrics[name], rtol=1e-3, atol=1e-5)
 
 
 def test_shapes_that_rows_do_not_fill():
-    with pytest.raises(RowsNotFoundError, match="4 rows do not fill dimension 0"):
-        RowAxis(0, True).unfold((6, 2), 4)
+    with pytest.raises(RowsNotFoundError, match="4 rows of size 1 are not dimension 0"):
+        RowAxis(0, True, 1).unfold((6, 2), 4)

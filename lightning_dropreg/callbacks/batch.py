@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dropreg.callbacks.logs import LogCollector
+from lightning_dropreg.callbacks.pairable import Pairable, structure
 from lightning_dropreg.errors import (
     DropregError,
     InvalidArgumentError,
@@ -22,7 +23,7 @@ from lightning_dropreg.errors import (
 from lightning_dropreg.estimators import Pairs
 from lightning_dropreg.gradients import Scaler
 from lightning_dropreg.isolation import Isolation
-from lightning_dropreg.layout import Layout
+from lightning_dropreg.layout import Layout, RowsNotFoundError
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.rows import draw_rows, select_rows
 
@@ -47,8 +48,7 @@ class Batch:
         copies: bool = False,
         releases: bool = False,
         scaler: Scaler | None = None,
-        layout: Layout | None = None,
-        same_traces: bool = False,
+        pairable: Pairable | None = None,
     ) -> None:
         self.original = original
         self.args = args
@@ -58,8 +58,7 @@ class Batch:
         self.copies = copies
         self.releases = releases
         self.scaler = scaler
-        self.layout = layout
-        self.same_traces = same_traces
+        self.pairable = pairable
         self.modified = False
         self.lasting = True
         self.isolation = Isolation(module, mean=mean)
@@ -67,6 +66,7 @@ class Batch:
         self.output: Any = None
         self.returned: Any = None
         self.corrected: dict[Tensor, Tensor] = {}
+        self.share = 1.0
 
     def whole(self) -> Tensor:
         """See `lightning_dropreg.runner.BatchRunner`."""
@@ -84,20 +84,20 @@ class Batch:
 
     def paired(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs] | None:
         """See `lightning_dropreg.runner.BatchRunner`."""
-        if self.layout is None or not self.same_traces:
+        found = self.pairable
+        if found is None:
             return None
         run, pairs, _ = self.on_pairs(fraction, dim, key, trace=self.lasting)
-        return run, self.layout, pairs
+        self.share = pairs.share
 
-    def pairs(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs, float] | None:
-        """See `lightning_dropreg.runner.BatchRunner`."""
-        if self.layout is None:
-            return None
-        rows, count = draw_rows(self.args[0], fraction, dim, key), self.row_count(dim)
-        if 2 * len(rows) == count and getattr(self.module, "select_rows", None) is None:
-            return None  # a state carried for all rows would fit these by chance, and nobody would notice
-        run = self._on_rows(torch.cat([rows, rows]), dim, count)
-        return run, self.layout, Pairs(0, len(rows)), len(rows) / count
+        def checked() -> Tensor:
+            loss = run()
+            traces = tuple(self.logs.names()), structure(self.returned)
+            if traces != (found.logged, found.returned) or self.isolation.drew_randomness():
+                raise RowsNotFoundError("The step logs or returns something else than at first, or draws at random.")
+            return loss
+
+        return checked, found.layout, pairs
 
     def on_pairs(
         self, fraction: float, dim: int, key: int, trace: bool
@@ -132,9 +132,13 @@ class Batch:
 
     def forget(self) -> None:
         """See `lightning_dropreg.runner.BatchRunner`."""
-        self.isolation.forget()
+        self.isolation.restart()
         self.logs.forget()
-        self.output = None
+        self.output = self.pairable = None
+
+    def with_loss(self, loss: Tensor) -> Any:
+        """Return what the last run returned, with another loss in it."""
+        return with_loss(self.returned, loss)
 
     def on_rows(self, rows: Tensor, dim: int) -> Closure:
         """Return what runs on the rows of these numbers, leaving no trace."""

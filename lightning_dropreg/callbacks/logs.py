@@ -60,25 +60,31 @@ class LogCollector:
         """Drop what was kept."""
         self._runs.clear()
 
-    def last(self, instead: Mapping[Tensor, Tensor] | None = None) -> list[tuple[str, Any]]:
+    def last(self, instead: Mapping[Tensor, Tensor] | None = None, share: float = 1.0) -> list[Any]:
         """Return what the last run logged, kept or not.
 
         Args:
             instead: See `replay`.
+            share: See `replay`.
 
         Returns:
-            Names and values.
+            The calls.
         """
-        return [_named_value(*_with(call, instead or {})) for call in self._last]
+        return [_with(call, instead or {}, share) for call in self._last]
 
-    def replay(self, instead: Mapping[Tensor, Tensor] | None = None) -> None:
+    def names(self) -> list[str]:
+        """Return the names that the last run logged, kept or not."""
+        return [str(_named_value(*call)[0]) for call in self._last]
+
+    def replay(self, instead: Mapping[Tensor, Tensor] | None = None, share: float = 1.0) -> None:
         """Log what the kept runs logged, averaged where it is a number.
 
         Args:
             instead: Tensors to log in the place of others.
+            share: What to multiply a ``batch_size`` by, where the runs had more rows than the batch.
         """
         if instead:
-            self._runs = [[_with(call, instead) for call in calls] for calls in self._runs]
+            self._runs = [[_with(call, instead, share) for call in calls] for calls in self._runs]
         if not self._runs:
             return
         first, *others = self._runs
@@ -97,7 +103,7 @@ def _detached(value: Any) -> Any:
 
 
 def _with(
-    call: tuple[tuple[Any, ...], dict[str, Any]], instead: Mapping[Tensor, Tensor]
+    call: tuple[tuple[Any, ...], dict[str, Any]], instead: Mapping[Tensor, Tensor], share: float
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def exchanged(value: Any) -> Any:
         for old, new in instead.items():
@@ -106,7 +112,10 @@ def _with(
         return value
 
     args, kwargs = call
-    return tuple(exchanged(arg) for arg in args), {k: exchanged(v) for k, v in kwargs.items()}
+    kwargs = {k: exchanged(v) for k, v in kwargs.items()}
+    if isinstance(kwargs.get("batch_size"), int):
+        kwargs["batch_size"] = round(kwargs["batch_size"] * share)
+    return tuple(exchanged(arg) for arg in args), kwargs
 
 
 def _named_value(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:

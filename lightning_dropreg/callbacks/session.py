@@ -27,6 +27,7 @@ from lightning_dropreg.callbacks.compiled import as_compiled, compiled_parts, co
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.manual import ManualStep, joined
+from lightning_dropreg.callbacks.pairable import Pairable, find_pairable, signature
 from lightning_dropreg.callbacks.problems import (
     changed_parameters,
     fingerprints,
@@ -34,7 +35,6 @@ from lightning_dropreg.callbacks.problems import (
     takes_iterator,
 )
 from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
-from lightning_dropreg.callbacks.same_traces import leaves_same_traces
 from lightning_dropreg.callbacks.values import Values, norm_of
 from lightning_dropreg.errors import (
     DropregError,
@@ -45,8 +45,7 @@ from lightning_dropreg.gradients import Scaler, has_reentrant_checkpoint
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import all_at_once, check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.kinks import REMEDY, WIDE_STEP
-from lightning_dropreg.layout import Layout, find_layout
-from lightning_dropreg.passes import Off, dormant_sites, run_pass
+from lightning_dropreg.passes import Off, dormant_sites, is_dormant, run_pass
 from lightning_dropreg.precision import bfloat16_step_size
 from lightning_dropreg.reduction import check_mean_over_rows
 from lightning_dropreg.sites import Site, fold_key
@@ -54,6 +53,8 @@ from lightning_dropreg.step import BatchRunner, Plan, StepResult
 
 __all__ = ["Session", "own_step"]
 
+_KINDS = 8
+"""So many shapes of a batch are looked at; in batches of all others, drawn rows get passes of their own."""
 _REFUSED = " cannot be trained with this package's callbacks and"
 
 
@@ -82,7 +83,6 @@ class Session:
         self._copies = False
         self.compiled = list(compiled_parts(module).values())
         self._acted = False  # in the last step
-        self._layout: Layout | None = None
         # what the first step showed and a resumed run must not find otherwise, in plain values for the checkpoint
         self.found: dict[str, Any] = {}
         self._had_own_step = False
@@ -97,6 +97,8 @@ class Session:
         self.values = Values(trainer, module, ["loss", "explicit_penalty"] if penalized else ["loss"])
         # what FSDP2 shards has gradients only in the one backward of the whole
         self._whole_parameters = has_whole_parameters(trainer.strategy)
+        # a rank that ran other passes than the rest would keep them waiting
+        self._in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
     def check(self) -> None:
         """Refuse what makes it impossible to run the step; whatever else is wrong is told with the first step.
@@ -164,6 +166,7 @@ class Session:
         step = self.trainer.global_step
         if self.plan.only_drops_nothing(step):
             return self._step_without_dropout(original, args, kwargs)
+        kind, pairable = self._pairable(original, args, kwargs)
         batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx  # a step need not take it as an argument
         batch = Batch(
             original,
@@ -175,8 +178,7 @@ class Session:
             copies=self._copies,
             releases=self._whole_parameters,
             scaler=self._scaler(),
-            layout=self._layout,
-            same_traces=bool(self.found.get("same_traces")),
+            pairable=pairable,
         )
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant():
@@ -185,7 +187,9 @@ class Session:
         except SkippedError:
             batch.logs.replay()
             return None
-        batch.logs.replay(batch.corrected)
+        batch.logs.replay(batch.corrected, batch.share)
+        if pairable is not None and batch.pairable is None:
+            self.found[kind] = None  # one of these batches was otherwise
         self.values.add(self._values(result), always=True)
         self._acted = True
         self._show(result)
@@ -343,7 +347,6 @@ class Session:
                 problems += compiled_problems(self.module, seen.sites, self.plan) + found
                 if not problems:
                     self._check_rows(batch, seen.sites)
-                    self._find_layout(batch)
         except SkippedError:
             if problems:
                 raise all_at_once(problems, name) from None
@@ -358,19 +361,26 @@ class Session:
         if seen.in_bfloat16:
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
 
-    def _find_layout(self, batch: Batch) -> None:
-        """Find out whether the estimates on some rows can be had in one pass, and in that of the batch."""
-        if len(self.plan.row_dims) != 1 or not self.module.automatic_optimization:
-            return
-        if not self.found:
-            (dim,) = self.plan.row_dims
-            layout = find_layout(partial(batch.on_rows, dim=dim), batch.row_count(dim))
-            chosen, same = self.plan.in_one_pass, False
-            if layout is not None and chosen is not None and chosen.batch_fraction is not None:
-                same = leaves_same_traces(batch, layout, chosen.batch_fraction, dim)
-            self.found = {"layout": None if layout is None else layout.plain(), "same_traces": same}
-        plain = self.found["layout"]
-        self._layout = None if plain is None else Layout.of(plain)
+    def _pairable(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, Pairable | None]:
+        """Find out, for every new shape of a batch, whether estimates on some rows can be had in the pass of the whole.
+
+        Returns:
+            What describes the batch, and what was found for such batches.
+        """
+        chosen = self.plan.in_one_pass
+        if chosen is None or chosen.batch_fraction is None or not self._whole_parameters or self._in_step_with_others:
+            return "", None
+        kind = signature(self.module, args[0], chosen.batch_dim)
+        if kind not in self.found and len(self.found) < _KINDS:
+            batch = self.to_look_at(original, args, kwargs)
+            around = attention_dropout(self.plan.attention)
+            with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
+                found = None if is_dormant() else find_pairable(batch, chosen.batch_fraction, chosen.batch_dim)
+            self.found[kind] = None if found is None else found.plain()
+        plain = self.found.get(kind)
+        return kind, None if plain is None else Pairable.of(plain)
 
     def _warn_of_kinks(self) -> None:
         estimation = self.plan.noise_of_finite_steps

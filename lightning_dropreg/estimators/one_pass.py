@@ -3,8 +3,8 @@
 Estimating on a fraction ``f`` of the rows costs a pass over the batch and two over the chosen rows, and small passes
 are dear: a recurrent network takes as many steps for two rows as for twenty. Here the chosen rows stand in the batch
 twice, once with the site factors ``1 + eps r`` and once with ``1 - eps r``; the others stand there once, undisturbed.
-One pass over ``(1 + f) B`` rows gives everything. The user's own reduction counts the chosen rows twice, so the loss
-is put right by the weights that it gave to its elements.
+One pass over ``(1 + f) B`` rows gives everything. A mean counts the chosen rows twice, so the loss is put right by the
+weights that its elements have in it; that of the chosen rows is the mean of their pairs, right up to ``O(eps^2)``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.curvature import element_weights, pair_quadratic_form
+from lightning_dropreg.errors import LossNotRecognizedError
 from lightning_dropreg.estimators.base import Estimate
 from lightning_dropreg.layout import Layout, RowAxis, RowsNotFoundError
 from lightning_dropreg.losses import Loss
@@ -47,6 +48,11 @@ class Pairs:
         return self.single, self.count, self.count
 
     @property
+    def share(self) -> float:
+        """How many rows the batch has, as a fraction of those of the pass."""
+        return (self.single + self.count) / self.rows
+
+    @property
     def fraction(self) -> float:
         """Fraction of the batch's rows that are there twice."""
         return self.count / (self.single + self.count)
@@ -66,6 +72,8 @@ class PerturbPairs:
         """See `lightning_dropreg.interception.Rule`."""
         position, self._met = self._met, self._met + 1
         axis = self._axis(position)
+        if position == 0:
+            self._check_pairs(axis, h)
         shapes = []
         for shape in (site.shape, site.mask_shape):
             unfolded, dim = axis.unfold(shape, self.pairs.rows)
@@ -76,6 +84,16 @@ class PerturbPairs:
     def again(self, index: int, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.RepeatableRule`."""
         return self._perturbed(self._axis(index), h, self.directions.at(index))
+
+    def _check_pairs(self, axis: RowAxis, h: Tensor) -> None:
+        """Refuse a pass in which the two of a pair differ before anything is perturbed: rows depend on one another."""
+        _, plus, minus = axis.split(h.detach(), self.pairs.counts)
+        alike = ((plus - minus).abs() <= 1e-4 * plus.abs().amax()).all()
+        why = "The two of a pair differ where nothing is perturbed yet."
+        if h.device.type != "cpu":
+            torch._assert_async(alike, why)  # reading it would stall the device
+        elif not alike:
+            raise RowsNotFoundError(why)
 
     def _axis(self, position: int) -> RowAxis:
         if position >= len(self.axes):
@@ -118,7 +136,7 @@ def one_pass(
         The loss of the whole batch, and penalty and noise of the mean over the chosen rows.
 
     Raises:
-        RowsNotFoundError: If the tensors of the pass have not the shapes that `layout` speaks of.
+        RowsNotFoundError: If the pass is not what `layout` speaks of, or the two of a pair differ from the start.
     """
     done = run_pass(closure, PerturbPairs(Directions(key, mask), step_size, layout.sites, pairs), record_losses=True)
     loss, weights = _balanced(done, layout, pairs)
@@ -158,7 +176,13 @@ def _balanced(done: Pass, layout: Layout, pairs: Pairs) -> tuple[Tensor, list[Te
     if len(done.sites) != len(layout.sites) or len(done.losses) != len(layout.losses):
         raise RowsNotFoundError("The step reaches other dropout sites or losses than at first.")
     loss, balanced = done.loss, []
-    for recorded, w, axis in zip(done.losses, element_weights(done.loss, done.losses), layout.losses, strict=True):
+    try:
+        weights = element_weights(done.loss, done.losses)
+    except LossNotRecognizedError as error:  # where only noise is wanted that is none
+        raise RowsNotFoundError(str(error)) from error
+    for recorded, w, axis in zip(done.losses, weights, layout.losses, strict=True):
+        if not recorded.is_mean:
+            raise RowsNotFoundError(f"What the elements of {recorded.name} count is known for these rows only.")
         share = torch.ones(recorded.outputs.shape[0], dtype=w.dtype, device=w.device)
         shape, dim = axis.unfold(share.shape, pairs.rows)
         share.view(shape).narrow(dim, pairs.single, 2 * pairs.count).fill_(0.5)

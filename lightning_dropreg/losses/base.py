@@ -33,10 +33,13 @@ class Loss(ABC):
         outputs: The model outputs ``z``, shape ``(T, C)``, part of the pass's autograd graph.
         elements: The unreduced loss, in the shape that ``reduction="none"`` gives.
         function: Maps outputs ``(T, C)`` to elements (flattened); its Hessian defines the ``loss_hessian`` curvature.
+        is_mean: Whether the loss function itself took the mean of its elements, so that what they count is known for
+            any number of them. (A user's own reduction may divide by anything.)
         mass: What each element (`per_element`) counts in the denominator of the mean that the loss function took; None
             where all count 1, or the loss function took no mean.
     """
 
+    is_mean = False
     mass: Tensor | None = None
 
     def __init__(self, name: str, outputs: Tensor, elements: Tensor, function: Callable[[Tensor], Tensor]) -> None:

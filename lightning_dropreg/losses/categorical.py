@@ -211,7 +211,7 @@ def _categorical(
     # the curvature is that of `function` for log-probabilities too: log_softmax leaves their values alone
     elements = (of_log_probabilities if log_probabilities else function)(outputs).reshape(shape)
     loss = CategoricalLoss(name, outputs, elements, function, scale, counted)
-    loss.mass = mass
+    loss.mass, loss.is_mean = mass, reduction == "mean"
     return reduced(elements, reduction, denominator), loss
 
 
@@ -271,6 +271,7 @@ def kl_div(
         probabilities,
         reduction not in {"sum", "batchmean"},  # both add up an example's elements
     )
+    loss.is_mean = reduction in {"mean", "batchmean"}
     if outputs.device.type == "cpu":
         loss.check()
     if reduction == "batchmean":

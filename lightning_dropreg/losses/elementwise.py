@@ -71,7 +71,7 @@ def _loss(
     """Compute and describe a loss whose elements have `shape`, reduced by `reduction`; `mass` as in `Loss`."""
     elements = function(outputs).reshape(shape)
     loss = ElementwiseLoss(name, outputs, elements, function, second_derivative, reduction != "sum")
-    loss.mass = mass if reduction == "mean" else None
+    loss.mass, loss.is_mean = (mass if reduction == "mean" else None), reduction == "mean"
     count = float(max(elements.numel(), 1)) if mass is None else mass.sum()
     return reduced(elements, reduction, count), loss
 
@@ -179,7 +179,7 @@ def l1_loss(
     elements = distance(outputs).reshape(shape)
     reduction = reduction_of(size_average, reduce, reduction)
     loss = ElementwiseLoss("l1_loss", outputs, elements, refuse, refuse, reduction != "sum")
-    loss.mass = weights if reduction == "mean" else None
+    loss.mass, loss.is_mean = (weights if reduction == "mean" else None), reduction == "mean"
     count = float(max(elements.numel(), 1)) if weights is None else weights.sum()
     return reduced(elements, reduction, count), loss
 
