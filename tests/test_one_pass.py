@@ -5,12 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from conftest import Classifier, train
+from conftest import Classifier, make_loader, make_trainer, train
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dropreg as dr
+from lightning_dropreg.callbacks.batch import Batch
+from lightning_dropreg.callbacks.pairable import find_pairable
 from lightning_dropreg.estimators import Pairs, antithetic, one_pass
-from lightning_dropreg.layout import RowAxis, RowsNotFoundError, find_layout
+from lightning_dropreg.layout import Layout, RowAxis, RowsNotFoundError, find_layout
+from lightning_dropreg.models import LSTMLanguageModel, TransformerLanguageModel
 from lightning_dropreg.passes import Off, run_pass
 
 ROWS, TIME, WIDTH = 6, 3, 4
@@ -134,19 +138,9 @@ def test_over_all_choices_of_rows_the_penalty_is_that_of_the_batch():
     assert (mean - whole.mean()).abs() < 3 * whole.std() * (1 / 1000 + 1 / 400) ** 0.5
 
 
-ODD = [
-    "nothing",
-    "batch norm",
-    "metric",
-    "count",
-    "log",
-    "mixing",
-    "shared mask",
-    "output",
-    "noise",
-    "numpy",
-    "mean of all",
-]
+ODD = (
+    "nothing, batch norm, metric, count, log, mixing, shared mask, output, noise, numpy, mean of all"  # a step with ...
+).split(", ")
 
 
 class Odd(Classifier):
@@ -179,6 +173,147 @@ class Odd(Classifier):
         if self.what == "shared mask":
             loss = F.cross_entropy(z * F.dropout(torch.ones(3, dtype=z.dtype), 0.5), y)
         return {"loss": loss, "logits": z} if self.what == "output" else loss
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_step_that_would_leave_other_traces_is_run_on_the_rows_apart(what):
+    model = Odd(what)
+    model.log = lambda *args, **kwargs: None
+    batch = Batch(Odd.training_step.__get__(model), (next(iter(make_loader())), 0), {}, model, False, 1, copies=True)
+    with batch.isolation:
+        found = find_pairable(batch, 0.5, 0)
+    if what == "nothing":
+        assert found.layout == Layout((RowAxis(0, True, 1),), (RowAxis(0, True, 1),))
+    else:
+        assert found is None
+
+
+def text():
+    g = torch.Generator().manual_seed(0)
+    words = torch.randint(20, (8, 4, 6), generator=g)
+    return DataLoader(TensorDataset(words[:, :, :-1], words[:, :, 1:]), batch_size=None)
+
+
+@pytest.mark.parametrize("make", [LSTMLanguageModel, TransformerLanguageModel])
+def test_state_and_logs_are_those_of_one_step_and_the_step_runs_once(make, monkeypatch):
+    states, calls = [], []
+
+    class Model(make):
+        def training_step(self, batch, batch_idx):
+            calls.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, *args):
+            states.append((getattr(self, "_train_state", None), self.trainer.callback_metrics["train_loss"].clone()))
+
+    options = {"hidden_dim": 8} if make is LSTMLanguageModel else {"num_layers": 1}
+    estimate = dict(batch_fraction=0.5, step_size=1e-3)
+    for callbacks in ([dr.ExplicitPenalty(**estimate), dr.ImplicitNoise(**estimate)], []):
+        torch.manual_seed(0)
+        model = Model(vocab_size=20, drop_prob=0.4 if callbacks else 0.0, **options).double()
+        trainer = make_trainer(callbacks, max_steps=2)
+        model.configure_optimizers = lambda model=model: torch.optim.SGD(model.parameters(), lr=0.0)
+        trainer.fit(model, text())
+        if callbacks:
+            assert calls[-2:] == [6, 6]
+    for (ours, loss), (plain, plain_loss) in zip(states[:2], states[2:], strict=True):
+        torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
+        if ours is not None:
+            for a, b in zip(ours, plain, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Growing(Classifier):
+    """Has one dropout more from the second batch on."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("rows", float(len(x)))
+        return F.cross_entropy(self.net(F.dropout(x, 0.1) if batch_idx else x), y)
+
+
+def test_a_step_that_changes_its_sites_is_run_apart_from_then_on():
+    model = train([dr.ExplicitPenalty(batch_fraction=0.5)], make=Growing)
+    assert len(model.gradients) == 4
+    assert all(torch.isfinite(g).all() for g in model.gradients)
+    assert model.trainer.callback_metrics["rows"] == 6
+
+
+def test_a_resumed_run_does_what_the_first_one_found(tmp_path):
+    path = tmp_path / "a.ckpt"
+    train([dr.ExplicitPenalty(batch_fraction=0.5)], max_steps=2).trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    found = checkpoint["lightning_dropreg"]["ExplicitPenalty"]["found"]
+    (kind,) = found
+    assert Layout.of(found[kind]["layout"]) == Layout((RowAxis(0, True, 1),), (RowAxis(0, True, 1),))
+    found[kind] = None
+    torch.save(checkpoint, path)
+    sizes = []
+
+    class Counting(Classifier):
+        def training_step(self, batch, batch_idx):
+            sizes.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    make_trainer([dr.ExplicitPenalty(batch_fraction=0.5)], max_epochs=2, max_steps=3).fit(
+        Counting(), make_loader(), ckpt_path=path
+    )
+    assert sizes[-3:] == [3, 3, 6]  # apart, and nothing tried
+
+
+CHANGING = [
+    "nothing",
+    "randomness",
+    "mixing",
+    "more words",
+    "ragged",
+    "signed weights",
+    "a mean over masked",
+    "focal",
+    "another dropout",
+    "log",
+]
+
+
+class Changing(Classifier):
+    """Steps that are at first what they are not later."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.register_buffer("steps", torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.steps += 1
+        if self.what == "randomness":
+            x = x + 0.3 * torch.randn_like(x)
+        if self.what == "mixing" and batch_idx:
+            x = x + 0.5 * x.flip(0)
+        if self.what == "more words":
+            x = x.unsqueeze(1).expand(-1, 1 + 3 * (batch_idx > 0), -1).transpose(0, 1).flatten(0, 1)
+            x = x + torch.arange(len(x), dtype=x.dtype).unsqueeze(1) / 10
+            y = y.repeat(1 + 3 * (batch_idx > 0))
+        if self.what == "ragged":
+            kept = (torch.arange(3) < 1 + torch.arange(len(x)).unsqueeze(1) % (3 if batch_idx else 1)).flatten()
+            x, y = x.repeat_interleave(3, 0)[kept], y.repeat_interleave(3)[kept]
+        z = self.net(x)
+        if self.what == "signed weights":
+            w = torch.tensor([1.0, -1.0] * 3, dtype=z.dtype)[: len(y)] if batch_idx else torch.ones(len(y))
+            return (w * F.cross_entropy(z, y, reduction="none")).mean()
+        if self.what == "a mean over masked":
+            keep = (y > 0) | (batch_idx == 0)
+            return (keep * F.cross_entropy(z, y, reduction="none")).mean()
+        if self.what == "focal":
+            e = F.cross_entropy(z, y, reduction="none")
+            return ((1 - (-e).exp()) ** 2 * e).mean()
+        if self.what == "another dropout" and batch_idx:
+            z = F.dropout(z, 0.2)
+        loss = F.cross_entropy(z, y)
+        self.log("train_loss", loss, on_epoch=True, batch_size=len(batch[0]))
+        if self.what == "log" and batch_idx == 2:
+            self.log("accuracy", (z.argmax(-1) == y).double().mean(), on_epoch=True)
+        return loss
 
 
 @pytest.mark.parametrize("what", CHANGING)
