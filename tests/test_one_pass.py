@@ -138,9 +138,7 @@ def test_over_all_choices_of_rows_the_penalty_is_that_of_the_batch():
     assert (mean - whole.mean()).abs() < 3 * whole.std() * (1 / 1000 + 1 / 400) ** 0.5
 
 
-ODD = (
-    "nothing, batch norm, metric, count, log, mixing, shared mask, output, noise, numpy, mean of all"  # a step with ...
-).split(", ")
+ODD = ["nothing", "batch norm", "metric", "count", "log", "mixing", "shared mask", "output", "noise", "numpy", "mean"]
 
 
 class Odd(Classifier):
@@ -168,7 +166,7 @@ class Odd(Classifier):
             loss = F.cross_entropy(self.net(x + 1e-6 * torch.randn_like(x)), y)
         if self.what == "numpy":
             self.log("accuracy", numpy.float32((z.argmax(-1) == y).double().mean()))
-        if self.what == "mean of all":
+        if self.what == "mean":
             loss = F.cross_entropy(z, y, reduction="none").mean()
         if self.what == "shared mask":
             loss = F.cross_entropy(z * F.dropout(torch.ones(3, dtype=z.dtype), 0.5), y)

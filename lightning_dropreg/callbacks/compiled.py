@@ -18,7 +18,7 @@ from lightning_dropreg.errors import UnsupportedModuleError
 from lightning_dropreg.sites import Site
 from lightning_dropreg.step import Plan
 
-__all__ = ["as_compiled", "compiled_parts", "compiled_problems", "uncompiled"]
+__all__ = ["as_compiled", "compiled_parts", "compiled_problems", "keeping_buffers", "uncompiled"]
 
 
 def compiled_parts(module: nn.Module) -> dict[str, nn.Module]:
@@ -75,12 +75,15 @@ def as_compiled(parts: Sequence[nn.Module]) -> Iterator[None]:
     for part, name, call in kept:
         part.__dict__[name] = _hidden(call)
     try:
-        # the noise's norm takes a backward of its own before the real one, so buffers must outlive a backward
-        with torch._functorch.config.patch(donated_buffer=False):
-            yield
+        yield
     finally:
         for part, name, call in kept:
             part.__dict__[name] = call
+
+
+def keeping_buffers() -> AbstractContextManager[None]:
+    """Let what is compiled meanwhile be differentiated more than once: the norm of the noise takes a backward too."""
+    return torch._functorch.config.patch(donated_buffer=False)  # type: ignore[no-any-return]
 
 
 def _hidden(call: Callable[..., Any]) -> Callable[..., Any]:

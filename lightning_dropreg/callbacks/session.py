@@ -11,7 +11,7 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_dropreg.callbacks.batch import Batch, SkippedError, loss_of, with_loss
-from lightning_dropreg.callbacks.compiled import as_compiled, compiled_parts, compiled_problems, uncompiled
+from lightning_dropreg.callbacks.compiled import (
+    as_compiled,
+    compiled_parts,
+    compiled_problems,
+    keeping_buffers,
+    uncompiled,
+)
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.manual import ManualStep, joined
@@ -82,6 +88,7 @@ class Session:
         self.kinks: dict[str, int] = {}
         self._copies = False
         self.compiled = list(compiled_parts(module).values())
+        self._compiling = ExitStack()
         self._acted = False  # in the last step
         # what the first step showed and a resumed run must not find otherwise, in plain values for the checkpoint
         self.found: dict[str, Any] = {}
@@ -133,6 +140,8 @@ class Session:
         training_step._dropreg_original = original  # type: ignore[attr-defined]
         self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
         self._installed = True
+        if self.compiled:
+            self._compiling.enter_context(keeping_buffers())
 
     def remove(self) -> None:
         """Put back what was there."""
@@ -143,6 +152,7 @@ class Session:
         else:
             self.module.__dict__.pop("training_step", None)
         self._installed = False
+        self._compiling.close()
         self._batch = self._later = None
 
     def training_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
