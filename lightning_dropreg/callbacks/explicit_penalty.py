@@ -30,8 +30,9 @@ class ExplicitPenalty(RegularizerCallback):
             the rows of a step have nothing to do with one another and it leaves the same traces (a batch of every
             shape is tried), the step runs once, on ``(1 + f)`` times the rows
             (`lightning_dropreg.estimators.one_pass`); elsewhere (batch norm, metrics or randomness in the step, a loss
-            reduced by hand) it runs on the batch and on the drawn rows. A module that carries a state with rows of its own defines ``select_rows(rows,
-            dim)``, which picks rows of that state by number, some perhaps twice; the state is put back afterwards.
+            reduced by hand) it runs on the batch and on the drawn rows. A module that carries a state with rows of its
+            own defines ``select_rows(rows, dim)``, which picks rows of that state by number, some perhaps twice; the
+            state is put back afterwards.
         batch_dim: Dimension of the rows in the tensors of a batch.
         every_n_steps: The penalty acts in every n-th optimizer step, with n times the strength.
         mask: ``"as_model"`` or ``"elementwise"``.
