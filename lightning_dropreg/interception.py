@@ -81,6 +81,7 @@ class Interception(TorchFunctionMode):
         inactive: How many dropouts were reached whose drop probability is 0 at the moment (a schedule may raise it).
         refused: What was found wrong with losses that have no known curvature.
         in_bfloat16: Whether a site was reached in bfloat16.
+        reads_gradients: Whether the running code looked at the ``.grad`` of a tensor.
         ignores_attention: Whether dropout on attention probabilities is left out.
         checkpoints: How many checkpointed regions the running code is in.
     """
@@ -111,6 +112,7 @@ class Interception(TorchFunctionMode):
         self.losses: list[Loss] = []
         self.inactive = 0
         self.in_bfloat16 = False
+        self.reads_gradients = False
         self.refused: list[str] = []
 
     def __torch_function__(
@@ -119,7 +121,7 @@ class Interception(TorchFunctionMode):
         """Route one call; `args` and `kwargs` are those of `func`."""
         kwargs = kwargs or {}
         try:
-            handler = HANDLERS.get(func)
+            handler = _WATCHED.get(func)
             if handler is not None:
                 return handler(self, func, *args, **kwargs)
             if is_registered(func):
@@ -230,3 +232,11 @@ class Interception(TorchFunctionMode):
             dropped = dropped.view_as(dropped)  # has a node in the graph
         self.site_nodes.append(dropped.grad_fn)
         return h.copy_(dropped) if inplace else dropped
+
+
+def _read_gradient(mode: Interception, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    mode.reads_gradients = True
+    return func(*args, **kwargs)
+
+
+_WATCHED = {**HANDLERS, Tensor.grad.__get__: _read_gradient}  # type: ignore[attr-defined]

@@ -216,6 +216,7 @@ class Pass:
         sites: The dropout sites that were reached.
         in_bfloat16: Whether any was reached in bfloat16.
         kinks: How often the loss has operations with a kink behind a site, by name; if they were looked for.
+        reads_gradients: Whether the closure looked at the ``.grad`` of a tensor.
     """
 
     loss: Tensor
@@ -223,6 +224,7 @@ class Pass:
     sites: list[Site]
     in_bfloat16: bool = False
     kinks: dict[str, int] = field(default_factory=dict)
+    reads_gradients: bool = False
 
 
 def run_pass(
@@ -290,7 +292,13 @@ def run_pass(
         if problems is None:
             raise missing
         problems.append(missing)
-    return Pass(loss, interception.losses, interception.sites, interception.in_bfloat16)
+    return Pass(
+        loss,
+        interception.losses,
+        interception.sites,
+        interception.in_bfloat16,
+        reads_gradients=interception.reads_gradients,
+    )
 
 
 def _check_losses(loss: Tensor, interception: Interception) -> None:

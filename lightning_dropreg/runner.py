@@ -78,3 +78,6 @@ class BatchRunner(Protocol):
 
     def forget(self) -> None:
         """Let no run so far count."""
+
+    def drop_stale_gradients(self) -> None:
+        """Let go of the gradients of the step before, if they are cleared before the backward without being read."""

@@ -59,6 +59,7 @@ class Share:
                 mask=chosen.mask,
                 key=key,
                 scaler=runner.scaler,
+                drop_stale_gradients=runner.drop_stale_gradients,
             )
         else:
             estimate = ESTIMATORS[chosen.estimator](

@@ -214,7 +214,11 @@ class Plan:
         total, difference = _Sum(), _Sum()
         values = []
         for j in range(k):
-            draw = run_pass(runner.whole, Drop(fold_key(key, j))).loss.reshape(())
+            done = run_pass(runner.whole, Drop(fold_key(key, j)))
+            if self.low_memory and not done.reads_gradients:
+                runner.drop_stale_gradients()
+            draw = done.loss.reshape(())
+            del done
             coefficient = self.noise_scale * reused[j] if j < len(reused) else 0.0
             parts = [(total, 1 / k + coefficient)]
             if coefficient and measure_noise:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning import Callback
 from conftest import Classifier, make_loader, make_trainer, train
 
 import lightning_dropreg as dr
@@ -166,3 +167,77 @@ def test_noise_after_the_backward_takes_no_passes_of_its_own():
     model = train([dr.ExplicitPenalty(), dr.ImplicitNoise(injection="after_backward")], make=Passes)
     steps = len(model.losses)
     assert len(passes) == 2 * steps + 1  # one look at the first step
+
+
+class Gradients(Classifier):
+    """Notes in every run of the step whether the gradients of the step before are still there."""
+
+    look = None
+    seen = lambda found: None  # noqa: E731
+
+    def training_step(self, batch, batch_idx):
+        first = next(self.parameters())
+        with torch._C.DisableTorchFunction():  # unnoticed
+            type(self).seen(first.grad is not None)
+        if self.look is not None:
+            self.look(first)
+        return super().training_step(batch, batch_idx)
+
+
+class Clears(Gradients):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad()
+
+
+class Clearing(torch.optim.SGD):
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+
+
+class Optimizes(Gradients):
+    def configure_optimizers(self):
+        return Clearing(self.parameters(), lr=0.1)
+
+
+class Reads(Gradients):
+    def look(self, parameter):
+        return parameter.grad
+
+
+class Watching(Callback):
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        assert trainer.global_step == 0 or next(module.parameters()).grad is not None
+
+
+def gradients_seen(callbacks, monkeypatch, make=Gradients, **options):
+    seen = []
+    monkeypatch.setattr(Gradients, "seen", seen.append)  # a list of the module's own would be put back
+    make_trainer(callbacks, max_steps=2, **options).fit(make(), make_loader())
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("make", "callbacks", "kept"),
+    [
+        (Gradients, [], False),
+        (Gradients, [Watching], True),
+        (Clears, [], True),
+        (Optimizes, [], True),
+        (Reads, [], True),
+    ],
+)
+def test_stale_gradients_go_unless_somebody_may_look(make, callbacks, kept, monkeypatch):
+    seen = gradients_seen([dr.MiniBatchDropout(k=3), *(new() for new in callbacks)], monkeypatch, make)
+    assert seen[-6:-3] == [False] * 3
+    assert seen[-3:] == ([True] * 3 if kept else [True, False, False])
+
+
+def test_gradients_that_accumulate_stay(monkeypatch):
+    """The second micro-batch adds to the gradients of the first."""
+    seen = gradients_seen([dr.MiniBatchDropout(k=2)], monkeypatch, accumulate_grad_batches=2)
+    assert seen[-8:] == [False, False, True, True, True, False, True, True]
+
+
+def test_low_memory_pairs_let_go_of_stale_gradients_too(monkeypatch):
+    seen = gradients_seen([dr.ExplicitPenalty(low_memory=True)], monkeypatch)
+    assert seen[-3:] == [True, True, False]

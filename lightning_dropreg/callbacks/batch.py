@@ -49,6 +49,7 @@ class Batch:
         releases: bool = False,
         scaler: Scaler | None = None,
         pairable: Pairable | None = None,
+        stale: Callable[[], None] | None = None,
     ) -> None:
         self.original = original
         self.args = args
@@ -59,6 +60,7 @@ class Batch:
         self.releases = releases
         self.scaler = scaler
         self.pairable = pairable
+        self.stale = stale
         self.modified = False
         self.lasting = True
         self.isolation = Isolation(module, mean=mean)
@@ -135,6 +137,11 @@ class Batch:
         self.isolation.restart()
         self.logs.forget()
         self.output = self.pairable = None
+
+    def drop_stale_gradients(self) -> None:
+        """See `lightning_dropreg.runner.BatchRunner`."""
+        if self.stale is not None:
+            self.stale()
 
     def with_loss(self, loss: Tensor) -> Any:
         """Return what the last run returned, with another loss in it."""

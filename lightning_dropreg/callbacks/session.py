@@ -41,6 +41,7 @@ from lightning_dropreg.callbacks.problems import (
     takes_iterator,
 )
 from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
+from lightning_dropreg.callbacks.stale import stale_gradients
 from lightning_dropreg.callbacks.values import Values, norm_of
 from lightning_dropreg.errors import (
     DropregError,
@@ -104,6 +105,7 @@ class Session:
         self.values = Values(trainer, module, ["loss", "explicit_penalty"] if penalized else ["loss"])
         # what FSDP2 shards has gradients only in the one backward of the whole
         self._whole_parameters = has_whole_parameters(trainer.strategy)
+        self._stale = stale_gradients(trainer, module)
         # a rank that ran other passes than the rest would keep them waiting
         self._in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
@@ -189,6 +191,7 @@ class Session:
             releases=self._whole_parameters,
             scaler=self._scaler(),
             pairable=pairable,
+            stale=self._stale,
         )
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant():
@@ -207,6 +210,7 @@ class Session:
             self._later = self._gradients(result.later, retain_graph=True)
         elif self.plan.noise_after_backward:
             self._batch = batch  # its state before the step is what the noise's own passes start from
+            batch.stale = None  # then the gradients are those of this step
         return with_loss(batch.output, result.total)
 
     def _step_without_dropout(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ def antithetic_in_turn(
     mask: str,
     key: int,
     scaler: Scaler | None = None,
+    drop_stale_gradients: Callable[[], None] | None = None,
 ) -> tuple[Estimate, list[Tensor]]:
     """Estimate as `antithetic` does, and differentiate at once.
 
@@ -48,6 +49,8 @@ def antithetic_in_turn(
         mask: See `lightning_dropreg.estimators.base.Estimator`.
         key: See `lightning_dropreg.estimators.base.Estimator`.
         scaler: Multiplies by the scale of a gradient scaler; None without one.
+        drop_stale_gradients: Lets go of what the parameters' ``.grad`` holds from before; called once, before anything
+            is differentiated, unless the closure looks at it.
 
     Returns:
         The estimate, without graphs, and the scalars of `weigh`, with their gradients.
@@ -58,6 +61,8 @@ def antithetic_in_turn(
     directions.rewind()
     minus = run_pass(closure, Perturb(directions, -step_size), record_losses=record)
     directions.rewind()
+    if drop_stale_gradients is not None and not minus.reads_gradients:
+        drop_stale_gradients()
     # those of the plus pass are the same: they are constants, or functions of parameters alone
     weights = element_weights(minus.loss, minus.losses) if record else []
     estimate = combine(plus, minus, weights, curvature, noise, step_size)
