@@ -30,8 +30,8 @@ from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic
 from lightning_dropreg.interception import constants_marked
 from lightning_dropreg.isolation import Isolation
-from lightning_dropreg.passes import Closure, Drop, Off, run_pass
-from lightning_dropreg.sites import Site, fold_key
+from lightning_dropreg.passes import Closure, Off, draws_of_dropout, run_pass
+from lightning_dropreg.sites import Site
 from lightning_dropreg.support import find_support
 
 __all__ = ["dropout_loss", "explicit_penalty", "find_sites", "find_support", "implicit_noise", "plain_loss"]
@@ -143,7 +143,12 @@ def implicit_noise(
 
 
 def dropout_loss(
-    closure: Closure, *, k: int = 1, generator: torch.Generator | None = None, module: nn.Module | None = None
+    closure: Closure,
+    *,
+    k: int = 1,
+    antithetic: bool = False,
+    generator: torch.Generator | None = None,
+    module: nn.Module | None = None,
 ) -> Tensor:
     r"""Average the loss over `k` draws of dropout: ``DROPOUT_k``, Algorithm 1.
 
@@ -153,6 +158,7 @@ def dropout_loss(
     Args:
         closure: Runs forward and loss with the model in training mode; returns the scalar loss.
         k: Number of draws, at least 1.
+        antithetic: Whether the draws come in pairs with opposite masks, see `lightning_dropreg.MiniBatchDropout`.
         generator: See `explicit_penalty`.
         module: See `explicit_penalty`.
 
@@ -160,7 +166,7 @@ def dropout_loss(
         Scalar tensor with a graph.
 
     Raises:
-        InvalidArgumentError: If ``k < 1`` or the closure returns no scalar loss.
+        InvalidArgumentError: If ``k < 1``, if `k` is odd with `antithetic`, or the closure returns no scalar loss.
         NoDropoutSiteError: If nothing was dropped.
         UnsupportedSiteError: If there is a kind of dropout that the package does not understand.
 
@@ -170,11 +176,11 @@ def dropout_loss(
         >>> 1.5 < dropout_loss(closure, k=64).item() < 2.5  # E = 1/(1-q)
         True
     """
-    check_count("k", k)
+    check_draws(k, antithetic)
     _check_module(module)
-    key = draw_key(generator)
+    rules = draws_of_dropout(draw_key(generator), k, antithetic)
     with Isolation(module) as isolation:
-        losses = [isolation.run(lambda j=j: run_pass(closure, Drop(fold_key(key, j))).loss) for j in range(k)]  # type: ignore[misc]
+        losses = [isolation.run(lambda rule=rule: run_pass(closure, rule).loss) for rule in rules]  # type: ignore[misc]
     return torch.stack(losses).mean()
 
 
@@ -265,6 +271,19 @@ def check_count(name: str, value: object, minimum: int = 1) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise InvalidArgumentError(f"{name}={value!r} must be an integer of at least {minimum}.")
+
+
+def check_draws(k: object, antithetic: object) -> None:
+    """Refuse a number of draws below 1, and pairs of an odd number.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    check_count("k", k)
+    if not isinstance(antithetic, bool):
+        raise InvalidArgumentError(f"antithetic={antithetic!r} must be True or False.")
+    if antithetic and k % 2:  # type: ignore[operator]
+        raise InvalidArgumentError(f"k={k} with antithetic=True: the draws come in pairs, so k must be even.")
 
 
 def _check_module(module: object) -> None:

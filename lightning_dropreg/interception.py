@@ -194,7 +194,7 @@ class Interception(TorchFunctionMode):
         try:
             with self:
                 if not record:
-                    return func._dropreg_loss(*args, **kwargs)  # type: ignore[attr-defined]
+                    return func._dropreg_loss(*args, **kwargs)  # type: ignore[union-attr]
                 result = describe(func, *args, **kwargs)
         finally:
             self.record_losses = record
@@ -239,4 +239,4 @@ def _read_gradient(mode: Interception, func: Callable[..., Any], *args: Any, **k
     return func(*args, **kwargs)
 
 
-_WATCHED = {**HANDLERS, Tensor.grad.__get__: _read_gradient}  # type: ignore[attr-defined]
+_WATCHED = {**HANDLERS, Tensor.grad.__get__: _read_gradient}  # type: ignore[union-attr]

@@ -38,6 +38,7 @@ __all__ = [
     "Tangent",
     "Tap",
     "dormant_sites",
+    "draws_of_dropout",
     "focus",
     "is_dormant",
     "run_pass",
@@ -120,10 +121,17 @@ class Tap:
 
 
 class Drop:
-    """Dropout itself, with masks drawn from generators of our own so that the global random state is not touched."""
+    """Dropout itself, with masks drawn from generators of our own so that the global random state is not touched.
 
-    def __init__(self, key: int) -> None:
+    Args:
+        key: Seed of the masks.
+        mirrored: Whether the masks are the antithetic counterparts of those that the key gives otherwise: made from
+            ``1 - u`` where those are made from the uniform numbers ``u``.
+    """
+
+    def __init__(self, key: int, mirrored: bool = False) -> None:
         self.key = key
+        self.mirrored = mirrored
         self.sites: list[Site] = []
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
@@ -139,7 +147,26 @@ class Drop:
         shape = tuple(site.mask_shape)
         # faster on a CPU than bernoulli_; 24 random bits are more than a drop probability has
         uniform = torch.rand(shape, generator=generator, dtype=torch.float32, device=h.device)
-        return h * (uniform >= site.p).to(h.dtype).div_(1 - site.p)
+        kept = uniform < 1 - site.p if self.mirrored else uniform >= site.p
+        return h * kept.to(h.dtype).div_(1 - site.p)
+
+
+def draws_of_dropout(key: int, k: int, antithetic: bool) -> list[Drop]:
+    """Return the rules of `k` draws of dropout.
+
+    Args:
+        key: Seed of the batch.
+        k: Number of draws; even, if `antithetic`.
+        antithetic: Whether every second draw has the counterparts of the masks of the one before. With drop probability
+            1/2 these are the complements, and the two draws deviate from the model without dropout in exactly opposite
+            directions; with another q the correlation of a mask and its counterpart is ``-min(q, 1-q) / max(q, 1-q)``.
+
+    Returns:
+        The rules.
+    """
+    if antithetic:
+        return [Drop(fold_key(key, j // 2), mirrored=j % 2 == 1) for j in range(k)]
+    return [Drop(fold_key(key, j)) for j in range(k)]
 
 
 _dormant: ContextVar[bool] = ContextVar("dormant_sites", default=False)

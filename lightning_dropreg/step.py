@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_dropreg.gradients import GradientSum, backpropagate, leaves_of
 from lightning_dropreg.handlers.attention import attention_dropout
-from lightning_dropreg.passes import Drop, run_pass
+from lightning_dropreg.passes import Drop, draws_of_dropout, run_pass
 from lightning_dropreg.runner import BatchRunner, StepResult
 from lightning_dropreg.settings import Estimation, NoiseSettings, PenaltySettings
 from lightning_dropreg.share import Share, clean
@@ -40,6 +40,7 @@ class Plan:
         noise: The noise, or None.
         low_memory: Whether each of the k draws is differentiated before the next one is made.
         attention: What becomes of dropout on attention probabilities: ``"site"`` or ``"ignore"``.
+        antithetic: Whether the draws come in antithetic pairs.
     """
 
     k: int | None = None
@@ -47,6 +48,7 @@ class Plan:
     noise: NoiseSettings | None = None
     low_memory: bool = True
     attention: str = "site"
+    antithetic: bool = False
 
     def penalty_at(self, step: int) -> PenaltySettings | None:
         """Return the penalty if it acts in optimizer step `step`."""
@@ -213,8 +215,8 @@ class Plan:
         reused = [1, -1] if correction is not None and correction.source == "dropout" else []
         total, difference = _Sum(), _Sum()
         values = []
-        for j in range(k):
-            done = run_pass(runner.whole, Drop(fold_key(key, j)))
+        for j, rule in enumerate(draws_of_dropout(key, k, self.antithetic)):
+            done = run_pass(runner.whole, rule)
             if self.low_memory and not done.reads_gradients:
                 runner.drop_stale_gradients()
             draw = done.loss.reshape(())

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Callback
 from conftest import Classifier, make_loader, make_trainer, train
+from lightning import Callback
 
 import lightning_dropreg as dr
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError
@@ -173,7 +173,7 @@ class Gradients(Classifier):
     """Notes in every run of the step whether the gradients of the step before are still there."""
 
     look = None
-    seen = lambda found: None  # noqa: E731
+    seen = None
 
     def training_step(self, batch, batch_idx):
         first = next(self.parameters())

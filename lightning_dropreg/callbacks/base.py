@@ -25,6 +25,7 @@ class RegularizerCallback(Callback):
     k: int | None = None
     attention = "site"
     low_memory = True
+    antithetic = False
     accept_checkpoint_settings = False
     from_mixin = False
 
@@ -129,6 +130,12 @@ class RegularizerCallback(Callback):
                 "the penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), or "
                 "ExplicitPenalty with ImplicitNoise (Algorithm 2)."
             )
+        if noises and any(callback.antithetic for callback in drawing):
+            raise CompositionError(
+                "MiniBatchDropout(antithetic=True) and ImplicitNoise are both in the Trainer: one is there to take the "
+                "noise of dropout away, the other to bring it. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), "
+                "or MiniBatchDropout(antithetic=True) alone."
+            )
         treatments = {callback.attention for callback in companions}
         if len(treatments) > 1:
             raise CompositionError(
@@ -139,6 +146,7 @@ class RegularizerCallback(Callback):
         return Plan(
             k=drawing[0].k if drawing else None,
             low_memory=all(callback.low_memory for callback in drawing),
+            antithetic=any(callback.antithetic for callback in drawing),
             penalty=penalties[0] if penalties else None,
             noise=noises[0] if noises else None,
             attention=treatments.pop() if treatments else "site",

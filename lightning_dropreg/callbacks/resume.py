@@ -32,6 +32,8 @@ def settings_of(callback: RegularizerCallback) -> dict[str, Any]:
         3
     """
     settings: dict[str, Any] = {} if callback.k is None else {"k": callback.k}
+    if callback.antithetic:
+        settings["antithetic"] = True
     for part in (callback.penalty, callback.noise):
         if part is not None:
             values = asdict(part)

@@ -37,6 +37,7 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
     "R_approx, economical": lambda: [ExplicitPenalty(batch_fraction=_FEW)],
     "R_approx, every 4 steps": lambda: [ExplicitPenalty(every_n_steps=4)],
     "noise only": lambda: [ImplicitNoise()],
+    "MiniBatchDropout(k=2, antithetic)": lambda: [MiniBatchDropout(k=2, antithetic=True)],
     "MiniBatchDropout(k=4)": lambda: [MiniBatchDropout(k=4)],
     "MiniBatchDropout(k=16)": lambda: [MiniBatchDropout(k=16)],
     "Algorithm 2, forward": lambda: [ExplicitPenalty(estimator="forward"), ImplicitNoise(estimator="forward")],
