@@ -194,7 +194,7 @@ class Interception(TorchFunctionMode):
         try:
             with self:
                 if not record:
-                    return func._dropreg_loss(*args, **kwargs)  # type: ignore[union-attr]
+                    return func._dropreg_loss(*args, **kwargs)  # type: ignore[attr-defined]
                 result = describe(func, *args, **kwargs)
         finally:
             self.record_losses = record
