@@ -1,6 +1,7 @@
 """Makes the paper's Figures 1 to 5 and Table 1 at small size: configs/small, a little of Penn Treebank, two CPU cores.
 
 python examples/reproduce_paper.py --root FOLDER_WITH_PTB [--figures 1 2 3 4 5 table] [--seeds 1 2 3] [--out DIR]
+python examples/reproduce_paper.py --corpus wt2 --root FOLDER_WITH_WIKITEXT_2     the figures' right halves
 python examples/reproduce_paper.py --from DIR     draws what an earlier `dropreg compare` left in DIR, trains nothing
 
 Written to DIR: one figure_N.png and .svg for each figure, table_1.md, and orderings.md, which says for each finding of
@@ -78,14 +79,14 @@ ORDERINGS = {
     "(g) weight decay is far behind": [("r_approx", BETTER, "l2"), ("dropout_1", BETTER, "l2")],
 }
 RULE = """\
-Margin: how much lower the mean over seeds of the best validation perplexity of the first is, in pooled standard
-deviations over seeds. A finding holds if all of its lines do.
+Margin: how much lower the mean over seeds of the best validation perplexity of the first is, in standard deviations
+over seeds (pooled over the two; that of the other where one has a single seed). A finding holds if all of its lines do.
 
 | | holds | does not hold | undecided |
 |---|---|---|---|
-| better than | margin above 2 | -2 or less | between, or one seed |
-| at least as good as | above 0 | -2 or less | between, or one seed |
-| back at | above -2 | -2 or less | one seed |
+| better than | margin above 2 | -2 or less | between, or one seed each |
+| at least as good as | above 0 | -2 or less | between, or one seed each |
+| back at | above -2 | -2 or less | one seed each |
 """
 
 
@@ -95,7 +96,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse(args[:cut])
     if options.source is None:
         rows = dict.fromkeys(row for part in options.figures for row in rows_of(part))
-        files = [str(CONFIGS / f"ptb_{row}.yaml") for row in rows]
+        files = [str(file) for row in rows if (file := CONFIGS / f"{options.corpus}_{row}.yaml").is_file()]
         seeds = [str(seed) for seed in options.seeds]
         more = ["--data.root", options.root, *args[cut + 1 :]]
         compare.main([*files, "--seeds", *seeds, "--out", str(options.out), "--", *more])
@@ -103,10 +104,13 @@ def main(args: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for number in [part for part in options.figures if part in FIGURES]:
         title, rows = FIGURES[number]
-        shown = Comparison(comparison.runs, [f"ptb_{row}" for row in rows])
+        shown = Comparison(comparison.runs, [f"{options.corpus}_{row}" for row in rows])
         if len(shown.configs) > 1:
             draw_bands(shown, f"Figure {number}: {title}", options.out / f"figure_{number}")
-    for name, lines in {"table_1": table_1(comparison), "orderings": orderings(comparison)}.items():
+    texts = {"orderings": orderings(comparison, options.corpus)}
+    if options.corpus == "ptb":
+        texts = {"table_1": table_1(comparison), **texts}
+    for name, lines in texts.items():
         (options.out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print("", *lines, sep="\n")
     print(f"\nfigures and tables: {options.out}")
@@ -116,10 +120,11 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = [*FIGURES, "table"]
     parser.add_argument("--figures", nargs="+", choices=parts, default=parts, help="all of them by default")
+    parser.add_argument("--corpus", choices=["ptb", "wt2"], default="ptb", help="Penn Treebank or WikiText-2")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="where runs and figures go")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--root", help="folder or archive of Penn Treebank")
+    source.add_argument("--root", help="folder or archive of the corpus")
     source.add_argument("--from", dest="source", type=Path, metavar="DIR", help="an output folder of compare")
     return parser.parse_args(args)
 
@@ -136,13 +141,13 @@ def table_1(comparison: Comparison) -> list[str]:
     return lines
 
 
-def orderings(comparison: Comparison) -> list[str]:
+def orderings(comparison: Comparison, corpus: str = "ptb") -> list[str]:
     """Judge the findings whose rows are all there."""
     lines = ["| finding | | difference | margin | |", "|---|---|---|---|---|"]
     for finding, parts in ORDERINGS.items():
         verdicts, details = [], []
         for claim in [Claim(*part) for part in parts]:
-            first, second = (comparison.best(f"ptb_{row}") for row in (claim.first, claim.second))
+            first, second = (comparison.best(f"{corpus}_{row}") for row in (claim.first, claim.second))
             if first and second:
                 margin = -first.distance_from(second)
                 verdicts.append(claim.verdict(margin))

@@ -45,6 +45,17 @@ def test_figures_and_tables_from_runs_of_its_own():
     assert "(a)" not in verdicts
 
 
+def test_the_other_corpus_has_the_rows_that_the_paper_has_of_it():
+    write_text("text")
+    small = [*BRIEF, *(option for option in OPTIONS if "root" not in option), "--test_after_fit=false"]
+    options = ["--corpus=wt2", "--root=text", "--figures", "5", "--seeds", "1", "--out=out"]
+    SCRIPT["main"]([*options, "--", *small])
+    assert Comparison.read(Path("out")).configs == ["wt2_dropout_1", "wt2_r_approx_xi"]
+    assert Path("out/figure_5.png").is_file()
+    assert "(e) Algorithm 2 is at least as good as DROPOUT_1" in Path("out/orderings.md").read_text()
+    assert not Path("out/table_1.md").exists()
+
+
 def test_what_is_written_is_read_again(tmp_path):
     before = comparison(dropout_1=[10.0, 11.0], none=[12.5, 13.0])
     before.runs[0].result.test = {"test_ppl": 9.5}
