@@ -14,7 +14,8 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from lightning import Callback
@@ -23,7 +24,7 @@ from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatc
 from lightning_dropreg.callbacks.base import RegularizerCallback
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
 
-__all__ = ["ExplicitPenaltyMixin", "ImplicitNoiseMixin", "MiniBatchDropoutMixin"]
+__all__ = ["ExplicitPenaltyMixin", "ImplicitNoiseMixin", "MiniBatchDropoutMixin", "without_mixins"]
 
 
 class _RegularizerMixin:
@@ -48,6 +49,8 @@ def _adding_regularizers(configure: Callable[[Any], Sequence[Callback] | Callbac
     def configure_callbacks(self: Any) -> list[Callback]:
         configured = configure(self)
         callbacks = list(configured) if isinstance(configured, Sequence) else [configured]
+        if "_bare" in self.__dict__:
+            return callbacks
         for cls in type(self).__mro__:
             if "_regularizer" not in cls.__dict__:
                 continue
@@ -64,6 +67,23 @@ def _adding_regularizers(configure: Callable[[Any], Sequence[Callback] | Callbac
 
     configure_callbacks._adds_regularizers = True  # type: ignore[attr-defined]
     return configure_callbacks
+
+
+@contextmanager
+def without_mixins(module: Any) -> Iterator[None]:
+    """Let a module's mixins bring nothing for the length of a ``with``, so that others can be compared on it.
+
+    Args:
+        module: The module, with or without mixins.
+
+    Yields:
+        Nothing.
+    """
+    object.__setattr__(module, "_bare", True)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "_bare")
 
 
 def _check_names(module: str, attribute: str, given: Mapping[str, Any], make: type[RegularizerCallback]) -> None:

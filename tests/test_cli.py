@@ -234,6 +234,23 @@ def test_bench_measures_memory_and_some_methods(capsys):
     assert "magic" in capsys.readouterr().err
 
 
+def test_bench_measures_a_module_with_a_mixin_without_it(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("mixed.py").write_text(
+        "from lightning_dropreg import ExplicitPenaltyMixin\n"
+        "from lightning_dropreg.models import LSTMLanguageModel\n\n"
+        "class Mixed(ExplicitPenaltyMixin, LSTMLanguageModel):\n    pass\n"
+    )
+    Path("mixed.yaml").write_text(f"base: {CONFIGS / 'quickstart_dropout.yaml'}\nmodel:\n  class_path: mixed.Mixed\n")
+    brief = ["--repeats=1", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
+    methods = '--methods=["R_approx", "MiniBatchDropout(k=4)", "as configured"]'
+    assert main(["bench", "--config", "mixed.yaml", *brief, methods, "--json"]) == 0
+    costs = {cost["method"]: cost for cost in printed_json(capsys)["costs"]}
+    assert not any(cost["problem"] for cost in costs.values())
+    forwards = {name: cost["forwards"] for name, cost in costs.items()}
+    assert forwards == {"dropout": 1, "R_approx": 2, "MiniBatchDropout(k=4)": 4, "as configured": 2}
+
+
 def test_bench_needs_enough_batches(capsys):
     assert main(["bench", "--config", QUICKSTART, "--steps=1000"]) == 1
     assert "lower --steps" in capsys.readouterr().err

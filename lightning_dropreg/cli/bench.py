@@ -29,6 +29,7 @@ from lightning_dropreg.cli.measure import Cost, MemoryWatch, PassCounter, Stopwa
 from lightning_dropreg.cli.methods import CONFIGURED, METHODS, NO_DROPOUT, PAPER, REFERENCE
 from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
+from lightning_dropreg.mixins import without_mixins
 
 __all__ = ["main", "measure"]
 
@@ -136,7 +137,8 @@ def _run(cli: DropregCLI, method: str, batches: DataLoader[Any], watch: Callback
         callbacks=[*_callbacks(cli, method), watch],
         **{**QUIET_TRAINER, "limit_train_batches": steps, "log_every_n_steps": 1000},
     )
-    with without_dropout(cli.model) if method == NO_DROPOUT else nullcontext():
+    own = nullcontext() if method == CONFIGURED else without_mixins(cli.model)
+    with own, without_dropout(cli.model) if method == NO_DROPOUT else nullcontext():
         trainer.fit(cli.model, train_dataloaders=batches)
 
 
