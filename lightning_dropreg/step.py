@@ -217,7 +217,7 @@ class Plan:
         values = []
         for j, rule in enumerate(draws_of_dropout(key, k, self.antithetic)):
             done = run_pass(runner.whole, rule)
-            if self.low_memory and not done.reads_gradients:
+            if self.low_memory and runner.releases and not done.reads_gradients:
                 runner.drop_stale_gradients()
             draw = done.loss.reshape(())
             del done

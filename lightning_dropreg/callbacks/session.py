@@ -19,7 +19,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_dropreg.callbacks.batch import Batch, SkippedError, loss_of, with_loss
@@ -34,21 +33,20 @@ from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.callbacks.manual import ManualStep, joined
 from lightning_dropreg.callbacks.pairable import Pairable, find_pairable, signature
+from lightning_dropreg.callbacks.parameters import TrainedParameters
 from lightning_dropreg.callbacks.problems import (
     changed_parameters,
     fingerprints,
     module_problems,
     takes_iterator,
 )
-from lightning_dropreg.callbacks.ranks import has_whole_parameters, mean_over_ranks
+from lightning_dropreg.callbacks.ranks import has_whole_parameters
 from lightning_dropreg.callbacks.stale import stale_gradients
 from lightning_dropreg.callbacks.values import Values, norm_of
 from lightning_dropreg.errors import (
     DropregError,
     KinkedNetworkWarning,
-    UnsupportedOperationError,
 )
-from lightning_dropreg.gradients import Scaler, has_reentrant_checkpoint
 from lightning_dropreg.handlers.attention import attention_dropout
 from lightning_dropreg.inspection import all_at_once, check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.kinks import REMEDY, WIDE_STEP
@@ -105,6 +103,7 @@ class Session:
         self.values = Values(trainer, module, ["loss", "explicit_penalty"] if penalized else ["loss"])
         # what FSDP2 shards has gradients only in the one backward of the whole
         self._whole_parameters = has_whole_parameters(trainer.strategy)
+        self._trained = TrainedParameters(trainer, module)
         self._stale = stale_gradients(trainer, module)
         # a rank that ran other passes than the rest would keep them waiting
         self._in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
@@ -189,7 +188,7 @@ class Session:
             key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
             copies=self._copies,
             releases=self._whole_parameters,
-            scaler=self._scaler(),
+            scaler=self._trained.scaler,
             pairable=pairable,
             stale=self._stale,
         )
@@ -207,7 +206,7 @@ class Session:
         self._acted = True
         self._show(result)
         if result.later is not None:
-            self._later = self._gradients(result.later, retain_graph=True)
+            self._later = self._trained.gradients(result.later, retain_graph=True)
         elif self.plan.noise_after_backward:
             self._batch = batch  # its state before the step is what the noise's own passes start from
             batch.stale = None  # then the gradients are those of this step
@@ -244,7 +243,7 @@ class Session:
             key=key,
             copies=self._copies,
             releases=True,  # module_problems has seen to the strategy
-            scaler=self._scaler(),
+            scaler=self._trained.scaler,
         )
         values: list[dict[str, Tensor]] = []
 
@@ -260,36 +259,18 @@ class Session:
         return output
 
     def after_backward(self) -> None:
-        """Add the noise to the gradients, where the plan says so.
-
-        Each rank draws its own noise. Gradients of accumulating micro-batches are still this rank's own and will be
-        averaged with the rest; after the last one they are already the average over ranks, and so must be the noise.
-        """
+        """Add the noise to the gradients, where the plan says so; each rank draws its own."""
         batch, self._batch = self._batch, None
         gradients, self._later = self._later, None
-        trainer = self.trainer
         if batch is not None:
-            context = trainer.precision_plugin.train_step_context()
+            context = self.trainer.precision_plugin.train_step_context()
             with as_compiled(self.compiled), self._dormant(), batch.isolation.aside(), context, torch.enable_grad():
                 scalar = self.plan.extra(batch, batch.key)
-            gradients = self._gradients(scalar)
+            gradients = self._trained.gradients(scalar)
         if gradients is None:
             return
         self._show_noise(gradients)
-        parameters = self._parameters()
-        if trainer.world_size > 1 and not trainer.fit_loop._should_accumulate():
-            gradients = mean_over_ranks(parameters, gradients)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                parameter.grad.add_(gradient)
-        norm = norm_of(gradients) * trainer.accumulate_grad_batches
-        scaler = self._scaler()
-        noise_norm = norm if scaler is None else norm / scaler(torch.ones_like(norm))
-        self.values.log({"noise_norm": noise_norm}, always=True)
+        self.values.log({"noise_norm": self._trained.add(gradients)}, always=True)
 
     def _due(self) -> list[DivergenceDetector]:
         return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
@@ -308,9 +289,9 @@ class Session:
             return
         # the noise that comes after the backward will be seen there
         plain = result.total if result.noise is None else result.total - result.noise
-        self._gradient_norm = norm_of(self._gradients(plain, retain_graph=True))
+        self._gradient_norm = norm_of(self._trained.gradients(plain, retain_graph=True))
         if result.noise is not None:
-            self._show_noise(self._gradients(result.noise, retain_graph=True))
+            self._show_noise(self._trained.gradients(result.noise, retain_graph=True))
 
     def _show_noise(self, gradients: list[Tensor | None]) -> None:
         if self._gradient_norm is not None:
@@ -318,36 +299,13 @@ class Session:
                 detector.see_noise(norm_of(gradients), self._gradient_norm)
         self._gradient_norm = None
 
-    def _gradients(self, scalar: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
-        """Differentiate in the parameters, treating `scalar` exactly as Lightning treats the loss."""
-        scalar, scaler = scalar / self.trainer.accumulate_grad_batches, self._scaler()
-        scaled = scalar if scaler is None else scaler(scalar)
-        if has_reentrant_checkpoint(scaled):
-            raise UnsupportedOperationError(
-                f"{type(self.module).__name__} has a checkpoint with use_reentrant=True, and torch differentiates such "
-                "a checkpoint only in the one backward of the loss. Use ImplicitNoise(injection='loss'), or "
-                "torch.utils.checkpoint with use_reentrant=False."
-            )
-        return list(torch.autograd.grad(scaled, self._parameters(), retain_graph=retain_graph, allow_unused=True))
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.module.parameters() if p.requires_grad]
-
-    def _scaler(self) -> Scaler | None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return None if scaler is None else scaler.scale
-
     def log_gradient_norm(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradients with which the optimizer will step (before clipping)."""
         if not (self._acted or self.values.are_read):
             return
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if any(isinstance(gradient, DTensor) for gradient in gradients) and not self.values.in_logging_step:
-            return  # the norm of what lies on other ranks takes a collective
-        norm, scaler = norm_of(gradients), self._scaler()
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            norm = norm / scaler(torch.ones_like(norm))  # a fused optimizer unscales in its own step
-        self.values.log({"grad_norm": norm}, always=True)
+        norm = self._trained.norm_at(optimizer, anywhere=self.values.in_logging_step)
+        if norm is not None:
+            self.values.log({"grad_norm": norm}, always=True)
 
     def inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
@@ -439,11 +397,11 @@ class Session:
         values = {"loss": result.loss.detach()}
         if result.penalty is not None:
             values["explicit_penalty"] = result.penalty.detach()
+        # one more backward, so only where somebody reads it
         noise = result.noise if self._whole_parameters and self.values.in_logging_step else None
-        if noise is not None and noise.requires_grad and not has_reentrant_checkpoint(noise):
-            # one more backward, so only where somebody reads it
-            gradients = torch.autograd.grad(noise, self._parameters(), retain_graph=True, allow_unused=True)
-            values["noise_norm"] = norm_of(list(gradients))
+        norm = None if noise is None else self._trained.norm_from(noise)
+        if norm is not None:
+            values["noise_norm"] = norm
         return values
 
 
