@@ -14,8 +14,10 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from lightning import Callback
@@ -49,8 +51,8 @@ def _adding_regularizers(configure: Callable[[Any], Sequence[Callback] | Callbac
     def configure_callbacks(self: Any) -> list[Callback]:
         configured = configure(self)
         callbacks = list(configured) if isinstance(configured, Sequence) else [configured]
-        if "_bare" in self.__dict__:
-            return callbacks
+        if _bare.get() is self:
+            return [callback for callback in callbacks if not isinstance(callback, RegularizerCallback)]
         for cls in type(self).__mro__:
             if "_regularizer" not in cls.__dict__:
                 continue
@@ -69,21 +71,30 @@ def _adding_regularizers(configure: Callable[[Any], Sequence[Callback] | Callbac
     return configure_callbacks
 
 
+_bare: ContextVar[Any] = ContextVar("bare", default=None)
+
+
 @contextmanager
 def without_mixins(module: Any) -> Iterator[None]:
-    """Let a module's mixins bring nothing for the length of a ``with``, so that others can be compared on it.
+    """Let a module bring no regularizers for the length of a ``with``, so that others can be compared on it.
 
     Args:
-        module: The module, with or without mixins.
+        module: The module, with or without mixins; its ``configure_callbacks`` may return some by itself, too.
 
     Yields:
         Nothing.
     """
-    object.__setattr__(module, "_bare", True)
+    configure = module.configure_callbacks
+    wrap = not hasattr(configure, "_adds_regularizers") and inspect.ismethod(configure)
+    token = _bare.set(module)
+    if wrap:
+        module.__dict__["configure_callbacks"] = types.MethodType(_adding_regularizers(configure.__func__), module)
     try:
         yield
     finally:
-        object.__delattr__(module, "_bare")
+        _bare.reset(token)
+        if wrap:
+            del module.__dict__["configure_callbacks"]
 
 
 def _check_names(module: str, attribute: str, given: Mapping[str, Any], make: type[RegularizerCallback]) -> None:

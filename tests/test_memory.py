@@ -1,5 +1,6 @@
 """One autograd graph at a time gives the gradients of all at once."""
 
+import functools
 import gc
 from types import SimpleNamespace
 
@@ -236,6 +237,39 @@ def test_gradients_that_accumulate_stay(monkeypatch):
     """The second micro-batch adds to the gradients of the first."""
     seen = gradients_seen([dr.MiniBatchDropout(k=2)], monkeypatch, accumulate_grad_batches=2)
     assert seen[-8:] == [False, False, True, True, True, False, True, True]
+
+
+class Rehearsing(Gradients):
+    """Adds the gradient of a loss that another call of the step makes, after the backward of the first."""
+
+    def on_after_backward(self):
+        before = [p.grad.clone() for p in self.parameters()]
+        loss = self.training_step(next(iter(make_loader())), 0)
+        with torch._C.DisableTorchFunction():
+            assert all(torch.equal(p.grad, g) for p, g in zip(self.parameters(), before, strict=True))
+        loss.backward()
+
+
+class Stepping(Callback):
+    """Calls the step between two batches of an accumulation."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        module.training_step(batch, batch_idx)
+        assert all(p.grad is not None for p in module.parameters())
+
+
+class Wrapping(Callback):
+    """Is there in ``on_before_zero_grad`` by a wrapper, which `functools.wraps` makes look like the original."""
+
+    @functools.wraps(Callback.on_before_zero_grad)
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        assert trainer.global_step == 0 or next(module.parameters()).grad is not None
+
+
+def test_gradients_are_there_when_somebody_else_calls_the_step(monkeypatch):
+    gradients_seen([dr.MiniBatchDropout(k=3)], monkeypatch, Rehearsing)
+    gradients_seen([dr.MiniBatchDropout(k=3), Stepping()], monkeypatch, accumulate_grad_batches=2)
+    gradients_seen([dr.MiniBatchDropout(k=3), Wrapping()], monkeypatch)
 
 
 def test_low_memory_pairs_let_go_of_stale_gradients_too(monkeypatch):

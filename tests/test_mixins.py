@@ -2,9 +2,11 @@
 
 import pytest
 from conftest import Classifier, same, train
+from lightning import Callback
 
 import lightning_dropreg as dr
 from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.mixins import without_mixins
 
 MIXINS = {
     dr.ExplicitPenaltyMixin: dr.ExplicitPenalty,
@@ -62,3 +64,25 @@ def test_mixin_and_callback_of_one_kind_are_refused():
 
     with pytest.raises(dr.errors.CompositionError, match="mixin"):
         train([dr.ImplicitNoise()], make=Mixed)
+
+
+def test_without_mixins_a_module_brings_no_regularizers():
+    class Mixed(dr.ExplicitPenaltyMixin, Classifier):
+        _bare = False  # a name of the user's own
+
+    class Own(Classifier):
+        def configure_callbacks(self):
+            return [Plain(), dr.ImplicitNoise()]
+
+    class Plain(Callback):
+        pass
+
+    mixed, own = Mixed(), Own()
+    with without_mixins(mixed), without_mixins(own):
+        assert [type(callback) for callback in own.configure_callbacks()] == [Plain]
+    with without_mixins(mixed):
+        assert mixed.configure_callbacks() == []
+        assert len(Mixed().configure_callbacks()) == 1
+    assert len(mixed.configure_callbacks()) == 1
+    assert len(own.configure_callbacks()) == 2
+    assert "configure_callbacks" not in vars(own)

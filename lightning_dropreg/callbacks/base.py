@@ -58,6 +58,11 @@ class RegularizerCallback(Callback):
                 companion._loaded = None  # another fit draws other noise
             self._session.install()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note that the gradients in store are those of the batch before."""
+        if self._session is not None:
+            self._session.stale.begin_batch()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the noise to the gradients."""
         if self._session is not None:
@@ -72,12 +77,16 @@ class RegularizerCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the means of an epoch with its last batch, before anybody asks for them at its end."""
-        if self._session is not None and trainer.is_last_batch:
+        if self._session is None:
+            return
+        self._session.stale.end_batch()
+        if trainer.is_last_batch:
             self._session.values.log_means()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means of an epoch that ended before its last batch."""
         if self._session is not None:
+            self._session.stale.end_batch()
             self._session.values.log_means()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

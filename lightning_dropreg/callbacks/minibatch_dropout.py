@@ -21,10 +21,11 @@ class MiniBatchDropout(RegularizerCallback):
         low_memory: Differentiate every draw before the next one is made, so that memory does not grow with `k`. The
             gradient reaches the parameters in the one backward of the Trainer as always, but cannot be differentiated
             again (an optimizer that needs ``create_graph=True``): False is for those.
-        antithetic: Let every second draw have the masks opposite to those of the one before, so that what is linear in
-            the masks (most of the noise) cancels: all of it with drop probability 1/2, where opposite masks are
-            complements; otherwise the covariance that is left is that of ``k / (1 - min(q, 1-q) / max(q, 1-q))``
-            independent draws (6 for ``q = 0.4``, ``k = 2``). Every single draw is dropout as always.
+        antithetic: Let every second draw have the masks opposite to those of the one before, so that of the noise what
+            is linear in the masks (usually most) cancels: all of it with drop probability 1/2, where opposite masks are
+            complements; otherwise as much is left as with ``k / (1 - min(q, 1-q) / max(q, 1-q))`` independent draws
+            (6 for ``q = 0.4``, ``k = 2``). What is even in the masks is the same in both draws of a pair, so that it is
+            left as with ``k / 2`` draws. Every single draw is dropout as always.
         attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
             ``"ignore"``: it is left out, for ``k=1`` too, and fused kernels stay. The same for all callbacks of a
             Trainer; see `lightning_dropreg.attention_dropout`.

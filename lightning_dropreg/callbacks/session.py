@@ -41,7 +41,7 @@ from lightning_dropreg.callbacks.problems import (
     takes_iterator,
 )
 from lightning_dropreg.callbacks.ranks import has_whole_parameters
-from lightning_dropreg.callbacks.stale import stale_gradients
+from lightning_dropreg.callbacks.stale import StaleGradients
 from lightning_dropreg.callbacks.values import Values, norm_of
 from lightning_dropreg.errors import (
     DropregError,
@@ -104,7 +104,7 @@ class Session:
         # what FSDP2 shards has gradients only in the one backward of the whole
         self._whole_parameters = has_whole_parameters(trainer.strategy)
         self._trained = TrainedParameters(trainer, module)
-        self._stale = stale_gradients(trainer, module)
+        self.stale = StaleGradients(trainer, module)
         # a rank that ran other passes than the rest would keep them waiting
         self._in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
@@ -167,6 +167,7 @@ class Session:
         Returns:
             The output of its first run, with the total loss in it; None if the user's step returned None.
         """
+        stale = self.stale.take()
         if not self._inspected:
             self.inspect(original, args, kwargs)
             self._warn_of_kinks()
@@ -190,7 +191,7 @@ class Session:
             releases=self._whole_parameters,
             scaler=self._trained.scaler,
             pairable=pairable,
-            stale=self._stale,
+            stale=stale,
         )
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant():

@@ -8,39 +8,71 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-__all__ = ["stale_gradients"]
+__all__ = ["StaleGradients"]
 
 
-def stale_gradients(trainer: Trainer, module: LightningModule) -> Callable[[], None] | None:
-    """Return what lets go of the gradients of the step before, which does nothing in the midst of an accumulation.
+class StaleGradients:
+    """Tells whether the gradients in ``.grad`` are of no use any more.
+
+    They are between the start of a batch and its first ``training_step``, if Lightning clears them in this batch (it
+    does not in the midst of an accumulation) and nobody may look at them before: no hook ``on_before_zero_grad``, no
+    ``optimizer_zero_grad`` or ``Optimizer.zero_grad`` of the user's own. A ``training_step`` that somebody calls at
+    any other time finds gradients that count.
 
     Args:
         trainer: The trainer.
         module: The module that it fits.
-
-    Returns:
-        A function without arguments; None if somebody may look at the gradients before they are cleared (a hook
-        ``on_before_zero_grad``, an ``optimizer_zero_grad`` or ``Optimizer.zero_grad`` of the user's own), or if they
-        are not Lightning's to clear.
     """
-    optimizers: list[Optimizer] = trainer.optimizers
-    if not module.automatic_optimization or len(optimizers) != 1:
-        return None
-    own_hooks = any(is_overridden(name, module) for name in ("on_before_zero_grad", "optimizer_zero_grad"))
-    watched = any(is_overridden("on_before_zero_grad", callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    own_zero_grad = type(optimizers[0]).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizers[0])
-    if own_hooks or watched or own_zero_grad:
-        return None
 
-    def drop() -> None:
-        if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches:
-            return
-        for group in optimizers[0].param_groups:
-            for parameter in group["params"]:
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._fresh_batch = False
+
+    def begin_batch(self) -> None:
+        """Expect the first ``training_step`` of a batch."""
+        self._fresh_batch = True
+
+    def end_batch(self) -> None:
+        """Expect none."""
+        self._fresh_batch = False
+
+    def take(self) -> Callable[[], None] | None:
+        """Return what lets go of them; None where they may still be wanted, and until the next batch."""
+        if not self._fresh_batch:
+            return None
+        self._fresh_batch = False
+        optimizers: list[Optimizer] = self._trainer.optimizers
+        if not self._are_cleared() or len(optimizers) != 1 or self._are_watched(optimizers[0]):
+            return None
+        parameters = [parameter for group in optimizers[0].param_groups for parameter in group["params"]]
+
+        def drop() -> None:
+            for parameter in parameters:
                 parameter.grad = None
 
-    return drop
+        return drop
+
+    def _are_cleared(self) -> bool:
+        """What Lightning has asked itself just now, when it made the closure of the step."""
+        loop, trainer = self._trainer.fit_loop.epoch_loop, self._trainer
+        skipped = loop.automatic_optimization._skip_backward
+        first = loop.batch_idx % trainer.accumulate_grad_batches == 0
+        return self._module.automatic_optimization and first and not skipped
+
+    def _are_watched(self, optimizer: Optimizer) -> bool:
+        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
+        hooks = [(self._module, LightningModule, name) for name in ("on_before_zero_grad", "optimizer_zero_grad")]
+        return (
+            any(_is_changed(*hook) for hook in hooks)
+            or any(_is_changed(callback, Callback, "on_before_zero_grad") for callback in callbacks)
+            or _is_changed(optimizer, Optimizer, "zero_grad")
+        )
+
+
+def _is_changed(instance: object, base: type, name: str) -> bool:
+    """Whether a method is not that of the base; one that wraps it (``functools.wraps``) is another."""
+    return name in vars(instance) or getattr(type(instance), name) is not getattr(base, name)

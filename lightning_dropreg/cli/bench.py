@@ -209,7 +209,8 @@ def _batches(cli: DropregCLI, count: int) -> DataLoader[Any]:
             seen.extend(islice(trainer.train_dataloader, count))
 
     trainer = cli.instantiate_trainer(callbacks=[Reader()], **{**QUIET_TRAINER, "limit_train_batches": 1})
-    trainer.fit(cli.model, datamodule=cli.datamodule)
+    with without_mixins(cli.model):
+        trainer.fit(cli.model, datamodule=cli.datamodule)
     if len(seen) < count:
         raise InvalidArgumentError(
             f"The training data has {len(seen)} batches, bench needs {count}: lower --steps or --warmup."
