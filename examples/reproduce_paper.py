@@ -19,6 +19,7 @@ from pathlib import Path
 from lightning_dropreg.cli import compare
 from lightning_dropreg.cli.comparison import Comparison
 from lightning_dropreg.cli.curves import draw_bands
+from lightning_dropreg.cli.spread import Spread
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "small"
 FIGURES = {  # title and rows: names of files in configs/small
@@ -81,6 +82,8 @@ ORDERINGS = {
 RULE = """\
 Margin: how much lower the mean over seeds of the best validation perplexity of the first is, in standard deviations
 over seeds (pooled over the two; that of the other where one has a single seed). A finding holds if all of its lines do.
+Later: the same for the perplexity after the last epoch that all runs of both reached, which shows how the curves of the
+paper's figures go on after their best point; nothing is decided by it.
 
 | | holds | does not hold | undecided |
 |---|---|---|---|
@@ -143,20 +146,33 @@ def table_1(comparison: Comparison) -> list[str]:
 
 def orderings(comparison: Comparison, corpus: str = "ptb") -> list[str]:
     """Judge the findings whose rows are all there."""
-    lines = ["| finding | | difference | margin | |", "|---|---|---|---|---|"]
+    titles = ["finding", "", "best: difference", "margin", "", "later: difference", "margin", "epoch"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for finding, parts in ORDERINGS.items():
         verdicts, details = [], []
         for claim in [Claim(*part) for part in parts]:
-            first, second = (comparison.best(f"{corpus}_{row}") for row in (claim.first, claim.second))
+            configs = [f"{corpus}_{row}" for row in (claim.first, claim.second)]
+            first, second = (comparison.best(config) for config in configs)
             if first and second:
                 margin = -first.distance_from(second)
                 verdicts.append(claim.verdict(margin))
                 what = f"{claim.first} {claim.relation} {claim.second}"
-                details.append(f"| | {what} | {first.mean - second.mean:+.2f} | {margin:.1f} | {verdicts[-1]} |")
+                best = f"{first.mean - second.mean:+.2f} | {margin:.1f} | {verdicts[-1]}"
+                details.append(f"| | {what} | {best} | {later(comparison, *configs)} |")
         if len(verdicts) == len(parts):
             whole = next((v for v in ("does not hold", "undecided") if v in verdicts), "holds")
-            lines += [f"| {finding} | | | | **{whole}** |", *details]
+            lines += [f"| {finding} | | | | **{whole}** | | | |", *details]
     return [*lines, "", *RULE.splitlines()]
+
+
+def later(comparison: Comparison, *configs: str) -> str:
+    """Compare two configurations after the last epoch that all of their runs reached."""
+    runs = [[{epoch: v for epoch, v, _ in run.result.history} for run in comparison.of(config)] for config in configs]
+    last = min(max(history, default=0) for histories in runs for history in histories)
+    first, second = (Spread.of([history.get(last, math.nan) for history in histories]) for histories in runs)
+    if first is None or second is None:
+        return " | | "
+    return f"{first.mean - second.mean:+.2f} | {-first.distance_from(second):.1f} | {last}"
 
 
 if __name__ == "__main__":

@@ -83,6 +83,17 @@ def test_verdict_on_noise_that_brings_perplexity_back(noise, verdict):
     assert [line.rpartition("**")[0].rpartition("**")[2] for line in lines] == [verdict] * (verdict is not None)
 
 
+def test_curves_are_compared_after_the_last_epoch_of_all():
+    runs = comparison(dropout_1=[10.0, 11.0], r_approx_xi=[8.0, 9.0]).runs
+    runs[0].result.history.append((3, 30.0, 12.0))
+    for run in runs:
+        run.result.history.append((len(run.result.history) + 1, 12.0 + run.seed, 16.0))
+    shown = ORDERINGS(Comparison(runs, ["ptb_dropout_1", "ptb_r_approx_xi"]))
+    assert next(line for line in shown if "| | r_approx_xi at" in line) == (
+        "| | r_approx_xi at least as good as dropout_1 | -2.00 | 2.8 | holds | -9.00 | 1.1 | 3 |"
+    )
+
+
 def test_verdicts_by_margin():
     decided = {
         relation: [CLAIM("a", relation, "b").verdict(margin) for margin in (2.1, 1.0, -1.0, -2.0, math.nan)]
