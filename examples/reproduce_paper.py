@@ -82,8 +82,9 @@ ORDERINGS = {
 RULE = """\
 Margin: how much lower the mean over seeds of the best validation perplexity of the first is, in standard deviations
 over seeds (pooled over the two; that of the other where one has a single seed). A finding holds if all of its lines do.
-Later: the same for the perplexity after the last epoch that all runs of both reached, which shows how the curves of the
-paper's figures go on after their best point; nothing is decided by it.
+Later: how the curves of the paper's figures go on after their best point. The difference after the last epoch that both
+runs of a seed reached, averaged over seeds; its margin is in standard deviations of that difference. Nothing is decided
+by it.
 
 | | holds | does not hold | undecided |
 |---|---|---|---|
@@ -165,14 +166,22 @@ def orderings(comparison: Comparison, corpus: str = "ptb") -> list[str]:
     return [*lines, "", *RULE.splitlines()]
 
 
-def later(comparison: Comparison, *configs: str) -> str:
-    """Compare two configurations after the last epoch that all of their runs reached."""
-    runs = [[{epoch: v for epoch, v, _ in run.result.history} for run in comparison.of(config)] for config in configs]
-    last = min(max(history, default=0) for histories in runs for history in histories)
-    first, second = (Spread.of([history.get(last, math.nan) for history in histories]) for histories in runs)
-    if first is None or second is None:
+def later(comparison: Comparison, first: str, second: str) -> str:
+    """Compare two configurations, seed by seed, after the last epoch that both runs reached."""
+    histories = [
+        {run.seed: {epoch: value for epoch, value, _ in run.result.history} for run in comparison.of(config)}
+        for config in (first, second)
+    ]
+    differences, epochs = [], []
+    for seed in histories[0].keys() & histories[1].keys():
+        one, other = histories[0][seed], histories[1][seed]
+        epochs.append(min(max(one, default=0), max(other, default=0)))
+        differences.append(one.get(epochs[-1], math.nan) - other.get(epochs[-1], math.nan))
+    spread = Spread.of(differences)
+    if spread is None:
         return " | | "
-    return f"{first.mean - second.mean:+.2f} | {-first.distance_from(second):.1f} | {last}"
+    margin = -spread.mean / spread.deviation if spread.deviation else math.nan
+    return f"{spread.mean:+.2f} | {margin:.1f} | {', '.join(str(epoch) for epoch in sorted(set(epochs)))}"
 
 
 if __name__ == "__main__":
