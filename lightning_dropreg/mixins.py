@@ -85,7 +85,8 @@ def without_mixins(module: Any) -> Iterator[None]:
         Nothing.
     """
     configure = module.configure_callbacks
-    wrap = not hasattr(configure, "_adds_regularizers") and inspect.ismethod(configure)
+    own = "configure_callbacks" in vars(module)  # set on the instance: left alone
+    wrap = not own and not hasattr(configure, "_adds_regularizers")
     token = _bare.set(module)
     if wrap:
         module.__dict__["configure_callbacks"] = types.MethodType(_adding_regularizers(configure.__func__), module)
