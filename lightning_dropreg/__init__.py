@@ -16,11 +16,11 @@ from lightning_dropreg.callbacks import (
     MiniBatchDropout,
     MonteCarloDropout,
 )
-from lightning_dropreg.handlers.attention import attention_dropout
-from lightning_dropreg.handlers.custom import drop
+from lightning_dropreg.interception.handlers.attention import attention_dropout
+from lightning_dropreg.interception.handlers.custom import drop
 from lightning_dropreg.losses import recognize
 from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, MiniBatchDropoutMixin
-from lightning_dropreg.pretraining import scale_pretrained_for_dropout
+from lightning_dropreg.nn.pretraining import scale_pretrained_for_dropout
 
 __all__ = [
     "DivergenceDetector",

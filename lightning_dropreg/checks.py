@@ -109,3 +109,20 @@ def below_floor(given: Mapping[str, Any], floors: Mapping[str, int]) -> list[str
         for name, floor in floors.items()
         if not is_integer(given[name], floor)
     ]
+
+
+def check_drop_prob(p: float, kind: str) -> None:
+    """Refuse a drop probability for which the noise has no finite variance.
+
+    Raises:
+        InvalidArgumentError: If `p` is not in ``[0, 1)``.
+    """
+    try:
+        valid = bool(0.0 <= p < 1.0)
+    except TypeError:
+        valid = False
+    if not valid:
+        raise InvalidArgumentError(
+            f"{kind} was called with drop probability {p}; the variance p/(1-p) of its noise is finite only for "
+            "0 <= p < 1. Lower the probability."
+        )

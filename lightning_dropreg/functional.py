@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.checks import check_instance, is_one_of
-from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic
-from lightning_dropreg.interception import constants_marked
-from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.estimators.curvature import CURVATURES
+from lightning_dropreg.inspection.support import find_support
+from lightning_dropreg.interception.mode import constants_marked
+from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Closure, Off, draws_of_dropout, run_pass
-from lightning_dropreg.sites import Site
-from lightning_dropreg.support import find_support
+from lightning_dropreg.passes.isolation import Isolation
 
 __all__ = ["dropout_loss", "explicit_penalty", "find_sites", "find_support", "implicit_noise", "plain_loss"]
 
@@ -63,7 +63,7 @@ def explicit_penalty(
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``.
         step_size: Step of the antithetic pair, relative to the size of the noise; errors fall as its square. In
             bfloat16 a wider one is taken where drop probabilities are small, see
-            `lightning_dropreg.precision.bfloat16_step_size`.
+            `lightning_dropreg.estimators.precision.bfloat16_step_size`.
         mask: ``"as_model"`` gives the noise the shape of the model's masks, ``"elementwise"`` draws each entry alone.
         generator: Source of the seed of the noise; the global one by default.
         module: A module whose state must advance once although the closure is called twice.
@@ -114,7 +114,7 @@ def implicit_noise(
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; in smooth networks the same
             noise from all, the first up to ``step_size**2``. In networks with kinks (ReLU) the first is larger: its two
             passes may lie on different sides of a kink, and the difference of their gradients is divided by the step.
-            `lightning_dropreg.kinks.noise_excess` measures how much.
+            `lightning_dropreg.inspection.kinks.noise_excess` measures how much.
         step_size: See `explicit_penalty`.
         mask: See `explicit_penalty`.
         generator: See `explicit_penalty`.

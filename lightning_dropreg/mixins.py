@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 from lightning import Callback
 
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
-from lightning_dropreg.callbacks.base import RegularizerCallback
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
+from lightning_dropreg.session.base import RegularizerCallback
 
 __all__ = ["ExplicitPenaltyMixin", "ImplicitNoiseMixin", "MiniBatchDropoutMixin", "without_mixins"]
 

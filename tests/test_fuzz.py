@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_dropreg as dr
-from lightning_dropreg import data, functional, metrics, models
+from lightning_dropreg import functional, metrics
 from lightning_dropreg import nn as layers
 from lightning_dropreg.cli import main
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.errors import DropregError
+from lightning_dropreg.paper import data, models
 
 # Numbers stay small enough for a model of that size to be built.
 VALUES = st.one_of(

@@ -1,4 +1,4 @@
-"""The plug-in for `lightning.Trainer`: thin hooks around `lightning_dropreg.step`."""
+"""The plug-in for `lightning.Trainer`: thin hooks around `lightning_dropreg.step.plan`."""
 
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.diagnostics import DropoutDiagnostics

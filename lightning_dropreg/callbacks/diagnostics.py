@@ -16,9 +16,6 @@ from rich import get_console
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_dropreg.callbacks.configured import configured
-from lightning_dropreg.callbacks.logs import LogCollector
-from lightning_dropreg.callbacks.session import Session, own_step
 from lightning_dropreg.checks import check_flags, check_path
 from lightning_dropreg.diagnostics import (
     Diagnosis,
@@ -37,8 +34,11 @@ from lightning_dropreg.diagnostics.statistics import check_confidence
 from lightning_dropreg.diagnostics.storage import from_plain, to_plain
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.functional import check_count
-from lightning_dropreg.sites import fold_key
-from lightning_dropreg.step import Plan
+from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.session.configured import configured
+from lightning_dropreg.session.logs import LogCollector
+from lightning_dropreg.session.session import Session, own_step
+from lightning_dropreg.step.plan import Plan
 
 __all__ = ["DropoutDiagnostics"]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.callbacks.base import RegularizerCallback, check_flag, check_strength, estimation
-from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.estimators.curvature import CURVATURES
 from lightning_dropreg.functional import check_count
-from lightning_dropreg.step import PenaltySettings
+from lightning_dropreg.session.base import RegularizerCallback, check_flag, check_strength, estimation
+from lightning_dropreg.step.plan import PenaltySettings
 
 __all__ = ["ExplicitPenalty"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.callbacks.base import RegularizerCallback, check_flag, check_strength, estimation
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.step import NoiseSettings
+from lightning_dropreg.session.base import RegularizerCallback, check_flag, check_strength, estimation
+from lightning_dropreg.step.plan import NoiseSettings
 
 __all__ = ["ImplicitNoise"]
 

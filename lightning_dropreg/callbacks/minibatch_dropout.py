@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.callbacks.base import RegularizerCallback, check_flag
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.functional import check_draws
+from lightning_dropreg.session.base import RegularizerCallback, check_flag
 
 __all__ = ["MiniBatchDropout"]
 

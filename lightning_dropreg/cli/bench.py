@@ -22,7 +22,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dropreg.callbacks.base import RegularizerCallback
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.measure import Cost, MemoryWatch, PassCounter, Stopwatch, without_dropout
@@ -30,6 +29,7 @@ from lightning_dropreg.cli.methods import CONFIGURED, METHODS, NO_DROPOUT, PAPER
 from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 from lightning_dropreg.mixins import without_mixins
+from lightning_dropreg.session.base import RegularizerCallback
 
 __all__ = ["main", "measure"]
 

@@ -14,15 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
-from lightning_dropreg.callbacks.base import RegularizerCallback
-from lightning_dropreg.callbacks.preview import NOISE_EXCESS, look, rehearse
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.step import FirstStep, look_at_first_batch
-from lightning_dropreg.description import describe
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.kinks import EXCESS, REMEDY
-from lightning_dropreg.support import LossSupport, SiteSupport, Support
+from lightning_dropreg.inspection.kinks import EXCESS, REMEDY
+from lightning_dropreg.inspection.support import LossSupport, SiteSupport, Support
+from lightning_dropreg.session.base import RegularizerCallback
+from lightning_dropreg.session.preview import NOISE_EXCESS, look, rehearse
+from lightning_dropreg.step.description import describe
 
 __all__ = ["main"]
 

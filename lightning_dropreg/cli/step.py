@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_dropreg.callbacks.base import RegularizerCallback
-from lightning_dropreg.callbacks.session import own_step
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.session.base import RegularizerCallback
+from lightning_dropreg.session.session import own_step
 
 __all__ = ["QUIET_TRAINER", "FirstStep", "load_weights", "look_at_first_batch"]
 

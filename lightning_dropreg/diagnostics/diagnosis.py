@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.diagnostics.effect import EffectReport
 from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.penalty import PenaltyReport
 from lightning_dropreg.diagnostics.statistics import Interval
 from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.estimators.curvature import CURVATURES
 
 __all__ = ["TOLERANCE", "Diagnosis", "check_tolerance", "trusted"]
 

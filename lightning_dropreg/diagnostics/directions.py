@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dropreg.passes import Perturb
-from lightning_dropreg.sites import Directions, Site
+from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.passes import Directions, Perturb
 
 __all__ = ["DropoutDirections", "PerturbOne"]
 
@@ -48,11 +48,11 @@ class PerturbOne(Perturb):
         self._next = 0
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.Rule`."""
+        """See `lightning_dropreg.interception.mode.Rule`."""
         position, self._next = self._next, self._next + 1
         self.directions.draw(site, h)
         return self.again(position, h)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.RepeatableRule`."""
+        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
         return super().again(index, h) if index == self.only else h

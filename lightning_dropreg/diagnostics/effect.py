@@ -23,14 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.curvature import CURVATURES, element_weights
 from lightning_dropreg.diagnostics.directions import DropoutDirections, PerturbOne
 from lightning_dropreg.diagnostics.sampling import OnDraw, Probe, measure_draws
 from lightning_dropreg.diagnostics.statistics import Interval, jackknife_interval, mean_interval
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError
 from lightning_dropreg.estimators.antithetic import combine
-from lightning_dropreg.passes import Closure, Pass, Perturb, Tap, run_pass
-from lightning_dropreg.sites import Directions, Site
+from lightning_dropreg.estimators.curvature import CURVATURES, element_weights
+from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.passes import Closure, Directions, Pass, Perturb, Tap, run_pass
 
 __all__ = ["EffectProbe", "EffectReport", "measure_effect"]
 
@@ -50,7 +50,7 @@ class EffectReport:
         samples: Shape ``(draws, 1 + sites, 2 + curvatures)``, float64, on the CPU. Row 0 is all sites together, row
             ``i`` site ``i - 1`` alone. Column 0 samples ``R_drop``, column 1 the whole second-order term (NaN in half
             precision, which has too few digits for it), the others ``R_approx`` and its ablations in the order of
-            `lightning_dropreg.curvature.CURVATURES` (NaN where the curvature of the loss is not known).
+            `lightning_dropreg.estimators.curvature.CURVATURES` (NaN where the curvature of the loss is not known).
         confidence: Probability with which each interval covers its value, one at a time.
         problem: Why there is no approximation; empty if there is one.
     """
@@ -291,7 +291,7 @@ class _Look(Tap):
         self._dtypes: set[torch.dtype] = set()
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.Rule`."""
+        """See `lightning_dropreg.interception.mode.Rule`."""
         self._dtypes.add(h.dtype)
         return super().__call__(site, h)
 

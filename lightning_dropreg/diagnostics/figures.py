@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.diagnostics.diagnosis import Diagnosis
 from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.statistics import Interval
 from lightning_dropreg.errors import MissingDependencyError
+from lightning_dropreg.estimators.curvature import CURVATURES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.checks import is_one_of
-from lightning_dropreg.curvature import CURVATURES
 from lightning_dropreg.diagnostics.sampling import OnDraw, Probe, measure_draws
 from lightning_dropreg.diagnostics.statistics import Interval, mean_interval
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS
+from lightning_dropreg.estimators.curvature import CURVATURES
 from lightning_dropreg.functional import check_estimation
 from lightning_dropreg.passes import Closure
 

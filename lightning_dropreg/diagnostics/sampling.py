@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_dropreg.diagnostics.statistics import check_confidence
 from lightning_dropreg.functional import check_count, draw_key
-from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure
-from lightning_dropreg.sites import fold_key
+from lightning_dropreg.passes.isolation import Isolation
 
 __all__ = ["MIN_DRAWS", "OnDraw", "Probe", "measure_draws"]
 

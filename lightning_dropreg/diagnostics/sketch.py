@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_dropreg.sites import fold_key, noise_dtype, random_signs
+from lightning_dropreg.numerics.dtypes import noise_dtype
+from lightning_dropreg.numerics.noise import fold_key, random_signs
 
 __all__ = ["SKETCH_WIDTH", "sketch"]
 

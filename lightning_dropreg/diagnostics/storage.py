@@ -10,7 +10,7 @@ from lightning_dropreg.diagnostics.diagnosis import Diagnosis
 from lightning_dropreg.diagnostics.effect import EffectReport
 from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.penalty import PenaltyReport
-from lightning_dropreg.sites import Site
+from lightning_dropreg.interception.sites import Site
 
 __all__ = ["from_plain", "to_plain"]
 

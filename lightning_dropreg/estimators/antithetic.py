@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from lightning_dropreg.curvature import element_weights, pair_quadratic_form
 from lightning_dropreg.errors import InconsistentPassesError
 from lightning_dropreg.estimators.base import Estimate, inactive
-from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
-from lightning_dropreg.precision import bfloat16_step_size
-from lightning_dropreg.sites import Directions
+from lightning_dropreg.estimators.curvature import element_weights, pair_quadratic_form
+from lightning_dropreg.estimators.precision import bfloat16_step_size
+from lightning_dropreg.passes import Closure, Directions, Pass, Perturb, run_pass
 
 __all__ = ["antithetic", "combine"]
 
@@ -34,7 +33,7 @@ def antithetic(
     J_i^T``, and ``1/2 u^T H u`` is an unbiased estimate of the penalty (4.4).
 
     In bfloat16 a step too small to be seen is widened, for one more pass
-    (`lightning_dropreg.precision.bfloat16_step_size`; the callbacks find that out before training).
+    (`lightning_dropreg.estimators.precision.bfloat16_step_size`; the callbacks find that out before training).
 
     Args:
         closure: See `lightning_dropreg.estimators.base.Estimator`, as for what follows.
@@ -76,7 +75,8 @@ def combine(
     Args:
         plus: The pass with factors ``1 + eps r``.
         minus: The pass with factors ``1 - eps r``.
-        weights: What the elements of each recorded loss count, see `lightning_dropreg.curvature.element_weights`.
+        weights: What the elements of each recorded loss count, see
+            `lightning_dropreg.estimators.curvature.element_weights`.
         curvature: See `lightning_dropreg.estimators.base.Estimator`.
         noise: See `lightning_dropreg.estimators.base.Estimator`.
         step_size: ``eps``.

@@ -53,9 +53,9 @@ class Estimator(Protocol):
 
         Args:
             closure: Runs forward and loss and returns the scalar loss.
-            curvature: One of `lightning_dropreg.curvature.CURVATURES`, or None for no penalty.
+            curvature: One of `lightning_dropreg.estimators.curvature.CURVATURES`, or None for no penalty.
             noise: Whether the noise is wanted.
             step_size: Step ``eps`` of finite differences; only `antithetic` uses it.
-            mask: ``"as_model"`` or ``"elementwise"``, see `lightning_dropreg.sites.Directions`.
+            mask: ``"as_model"`` or ``"elementwise"``, see `lightning_dropreg.passes.Directions`.
             key: Seed of the directions; all estimators draw the same ones from the same key.
         """

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dropreg.curvature import element_weights, factor
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.base import Estimate, inactive
-from lightning_dropreg.passes import Closure, Pass, Tap, run_pass
-from lightning_dropreg.sites import Directions, KeyedGenerators, fold_key
+from lightning_dropreg.estimators.curvature import element_weights, factor
+from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
+from lightning_dropreg.passes import Closure, Directions, Pass, Tap, run_pass
 
 __all__ = ["double_backward"]
 
@@ -22,7 +22,7 @@ def double_backward(
 ) -> Estimate:
     """Estimate penalty and noise by back-propagating to the dropout sites with ``create_graph=True``.
 
-    With random ``v`` such that ``E[v v^T] = w H`` (see `lightning_dropreg.curvature.factor`),
+    With random ``v`` such that ``E[v v^T] = w H`` (see `lightning_dropreg.estimators.curvature.factor`),
     ``1/2 sum_i c_i || (J_i^T v) * h_i ||^2`` is an unbiased estimate of the penalty (4.4). The noise needs no estimate:
     its scalar is ``sum_i <dL/dt_i, r_i>`` with ``t_i`` the relative change of ``h_i``. The loss is exact.
 

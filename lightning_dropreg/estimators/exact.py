@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dropreg.curvature import element_weights, matrix
 from lightning_dropreg.estimators.base import Estimate, inactive
+from lightning_dropreg.estimators.curvature import element_weights, matrix
 from lightning_dropreg.estimators.double_backward import check_twice_differentiable, noise_scalar
-from lightning_dropreg.passes import Closure, Pass, Tap, run_pass
-from lightning_dropreg.sites import Directions
+from lightning_dropreg.passes import Closure, Directions, Pass, Tap, run_pass
 
 __all__ = ["exact"]
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_dropreg.curvature import element_weights, quadratic_form
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.base import Estimate, inactive
-from lightning_dropreg.passes import Closure, Tangent, run_pass
-from lightning_dropreg.sites import Directions, noise_dtype
+from lightning_dropreg.estimators.curvature import element_weights, quadratic_form
+from lightning_dropreg.numerics.dtypes import noise_dtype
+from lightning_dropreg.passes import Closure, Directions, Tangent, run_pass
 
 __all__ = ["forward"]
 

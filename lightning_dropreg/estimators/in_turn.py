@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_dropreg.curvature import element_weights
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.antithetic import combine
 from lightning_dropreg.estimators.base import Estimate
-from lightning_dropreg.gradients import GradientSum, Scaler, collect_gradients, leaves_of
-from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
-from lightning_dropreg.sites import Directions
+from lightning_dropreg.estimators.curvature import element_weights
+from lightning_dropreg.passes import Closure, Directions, Pass, Perturb, run_pass
+from lightning_dropreg.passes.gradients import GradientSum, Scaler, collect_gradients, leaves_of
 
 __all__ = ["antithetic_in_turn"]
 

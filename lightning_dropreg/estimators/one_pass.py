@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_dropreg.curvature import element_weights, pair_quadratic_form
 from lightning_dropreg.errors import LossNotRecognizedError
 from lightning_dropreg.estimators.base import Estimate
-from lightning_dropreg.layout import Layout, RowAxis, RowsNotFoundError
+from lightning_dropreg.estimators.curvature import element_weights, pair_quadratic_form
+from lightning_dropreg.estimators.layout import Layout, RowAxis, RowsNotFoundError
+from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.losses import Loss
-from lightning_dropreg.passes import Closure, Pass, run_pass
-from lightning_dropreg.sites import Directions, Site
+from lightning_dropreg.passes import Closure, Directions, Pass, run_pass
 
 __all__ = ["Pairs", "one_pass", "without_pairs"]
 
@@ -69,7 +69,7 @@ class PerturbPairs:
         self._met = 0
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.Rule`."""
+        """See `lightning_dropreg.interception.mode.Rule`."""
         position, self._met = self._met, self._met + 1
         axis = self._axis(position)
         if position == 0:
@@ -82,7 +82,7 @@ class PerturbPairs:
         return self._perturbed(axis, h, self.directions.draw(of_pairs, h))
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.RepeatableRule`."""
+        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
         return self._perturbed(self._axis(index), h, self.directions.at(index))
 
     def _check_pairs(self, axis: RowAxis, h: Tensor) -> None:

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from lightning_dropreg.dual import log_softmax
 from lightning_dropreg.losses.base import Loss
 from lightning_dropreg.losses.categorical import CategoricalLoss
-from lightning_dropreg.sites import noise_dtype
+from lightning_dropreg.numerics.dtypes import noise_dtype
+from lightning_dropreg.numerics.dual import log_softmax
 
 __all__ = ["adaptive_log_probs", "adaptive_softmax_loss", "describe_adaptive_softmax_loss"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.errors import LossNotRecognizedError, UnsupportedOperationError
-from lightning_dropreg.sites import noise_dtype
+from lightning_dropreg.numerics.dtypes import noise_dtype
 
 __all__ = [
     "Loss",

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dropreg.dual import log_softmax
 from lightning_dropreg.errors import LossNotRecognizedError
 from lightning_dropreg.losses.base import (
     Loss,
@@ -25,7 +24,8 @@ from lightning_dropreg.losses.base import (
     root,
 )
 from lightning_dropreg.losses.softmax import pair_variance, variance
-from lightning_dropreg.sites import noise_dtype
+from lightning_dropreg.numerics.dtypes import noise_dtype
+from lightning_dropreg.numerics.dual import log_softmax
 
 __all__ = ["CategoricalLoss", "DivergenceLoss", "cross_entropy", "kl_div", "nll_loss"]
 

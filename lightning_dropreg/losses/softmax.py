@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_dropreg.sites import noise_dtype
+from lightning_dropreg.numerics.dtypes import noise_dtype
 
 __all__ = ["pair_variance", "variance"]
 

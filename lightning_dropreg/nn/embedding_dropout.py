@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_dropreg.checks import check_instance
+from lightning_dropreg.checks import check_drop_prob, check_instance
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.handlers.custom import drop
-from lightning_dropreg.sites import check_drop_prob
+from lightning_dropreg.interception.handlers.custom import drop
 
 __all__ = ["EmbeddingDropout"]
 

@@ -11,10 +11,10 @@ from torch.autograd import forward_ad
 
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError
 from lightning_dropreg.functional import check_count
-from lightning_dropreg.interception import Rule
-from lightning_dropreg.isolation import Isolation
-from lightning_dropreg.passes import Perturb, Tangent
-from lightning_dropreg.sites import Directions, fold_key
+from lightning_dropreg.interception.mode import Rule
+from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.passes import Directions, Perturb, Tangent
+from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.uncertainty.mode import dropout_mode
 from lightning_dropreg.uncertainty.repetition import Forward, RepeatedBatch
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.functional import check_count
-from lightning_dropreg.isolation import Isolation
+from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop
-from lightning_dropreg.sites import fold_key
+from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.uncertainty.mode import dropout_mode
 from lightning_dropreg.uncertainty.repetition import Forward, RepeatedBatch
 

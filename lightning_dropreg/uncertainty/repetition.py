@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError
-from lightning_dropreg.interception import Interception, Rule
+from lightning_dropreg.interception.mode import Interception, Rule
+from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Off
-from lightning_dropreg.sites import Site
 
 __all__ = ["Forward", "RepeatedBatch", "copy_batch"]
 
@@ -68,7 +68,7 @@ class RepeatedBatch:
         self._batch = batch
         self._options: dict[str, Any] = {"written_out": dual}
         if dual:
-            from lightning_dropreg.dual import REPLACEMENTS
+            from lightning_dropreg.numerics.dual import REPLACEMENTS
 
             self._options["replacements"] = REPLACEMENTS
         self.chunk = 1

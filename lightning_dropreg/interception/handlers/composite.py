@@ -1,0 +1,56 @@
+"""Functions of torch that are written in Python: their inside must be seen too.
+
+Such a function offers itself to the mode as a whole, before it calls anything. While its handler runs, the mode is off,
+and a call with the mode on would come right back. So the handler calls a copy of it that does not offer itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_dropreg.interception.mode import Interception
+
+__all__ = ["HANDLERS", "open_up"]
+
+
+def _never(*_: object) -> bool:
+    return False
+
+
+@functools.cache
+def transparent(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy a Python function of torch so that it does not offer itself to modes, while what it calls still does."""
+    assert isinstance(func, types.FunctionType)
+    hooks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**func.__globals__, **dict.fromkeys(hooks, _never)}
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def open_up(mode: Interception, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `func` with `mode` seeing what it calls."""
+    with mode:
+        return transparent(func)(*args, **kwargs)
+
+
+def weight_norm(mode: Interception, func: Callable[..., Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`torch._weight_norm`, written out where its second derivatives are needed: torch's own are wrong."""
+    return v * (g / torch.norm_except_dim(v, 2, dim)) if mode.written_out else func(v, g, dim)
+
+
+# attention is in attention.py; the others hold a softmax or a norm, which a pass with dual numbers replaces
+HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.gumbel_softmax: open_up,
+    F.softmin: open_up,
+    F.normalize: open_up,
+    torch._weight_norm: weight_norm,
+}

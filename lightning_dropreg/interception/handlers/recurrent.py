@@ -1,0 +1,101 @@
+"""Recurrent networks with dropout between their layers, inside what is one fused operation to torch.
+
+Every layer is run by the same operation, with that layer's weights, so the fast kernels stay; between two layers
+there is a site on the ``(time, batch, features)`` output, every entry with a mask of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_dropreg.interception.mode import Interception
+
+__all__ = ["HANDLERS"]
+
+_PADDED = (
+    "input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first",
+)  # fmt: skip
+_PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
+
+
+def recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Make the handler of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`."""
+
+    def handle(
+        mode: Interception, func: Callable[..., tuple[Tensor, ...]], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        # the packed form has the tensor of batch sizes in second place, so its weights come fourth
+        packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
+        call = {**dict(zip(_PACKED if packed else _PADDED, args, strict=False)), **kwargs}
+        with _kernels(mode):
+            if not (call["train"] and call["dropout"] > 0 and call["num_layers"] > 1):
+                return func(*args, **kwargs)
+            return _layer_by_layer(mode, func, call, "data" if packed else "input", kind)
+
+    return handle
+
+
+def _layer_by_layer(
+    mode: Interception, func: Callable[..., tuple[Tensor, ...]], call: dict[str, Any], name: str, kind: str
+) -> tuple[Tensor, ...]:
+    """Do what ``func(**call)`` does, with a site between the layers.
+
+    Args:
+        mode: The active interception.
+        func: The fused operation.
+        call: Its arguments by name.
+        name: The name of the input among them.
+        kind: Name of the kind of site.
+
+    Returns:
+        Output of the last layer, and the final state ``h_n`` (for an LSTM also ``c_n``) of all layers.
+    """
+    layers, p = call["num_layers"], call["dropout"]
+    directions = 2 if call["bidirectional"] else 1
+    weights: Sequence[Tensor] = call["params"]
+    each = len(weights) // layers  # 2 without biases, 4 with, 1 more with a projection; for each direction
+    output: Tensor = call[name]
+    finals: list[tuple[Tensor, ...]] = []
+    for layer in range(layers):
+        if layer:
+            output = mode.site(output, p, tuple(output.shape), kind, inplace=False)
+        rows = slice(layer * directions, (layer + 1) * directions)
+        hx = call["hx"]
+        state = hx[rows] if isinstance(hx, Tensor) else tuple(part[rows] for part in hx)
+        single = {
+            **call, name: output, "hx": state, "params": list(weights[layer * each : (layer + 1) * each]),
+            "num_layers": 1, "dropout": 0.0,
+        }  # fmt: skip
+        output, *final = func(*single.values())
+        finals.append(tuple(final))
+    return (output, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
+
+
+@contextmanager
+def _kernels(mode: Interception) -> Iterator[None]:
+    """Switch off kernels that cannot be differentiated twice or forward, if the pass needs that."""
+    if not mode.written_out:
+        yield
+        return
+    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_cudnn_enabled(cudnn)
+
+
+HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.lstm: recurrent("lstm_dropout"),
+    torch.gru: recurrent("gru_dropout"),
+    torch.rnn_tanh: recurrent("rnn_dropout"),
+    torch.rnn_relu: recurrent("rnn_dropout"),
+}

@@ -1,0 +1,243 @@
+"""Finds dropout sites and losses in code that knows nothing of this package.
+
+A `torch.overrides.TorchFunctionMode` sees every call of a function of ``torch`` while it is active, from whatever
+module or line. `Interception` replaces what the dropouts do by a rule of the caller's choice and notes what the
+losses were given; everything else runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_dropreg.checks import check_drop_prob
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, LossNotRecognizedError, UnsupportedSiteError
+from lightning_dropreg.interception import checkpointing
+from lightning_dropreg.interception.handlers import HANDLERS
+from lightning_dropreg.interception.handlers.attention import attention_is_ignored
+from lightning_dropreg.interception.naming import name_caller
+from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
+from lightning_dropreg.losses.custom import describe, is_registered
+from lightning_dropreg.numerics.dtypes import is_in_bfloat16
+
+__all__ = ["Interception", "RepeatableRule", "Rule", "constants_marked"]
+
+
+_marking: ContextVar[bool] = ContextVar("marking", default=False)
+
+
+@contextmanager
+def constants_marked() -> Iterator[None]:
+    """Give sites on inputs that need no gradient a node in the autograd graph, so that every way from them is seen.
+
+    Yields:
+        Nothing.
+    """
+    token = _marking.set(True)
+    try:
+        yield
+    finally:
+        _marking.reset(token)
+
+
+class Rule(Protocol):
+    """What happens at a dropout site in one pass."""
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """Return what takes the place of ``dropout(h)``; `h` itself must not be modified."""
+
+
+@runtime_checkable
+class RepeatableRule(Rule, Protocol):
+    """A rule that can do the same thing again, as checkpointed parts of a model need it in the backward."""
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """Return for `h` what the rule returned at site number `index` of the pass."""
+
+
+class Interception(TorchFunctionMode):
+    """Applies a rule at the dropout sites and records the losses of the code that runs inside it.
+
+    Args:
+        rule: What to do at each site.
+        record_losses: Whether to take recognized losses apart; without, they are left alone.
+        replacements: Functions to run in place of others.
+        name_sites: Whether to look up which module each site belongs to (slow, for people to read).
+        written_out: Whether the pass will be differentiated twice or forward, so that fused kernels without formulas
+            for that are to be avoided.
+        problems: Collects the errors of sites and losses that are not understood, which then do what they always do;
+            without it the first one is raised.
+
+    Attributes:
+        sites: The sites in the order in which they were reached.
+        site_nodes: The node of the autograd graph at which each site's result was made; None for a constant.
+        losses: The losses in the order in which they were computed.
+        inactive: How many dropouts were reached whose drop probability is 0 at the moment (a schedule may raise it).
+        refused: What was found wrong with losses that have no known curvature.
+        in_bfloat16: Whether a site was reached in bfloat16.
+        reads_gradients: Whether the running code looked at the ``.grad`` of a tensor.
+        ignores_attention: Whether dropout on attention probabilities is left out.
+        checkpoints: How many checkpointed regions the running code is in.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        *,
+        record_losses: bool = False,
+        name_sites: bool = False,
+        replacements: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
+        written_out: bool = False,
+        problems: list[DropregError] | None = None,
+    ) -> None:
+        super().__init__()
+        self.rule = rule
+        self.record_losses = record_losses
+        self.name_sites = name_sites
+        self.replacements = replacements or {}
+        self.written_out = written_out
+        self.problems = problems
+        self.ignores_attention = attention_is_ignored()
+        self.checkpoints = 0
+        self._first = 0
+        self._kind: str | None = None
+        self.sites: list[Site] = []
+        self.site_nodes: list[Any] = []
+        self.losses: list[Loss] = []
+        self.inactive = 0
+        self.in_bfloat16 = False
+        self.reads_gradients = False
+        self.refused: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Route one call; `args` and `kwargs` are those of `func`."""
+        kwargs = kwargs or {}
+        try:
+            handler = _WATCHED.get(func)
+            if handler is not None:
+                return handler(self, func, *args, **kwargs)
+            if is_registered(func):
+                return self._registered(func, *args, **kwargs)
+            if self.record_losses:
+                loss = RECOGNIZED.get(func)
+                if loss is not None:
+                    return self._record(*loss(*args, **kwargs))
+                if func in REFUSED:
+                    self.refused.append(f"{func.__name__} was called, but {REFUSED[func]}")
+            return self.plain(func, *args, **kwargs)
+        except (UnsupportedSiteError, InvalidArgumentError, LossNotRecognizedError) as problem:
+            if self.problems is None:
+                raise
+            self.problems.append(problem)
+            return func(*args, **kwargs)
+
+    def __enter__(self) -> Interception:
+        """Start to intercept."""
+        TorchFunctionMode.__enter__(self)
+        checkpointing.enter(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop to intercept."""
+        checkpointing.leave()
+        TorchFunctionMode.__exit__(self, *exception)
+
+    @property
+    def position(self) -> int:
+        """Number of the next site in the pass."""
+        return self._first + len(self.sites)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the rule can do the same thing again."""
+        return isinstance(self.rule, RepeatableRule)
+
+    def replaying(self, start: int) -> Interception:
+        """Return an interception that does again what this one did from site number `start` on."""
+        assert isinstance(self.rule, RepeatableRule)
+        sites = self.rule.sites if isinstance(self.rule, checkpointing.Replay) else self.sites
+        replay = Interception(
+            checkpointing.Replay(self.rule, sites, start),
+            record_losses=self.record_losses,
+            replacements=self.replacements,
+            written_out=self.written_out,
+        )
+        replay.ignores_attention = self.ignores_attention  # in the backward, where nobody's choice is in force
+        replay._first = start
+        replay.checkpoints = 1
+        return replay
+
+    def plain(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `func`, or what replaces it in this pass, with nothing intercepted."""
+        return self.replacements.get(func, func)(*args, **kwargs)
+
+    @contextmanager
+    def sites_of_kind(self, kind: str) -> Iterator[None]:
+        """Call the sites reached inside by the name of the construct that they are part of."""
+        previous, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = previous
+
+    def _registered(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a loss that the user made known, with the mode on inside; what it calls is part of it."""
+        record, self.record_losses = self.record_losses, False
+        try:
+            with self:
+                if not record:
+                    return func._dropreg_loss(*args, **kwargs)  # type: ignore[attr-defined]
+                result = describe(func, *args, **kwargs)
+        finally:
+            self.record_losses = record
+        return self._record(*result)
+
+    def _record(self, reduced: Tensor, loss: Loss) -> Tensor:
+        if loss.elements.requires_grad:
+            self.losses.append(loss)
+        return reduced
+
+    def site(self, h: Tensor, p: float, mask_shape: tuple[int, ...], kind: str, inplace: bool) -> Tensor:
+        """Apply the rule at a site; one with ``p = 0`` is counted and left alone.
+
+        Args:
+            h: The tensor to drop from.
+            p: Drop probability.
+            mask_shape: Shape of the mask, broadcastable to the shape of `h`.
+            kind: Name of the kind of dropout.
+            inplace: Whether the caller expects `h` itself to change.
+
+        Returns:
+            What takes the place of the dropout's result.
+        """
+        check_drop_prob(p, kind)
+        if p == 0.0:
+            self.inactive += 1
+            return h
+        checkpointing.check_recomputation(self)
+        site = Site(name_caller() if self.name_sites else "", p, tuple(h.shape), mask_shape, self._kind or kind)
+        self.sites.append(site)
+        self.in_bfloat16 = self.in_bfloat16 or is_in_bfloat16(h)
+        dropped = self.rule(site, h.clone() if inplace else h)
+        if _marking.get() and not dropped.requires_grad and torch.is_grad_enabled():
+            dropped = dropped.requires_grad_()
+            dropped = dropped.view_as(dropped)  # has a node in the graph
+        self.site_nodes.append(dropped.grad_fn)
+        return h.copy_(dropped) if inplace else dropped
+
+
+def _read_gradient(mode: Interception, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    mode.reads_gradients = True
+    return func(*args, **kwargs)
+
+
+_WATCHED = {**HANDLERS, Tensor.grad.__get__: _read_gradient}  # type: ignore[union-attr]

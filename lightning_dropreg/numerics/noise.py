@@ -1,0 +1,78 @@
+"""Random numbers that a key fixes, whatever else the program draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["KeyedGenerators", "fold_key", "random_signs"]
+
+_MASK64 = (1 << 64) - 1
+
+
+def fold_key(*parts: int) -> int:
+    """Mix integers into one 63-bit generator seed (splitmix64), so that neighbouring inputs give unrelated noise.
+
+    Args:
+        parts: Any integers, for example ``(seed, rank, step, micro_batch)``.
+
+    Returns:
+        An integer in ``[0, 2**63)``.
+
+    Example:
+        >>> fold_key(1, 0, 0) != fold_key(1, 0, 1)
+        True
+    """
+    state = 0
+    for part in parts:
+        state = (state + (part & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state >> 1
+
+
+class KeyedGenerators:
+    """One `torch.Generator` per device, all seeded with one key."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """Return the generator of `device`."""
+        if device not in self._generators:
+            generator = torch.Generator(device)
+            generator.manual_seed(self.key)
+            self._generators[device] = generator
+        return self._generators[device]
+
+
+def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Draw independent ``+1`` and ``-1`` with probability one half each.
+
+    Every bit of a random integer is one sign: on a CPU, where random numbers are made one after another, this takes a
+    twentieth of the time of ``bernoulli_``.
+
+    Args:
+        shape: Shape of the result.
+        dtype: Its floating-point type.
+        generator: Source of the randomness; its device is the result's.
+
+    Returns:
+        The signs.
+
+    Example:
+        >>> signs = random_signs((2, 3), torch.float32, torch.Generator().manual_seed(1))
+        >>> signs.shape, signs.abs().unique()
+        (torch.Size([2, 3]), tensor([1.]))
+    """
+    count, device = math.prod(shape), generator.device
+    words = torch.empty(-(-count // 32), 1, dtype=torch.int32, device=device).random_(
+        -(2**31), None, generator=generator
+    )
+    bits = (words >> torch.arange(32, dtype=torch.int32, device=device)).bitwise_and_(1)
+    return bits.flatten()[:count].view(tuple(shape)).to(dtype).mul_(2).sub_(1)

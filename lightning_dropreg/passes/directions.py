@@ -1,0 +1,96 @@
+"""The random directions in which the sites of a batch are perturbed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_dropreg.errors import InconsistentPassesError
+from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.numerics.dtypes import noise_dtype
+from lightning_dropreg.numerics.noise import KeyedGenerators, random_signs
+
+__all__ = ["Directions"]
+
+_SAME_EVERY_TIME = (
+    "The training step must do the same thing every time it is called with the same batch; what it decides at random "
+    "must be drawn from torch's, numpy's or Python's global random state, which is put back between passes."
+)
+
+
+class Directions:
+    r"""The random directions ``r_i = ±sqrt(c_i)`` of all the sites of one batch, the same in every pass that asks.
+
+    Rademacher signs have the mean and covariance of the dropout noise and the least variance of all such noises in
+    the quadratic forms that follow.
+
+    Args:
+        key: Seed; the same key gives the same directions.
+        mask: ``"as_model"`` draws one value per entry of the site's mask; ``"elementwise"`` one per entry of the
+            tensor, as the paper's code does.
+    """
+
+    def __init__(self, key: int, mask: str = "as_model") -> None:
+        self._generators = KeyedGenerators(key)
+        self._mask = mask
+        self._drawn: list[tuple[Site, Tensor]] = []
+        self._next = 0
+        self._complete = False
+
+    def shape_of(self, site: Site) -> tuple[int, ...]:
+        """Return the shape of the noise at `site`."""
+        return site.mask_shape if self._mask == "as_model" else site.shape
+
+    def rewind(self) -> None:
+        """Start the next pass: the sites get the directions they got in the first.
+
+        Raises:
+            InconsistentPassesError: If the pass that ended reached fewer sites than the one before it.
+        """
+        if self._next != len(self._drawn):
+            raise InconsistentPassesError(
+                f"The first pass over this batch reached {len(self._drawn)} dropout sites, a later one {self._next}. "
+                f"{_SAME_EVERY_TIME}"
+            )
+        self._next = 0
+        self._complete = True
+
+    def at(self, position: int) -> Tensor:
+        """Return the direction of site number `position`, which was drawn before."""
+        return self._drawn[position][1]
+
+    def draw(self, site: Site, like: Tensor) -> Tensor:
+        """Return the direction of the next site.
+
+        Args:
+            site: The site that was reached.
+            like: The tensor that is dropped from; gives device and dtype.
+
+        Returns:
+            Tensor of shape ``shape_of(site)``, entries ``±sqrt(c)``, float32 or float64.
+
+        Raises:
+            InconsistentPassesError: If an earlier pass met another site at this place.
+        """
+        position, self._next = self._next, self._next + 1
+        if position < len(self._drawn):
+            first, direction = self._drawn[position]
+            if (first.p, first.shape, first.kind) != (site.p, site.shape, site.kind):
+                raise InconsistentPassesError(
+                    f"Dropout site number {position} was {first} in the first pass over this batch and {site} in a "
+                    f"later one. {_SAME_EVERY_TIME}"
+                )
+            return direction
+        if self._complete:
+            raise InconsistentPassesError(
+                f"The first pass over this batch reached {len(self._drawn)} dropout sites, a later one also {site}. "
+                f"{_SAME_EVERY_TIME}"
+            )
+        direction = self._sample(site, noise_dtype(like.dtype), self._generators.on(like.device))
+        self._drawn.append((site, direction))
+        return direction
+
+    def _sample(self, site: Site, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        return random_signs(self.shape_of(site), dtype, generator).mul_(math.sqrt(site.variance))

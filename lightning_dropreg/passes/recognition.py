@@ -1,0 +1,99 @@
+"""Whether the loss that a step returned is made of recognized losses, and of nothing else that depends on dropout."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError
+from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.losses import RECOGNIZED
+
+__all__ = ["check_loss", "check_losses"]
+
+
+def check_losses(loss: Tensor, interception: Interception) -> None:
+    """Refuse a pass in which no loss was recognized, or not all of the returned loss.
+
+    Raises:
+        LossNotRecognizedError: If that is so.
+    """
+    if not interception.losses:
+        raise LossNotRecognizedError(
+            "The step returned a loss, but none of the loss functions that this package knows was called on the way "
+            f"({', '.join(_torch_losses())} of torch.nn.functional, or the modules "
+            f"around them), so the curvature of the loss in the model's output is unknown.{_refused(interception)} "
+            "Compute the loss with one of them, make your own known with lightning_dropreg.recognize, or use "
+            "ImplicitNoise, which needs no curvature."
+        )
+    _check_recognized(loss, interception)
+
+
+def _check_recognized(loss: Tensor, interception: Interception) -> None:
+    """Refuse a loss of which a part depends on dropout without being a recognized loss.
+
+    Walks the autograd graph from the returned loss, not entering the elements of recognized losses: usually that is
+    the user's reduction and nothing else. A dropout site found on the way is acted on by something unknown.
+
+    Raises:
+        LossNotRecognizedError: If there is such a part, or no recognized loss in it at all.
+    """
+    elements = {recorded.elements.grad_fn for recorded in interception.losses}
+    sites = {node: site for node, site in zip(interception.site_nodes, interception.sites, strict=True) if node}
+    names = ", ".join(recorded.name for recorded in interception.losses)
+    found, seen, stack = False, set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in elements:
+            found = True
+        elif node in sites:
+            raise LossNotRecognizedError(
+                f"A part of the returned loss depends on the dropout site {_called(sites[node])} by a way that does "
+                f"not lead through a recognized loss function (found: {names}), so its "
+                f"curvature is unknown and the penalty would miss it.{_refused(interception)} Compute that part with "
+                "a loss function of torch.nn.functional that this package knows, make it known with "
+                "lightning_dropreg.recognize, or leave it out of the returned loss."
+            )
+        else:
+            stack.extend(next_node for next_node, _ in node.next_functions)
+    if not found:
+        raise LossNotRecognizedError(
+            f"{names} was computed, but the returned loss does not depend on "
+            "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
+        )
+
+
+def _torch_losses() -> list[str]:
+    return sorted(known.__name__ for known in RECOGNIZED if known.__module__ == F.__name__)
+
+
+def _called(site: Site) -> str:
+    return f"{site.name} ({site.kind})" if site.name else f"with p={site.p:g} and shape {site.shape} ({site.kind})"
+
+
+def _refused(interception: Interception) -> str:
+    return f" ({'; '.join(interception.refused)}.)" if interception.refused else ""
+
+
+def check_loss(loss: object) -> None:
+    """Refuse what is not a differentiable scalar loss.
+
+    Raises:
+        InvalidArgumentError: If `loss` is not a tensor of one floating-point element that needs a gradient.
+    """
+    if not isinstance(loss, Tensor):
+        found = type(loss).__name__
+    elif loss.numel() != 1 or not loss.is_floating_point():
+        found = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}"
+    elif not loss.requires_grad:
+        found = "a tensor that does not require a gradient"
+    else:
+        return
+    raise InvalidArgumentError(
+        f"The step must return a scalar loss that depends on parameters; it returned {found}. Return the loss before "
+        ".item() or .detach(), reduced to one number."
+    )

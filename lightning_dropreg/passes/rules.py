@@ -1,0 +1,193 @@
+"""What happens at the dropout sites of a pass.
+
+Every algorithm of the paper is a composition of forward passes that differ only in the rule applied at the sites:
+`Off` (the model without dropout), `Perturb` (``h (1 + step r)``), `Tangent` (the same to first order, in dual
+numbers), `Tap` (a handle on each site for back-propagation) and `Drop` (dropout itself).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_dropreg.interception.mode import RepeatableRule, Rule
+from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.numerics.dtypes import noise_dtype
+from lightning_dropreg.numerics.dual import make_dual
+from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
+from lightning_dropreg.passes.directions import Directions
+
+__all__ = ["Drop", "Off", "Perturb", "Tangent", "Tap", "draws_of_dropout", "focus", "focused"]
+
+
+class Off:
+    """No dropout."""
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.Rule`."""
+        return h
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        return h
+
+
+class Perturb:
+    """``h (1 + step r)`` with the batch's directions ``r``."""
+
+    def __init__(self, directions: Directions, step: float) -> None:
+        self.directions = directions
+        self.step = step
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.Rule`."""
+        return (h * (1 + self.step * self.directions.draw(site, h))).to(h.dtype)
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        return (h * (1 + self.step * self.directions.at(index))).to(h.dtype)
+
+
+class Tangent:
+    """``h`` with the tangent ``h r``: forward-mode dual numbers."""
+
+    def __init__(self, directions: Directions) -> None:
+        self.directions = directions
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.Rule`."""
+        primal, tangent = forward_ad.unpack_dual(h)
+        push = (primal * self.directions.draw(site, h)).to(h.dtype)
+        return make_dual(primal, push if tangent is None else tangent + push)
+
+
+class Tap:
+    """``h (1 + t)`` with ``t = 0``: the derivative in ``t`` is ``J_i`` times ``h_i``, summed over a shared mask.
+
+    Attributes:
+        taps: The ``t`` of each site, in order.
+        sites: The sites.
+        draws: Directions ``r`` for the sites, drawn in the same order as in the other passes; empty without.
+    """
+
+    def __init__(self, directions: Directions, draw: bool = False) -> None:
+        self.directions = directions
+        self.draw = draw
+        self.taps: list[Tensor] = []
+        self.sites: list[Site] = []
+        self.draws: list[Tensor] = []
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.Rule`."""
+        shape = self.directions.shape_of(site)
+        tap = torch.zeros(shape, dtype=noise_dtype(h.dtype), device=h.device, requires_grad=True)
+        self.taps.append(tap)
+        self.sites.append(site)
+        if self.draw:
+            self.draws.append(self.directions.draw(site, h))
+        return (h * (1 + tap)).to(h.dtype)
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        return (h * (1 + self.taps[index])).to(h.dtype)
+
+
+class Drop:
+    """Dropout itself, with masks drawn from generators of our own so that the global random state is not touched.
+
+    Args:
+        key: Seed of the masks.
+        mirrored: Whether the masks are the antithetic counterparts of those that the key gives otherwise: made from
+            ``1 - u`` where those are made from the uniform numbers ``u``.
+    """
+
+    def __init__(self, key: int, mirrored: bool = False) -> None:
+        self.key = key
+        self.mirrored = mirrored
+        self.sites: list[Site] = []
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.Rule`."""
+        self.sites.append(site)
+        return self.again(len(self.sites) - 1, h)
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        site = self.sites[index]
+        # a seed for every site, so that no mask need be kept
+        generator = KeyedGenerators(fold_key(self.key, index)).on(h.device)
+        shape = tuple(site.mask_shape)
+        # faster on a CPU than bernoulli_; 24 random bits are more than a drop probability has
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float32, device=h.device)
+        kept = uniform < 1 - site.p if self.mirrored else uniform >= site.p
+        return h * kept.to(h.dtype).div_(1 - site.p)
+
+
+def draws_of_dropout(key: int, k: int, antithetic: bool) -> list[Drop]:
+    """Return the rules of `k` draws of dropout.
+
+    Args:
+        key: Seed of the batch.
+        k: Number of draws; even, if `antithetic`.
+        antithetic: Whether every second draw has the counterparts of the masks of the one before. With drop probability
+            1/2 these are the complements, and the two draws deviate from the model without dropout in exactly opposite
+            directions; with another q the correlation of a mask and its counterpart is ``-min(q, 1-q) / max(q, 1-q)``.
+
+    Returns:
+        The rules.
+    """
+    if antithetic:
+        return [Drop(fold_key(key, j // 2), mirrored=j % 2 == 1) for j in range(k)]
+    return [Drop(fold_key(key, j)) for j in range(k)]
+
+
+class _Focus:
+    """A rule that acts at one site of the pass; the others do nothing."""
+
+    def __init__(self, rule: Rule, index: int) -> None:
+        self.rule = rule
+        self.index = index
+        self._met = 0
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.Rule`."""
+        position, self._met = self._met, self._met + 1
+        return self.rule(site, h) if position == self.index else h.view_as(h)
+
+
+class _RepeatableFocus(_Focus):
+    """The same for a rule that can do the same thing again."""
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        return self.rule.again(0, h) if index == self.index else h.view_as(h)  # type: ignore[attr-defined]
+
+
+_focus: ContextVar[int | None] = ContextVar("focus", default=None)
+
+
+@contextmanager
+def focus(index: int) -> Iterator[None]:
+    """Let only site number `index` be a dropout site in the passes run inside, to see what it needs by itself.
+
+    Yields:
+        Nothing.
+    """
+    token = _focus.set(index)
+    try:
+        yield
+    finally:
+        _focus.reset(token)
+
+
+def focused(rule: Rule) -> Rule:
+    """Return `rule`, or one that does the same at the site in `focus` only."""
+    index = _focus.get()
+    if index is None:
+        return rule
+    return (_RepeatableFocus if isinstance(rule, RepeatableRule) else _Focus)(rule, index)

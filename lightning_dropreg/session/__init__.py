@@ -1,0 +1,3 @@
+"""One fit: what wraps `training_step` and keeps account of what happens around it."""
+
+__all__: list[str] = []

@@ -1,0 +1,229 @@
+"""What the three callbacks have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_dropreg.errors import CompositionError, InvalidArgumentError
+from lightning_dropreg.functional import check_estimation
+from lightning_dropreg.interception.handlers.attention import check_attention
+from lightning_dropreg.session.resume import STATE_VERSION, check_resumable, settings_of
+from lightning_dropreg.session.session import Session
+from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
+
+__all__ = ["RegularizerCallback", "check_flag", "check_strength", "estimation"]
+
+
+class RegularizerCallback(Callback):
+    """Base of the callbacks: finds its companions in the Trainer and lets the first of them run the session."""
+
+    penalty: PenaltySettings | None = None
+    noise: NoiseSettings | None = None
+    k: int | None = None
+    attention = "site"
+    low_memory = True
+    antithetic = False
+    accept_checkpoint_settings = False
+    from_mixin = False
+
+    def __init__(self, attention: str = "site") -> None:
+        check_attention(attention)
+        self.attention = attention
+        self._session: Session | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._used_seed: int | None = None
+        self._found: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the composition of callbacks."""
+        if stage == "fit" and self._leads(trainer):
+            self.plan(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wrap the module's training step."""
+        if self._leads(trainer):
+            companions = self._companions(trainer)
+            states = [companion._loaded for companion in companions]
+            check_resumable(companions, states, resuming=bool(trainer.ckpt_path))
+            seeds = [state["seed"] for state in states if state is not None]
+            self._session = Session(trainer, pl_module, self.plan(trainer), seeds[0] if seeds else None)
+            if states[0] is not None and states[0]["settings"] == settings_of(companions[0]):
+                self._session.found = states[0].get("found", {})
+            self._session.check()
+            for companion in companions:
+                companion._used_seed = self._session.seed
+                companion._loaded = None  # another fit draws other noise
+            self._session.install()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note that the gradients in store are those of the batch before."""
+        if self._session is not None:
+            self._session.stale.begin_batch()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the noise to the gradients."""
+        if self._session is not None:
+            self._session.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Log the norm of the gradient."""
+        if self._session is not None:
+            self._session.log_gradient_norm(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the means of an epoch with its last batch, before anybody asks for them at its end."""
+        if self._session is None:
+            return
+        self._session.stale.end_batch()
+        if trainer.is_last_batch:
+            self._session.values.log_means()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the means of an epoch that ended before its last batch."""
+        if self._session is not None:
+            self._session.stale.end_batch()
+            self._session.values.log_means()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unwrap the training step."""
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Unwrap the training step."""
+        self._end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Unwrap the training step."""
+        self._end()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the settings, and the seed, so that a resumed run draws the noise of an uninterrupted one."""
+        if self._used_seed is not None:  # after fit too, for Trainer.save_checkpoint
+            found = self._found if self._session is None else self._session.found
+            settings = settings_of(self)
+            state = {"version": STATE_VERSION, "seed": self._used_seed, "settings": settings, "found": found}
+            checkpoint.setdefault("lightning_dropreg", {})[type(self).__name__] = state
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what a checkpoint says until the fit starts."""
+        self._loaded = checkpoint.get("lightning_dropreg", {}).get(type(self).__name__)
+
+    def plan(self, trainer: Trainer) -> Plan:
+        """Make one plan of all the regularizers in `trainer`.
+
+        Returns:
+            The plan.
+
+        Raises:
+            CompositionError: If they do not make sense together.
+        """
+        companions = self._companions(trainer)
+        for kind in {type(callback) for callback in companions}:
+            same = [callback for callback in companions if isinstance(callback, kind)]
+            if len(same) > 1:
+                raise CompositionError(
+                    f"The Trainer has {len(same)} callbacks of type {kind.__name__}; the effect would count that "
+                    "often. Keep one (a mixin on the module brings one too)."
+                )
+        drawing = [callback for callback in companions if callback.k is not None]
+        penalties = [callback.penalty for callback in companions if callback.penalty is not None]
+        noises = [callback.noise for callback in companions if callback.noise is not None]
+        if drawing and penalties:
+            raise CompositionError(
+                "MiniBatchDropout and ExplicitPenalty are both in the Trainer: dropout has the explicit effect, and "
+                "the penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), or "
+                "ExplicitPenalty with ImplicitNoise (Algorithm 2)."
+            )
+        if noises and any(callback.antithetic for callback in drawing):
+            raise CompositionError(
+                "MiniBatchDropout(antithetic=True) and ImplicitNoise are both in the Trainer: one is there to take the "
+                "noise of dropout away, the other to bring it. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), "
+                "or MiniBatchDropout(antithetic=True) alone."
+            )
+        treatments = {callback.attention for callback in companions}
+        if len(treatments) > 1:
+            raise CompositionError(
+                "The callbacks of the Trainer disagree about dropout on attention probabilities: "
+                + ", ".join(f"{type(callback).__name__}(attention={callback.attention!r})" for callback in companions)
+                + ". It is a site for all of them or for none: give all the same."
+            )
+        return Plan(
+            k=drawing[0].k if drawing else None,
+            low_memory=all(callback.low_memory for callback in drawing),
+            antithetic=any(callback.antithetic for callback in drawing),
+            penalty=penalties[0] if penalties else None,
+            noise=noises[0] if noises else None,
+            attention=treatments.pop() if treatments else "site",
+        )
+
+    @staticmethod
+    def _companions(trainer: Trainer) -> list[RegularizerCallback]:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, RegularizerCallback)]
+
+    def _leads(self, trainer: Trainer) -> bool:
+        return self._companions(trainer)[0] is self
+
+    def _end(self) -> None:
+        self._loaded = None
+        if self._session is not None:
+            self._found = self._session.found
+            self._session.remove()
+            self._session = None
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        InvalidArgumentError: If it is.
+    """
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{name}={value!r} must be True or False.")
+
+
+def check_strength(strength: float) -> float:
+    """Refuse a negative or non-finite strength.
+
+    Returns:
+        The strength.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
+        raise InvalidArgumentError(
+            f"strength={strength!r} must be a finite number of at least 0; 1 is the value of the paper's definition."
+        )
+    return float(strength)
+
+
+def estimation(
+    estimator: str, step_size: float, batch_fraction: float | None, batch_dim: int, mask: str, low_memory: bool
+) -> Estimation:
+    """Check and collect what penalty and noise have in common.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InvalidArgumentError: If an argument is out of range or unknown.
+    """
+    check_estimation(estimator, step_size, mask)
+    if batch_fraction is not None and not (
+        isinstance(batch_fraction, (int, float)) and not isinstance(batch_fraction, bool) and 0 < batch_fraction <= 1
+    ):
+        raise InvalidArgumentError(f"batch_fraction={batch_fraction!r} must be None or a number in (0, 1].")
+    if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
+        raise InvalidArgumentError(f"batch_dim={batch_dim!r} must be an integer of at least 0.")
+    if not isinstance(low_memory, bool) or (low_memory and estimator != "antithetic"):
+        raise InvalidArgumentError(
+            f"low_memory={low_memory!r} with estimator={estimator!r}: it must be True or False, and True is for "
+            "estimator='antithetic', whose passes can be made one after the other."
+        )
+    return Estimation(estimator, float(step_size), mask, batch_fraction, batch_dim, low_memory)

@@ -1,0 +1,267 @@
+"""One batch of a fit: runs the user's step on it, as often as asked and with the traces of one run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_dropreg.errors import (
+    DropregError,
+    InvalidArgumentError,
+    UnsupportedModuleError,
+)
+from lightning_dropreg.estimators import Pairs
+from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError
+from lightning_dropreg.estimators.rows import draw_rows, select_rows
+from lightning_dropreg.passes import Closure
+from lightning_dropreg.passes.gradients import Scaler
+from lightning_dropreg.passes.isolation import Isolation
+from lightning_dropreg.session.logs import LogCollector
+from lightning_dropreg.session.pairable import Pairable, structure
+
+__all__ = ["Batch", "SkippedError", "loss_of", "with_loss"]
+
+
+class SkippedError(Exception):
+    """The user's step returned None: Lightning skips such a batch, and so do we."""
+
+
+class Batch:
+    """One batch: runs the user's step on it (a `lightning_dropreg.step.runner.BatchRunner`)."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        module: LightningModule,
+        mean: bool,
+        key: int,
+        copies: bool = False,
+        releases: bool = False,
+        scaler: Scaler | None = None,
+        pairable: Pairable | None = None,
+        stale: Callable[[], None] | None = None,
+    ) -> None:
+        self.original = original
+        self.args = args
+        self.kwargs = kwargs
+        self.module = module
+        self.key = key
+        self.copies = copies
+        self.releases = releases
+        self.scaler = scaler
+        self.pairable = pairable
+        self.stale = stale
+        self.modified = False
+        self.lasting = True
+        self.isolation = Isolation(module, mean=mean)
+        self.logs = LogCollector(module)
+        self.output: Any = None
+        self.returned: Any = None
+        self.corrected: dict[Tensor, Tensor] = {}
+        self.share = 1.0
+
+    def whole(self) -> Tensor:
+        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        return self._run(self.original, self.args, trace=self.lasting)
+
+    def aside(self) -> Tensor:
+        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        return self._run(self.original, self.args, trace=False)
+
+    def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
+        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        rows = draw_rows(self.args[0], fraction, dim, key)
+        count = self.row_count(dim)
+        return self._on_rows(rows, dim, count), len(rows) / count
+
+    def paired(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs] | None:
+        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        found = self.pairable
+        if found is None:
+            return None
+        run, pairs, _ = self.on_pairs(fraction, dim, key, trace=self.lasting)
+        self.share = pairs.share
+
+        def checked() -> Tensor:
+            loss = run()
+            traces = tuple(self.logs.names()), structure(self.returned)
+            if traces != (found.logged, found.returned) or self.isolation.drew_randomness():
+                raise RowsNotFoundError("The step logs or returns something else than at first, or draws at random.")
+            return loss
+
+        return checked, found.layout, pairs
+
+    def on_pairs(
+        self, fraction: float, dim: int, key: int, trace: bool
+    ) -> tuple[Closure, Pairs, list[Callable[[], None]]]:
+        """Return what runs on all rows, some of them twice and last.
+
+        Args:
+            fraction: Fraction of the rows that are there twice.
+            dim: Dimension of the rows.
+            key: Seed of their choice.
+            trace: Whether the run counts as that of the batch.
+
+        Returns:
+            The closure, how many rows there are of which kind, and what makes of the state after the run those of the
+            two runs that it stands for.
+        """
+        count = self.row_count(dim)
+        rows = draw_rows(self.args[0], fraction, dim, key)
+        alone = torch.ones(count, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
+        pairs = Pairs(len(alone), len(rows))
+        first, second = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.long)
+        first[alone] = second[alone] = torch.arange(pairs.single)
+        first[rows] = pairs.single + torch.arange(pairs.count)
+        second[rows] = first[rows] + pairs.count
+        hook = getattr(self.module, "select_rows", None)
+        cuts: list[Callable[[], None]] = [] if hook is None else [partial(hook, first, dim), partial(hook, second, dim)]
+        return self._on_rows(torch.cat([alone, rows, rows]), dim, count, trace, cuts), pairs, cuts
+
+    def counts_as(self, returned: Tensor, loss: Tensor) -> None:
+        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        self.corrected[returned] = loss
+
+    def forget(self) -> None:
+        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        self.isolation.restart()
+        self.logs.forget()
+        self.output = self.pairable = None
+
+    def drop_stale_gradients(self) -> None:
+        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        if self.stale is not None:
+            self.stale()
+
+    def with_loss(self, loss: Tensor) -> Any:
+        """Return what the last run returned, with another loss in it."""
+        return with_loss(self.returned, loss)
+
+    def on_rows(self, rows: Tensor, dim: int) -> Closure:
+        """Return what runs on the rows of these numbers, leaving no trace."""
+        return self._on_rows(rows, dim, self.row_count(dim))
+
+    def halves(self, dim: int) -> tuple[Closure, Closure, float] | None:
+        """Return what runs on a random half of the rows, on the others, and the first's fraction; None if one row."""
+        count = self.row_count(dim)
+        if count < 2:
+            return None
+        rows = draw_rows(self.args[0], 0.5, dim, self.key)
+        others = torch.tensor(sorted(set(range(count)) - set(rows.tolist())))
+        return self._on_rows(rows, dim, count), self._on_rows(others, dim, count), len(rows) / count
+
+    def row_count(self, dim: int) -> int:
+        """Return how many rows the batch has along `dim`; 0 if nothing in it has that dimension."""
+        return next((leaf.shape[dim] for leaf in _tensors(self.args[0]) if leaf.ndim > dim), 0)
+
+    def _on_rows(
+        self, rows: Tensor, dim: int, count: int, trace: bool = False, cuts: Sequence[Callable[[], None]] = ()
+    ) -> Closure:
+        batch = self.args[0]
+        args = (select_rows(batch, rows, dim, count), *self.args[1:])
+
+        def on_rows(*args: Any, **kwargs: Any) -> Any:
+            hook = getattr(self.module, "select_rows", None)
+            if hook is not None:
+                hook(rows, dim)
+            try:
+                return self.original(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                told = isinstance(error, DropregError) or "out of memory" in str(error)
+                if told or hook is not None or len(rows) == count:
+                    raise
+                raise UnsupportedModuleError(
+                    f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
+                    f"({str(error).splitlines()[0]}). If the module carries a state with a row for every row of the "
+                    "batch (a hidden state, a memory), let it define select_rows(self, rows, dim), which cuts that "
+                    "state down to the given rows; it is put back afterwards. Otherwise set batch_dim, or "
+                    "batch_fraction=None."
+                ) from error
+
+        return lambda: self._run(on_rows, args, trace, cuts)
+
+    def instead(self, step: Callable[..., Any]) -> Batch:
+        """Return the same batch for another step; no run of it leaves a trace."""
+        other = copy.copy(self)
+        other.original, other.lasting = step, False
+        return other
+
+    def call(self, step: Callable[..., Any], trace: bool) -> Any:
+        """Run `step` in the place of the user's and return its whole output."""
+        return self._output(step, self.args, trace)
+
+    def _run(
+        self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool, cuts: Sequence[Callable[[], None]] = ()
+    ) -> Tensor:
+        output = self._output(step, args, trace, cuts)
+        loss = loss_of(output)
+        self.loss = loss.detach()
+        self.returned = with_loss(apply_to_collection(output, Tensor, Tensor.detach), self.loss)
+        if trace and self.output is None:
+            # as Lightning would after the backward; a graph in it would live as long as the batch
+            self.output = apply_to_collection(output, Tensor, Tensor.detach)
+        return loss
+
+    def _output(
+        self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool, cuts: Sequence[Callable[[], None]] = ()
+    ) -> Any:
+        # every run gets containers of its own, and tensors where the step was seen to change them
+        args, kwargs = tree_map(lambda leaf: leaf, (args, self.kwargs))
+        if self.copies:
+            args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        tensors = _tensors((args, kwargs))
+        versions = [tensor._version for tensor in tensors]
+
+        def collecting() -> Any:
+            # inside the isolation, which would otherwise keep the collector as the module's attribute
+            with self.logs.run(keep=trace):
+                return step(*args, **kwargs)
+
+        output = self.isolation.run(collecting, trace, cuts)
+        self.modified = self.modified or any(t._version != v for t, v in zip(tensors, versions, strict=True))
+        return output
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the loss in what a step returned.
+
+    Args:
+        output: What it returned.
+
+    Returns:
+        The loss.
+
+    Raises:
+        SkippedError: If it returned None.
+        InvalidArgumentError: If there is no loss in it.
+    """
+    if output is None:
+        raise SkippedError
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+        loss: Tensor = output["loss"]
+        return loss
+    raise InvalidArgumentError(
+        f"training_step returned {type(output).__name__} without a loss in it; return the loss tensor, or a dict whose "
+        "'loss' is one."
+    )
+
+
+def with_loss(output: Any, total: Tensor) -> Any:
+    """Put `total` in the place of the loss in what a step returned."""
+    return total if isinstance(output, Tensor) else {**output, "loss": total}

@@ -1,0 +1,326 @@
+"""Manual optimization: a step that calls its own backward, and steps its own optimizers, once or several times.
+
+The user's step runs once for real. When it calls ``self.manual_backward(loss)`` for the n-th time, the passes that the
+plan wants of this loss are made by running the step again from its start up to that same call, as often as needed, and
+what is back-propagated is the plan's total instead of the user's loss. In these replays nothing is really done: no
+backward, no gradient is cleared or clipped, no scheduler advances, and an optimizer's ``step`` only puts in place the
+values that the parameters had after the real one. So the second loss of a GAN is made of what the first network was
+before its step and after it, just where the user's own code has it so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_dropreg.errors import InconsistentPassesError, NoDropoutSiteError, UnsupportedModuleError
+from lightning_dropreg.interception.handlers.attention import attention_dropout
+from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.passes import Drop, Off
+from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
+
+if TYPE_CHECKING:
+    from lightning_dropreg.session.batch import Batch
+
+__all__ = ["ManualStep", "joined"]
+
+Watch = Callable[[BatchRunner, StepResult], None]
+
+
+class ManualStep:
+    """One batch of a module that optimizes manually.
+
+    Args:
+        batch: The batch and the user's step.
+        trainer: The trainer, whose optimizers and schedulers the step uses.
+    """
+
+    def __init__(self, batch: Batch, trainer: Trainer) -> None:
+        self._batch = batch
+        self._module: LightningModule = batch.module
+        self._optimizers: list[Any] = [*trainer.strategy._lightning_optimizers, *trainer.optimizers]
+        self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._past = _Past(self._module)
+        self._calls = 0
+
+    def run(self, plan: Plan, step: int, watch: Watch, measure_noise: bool) -> Any:
+        """Run the step for real, with the plan's total in the place of every loss that it back-propagates.
+
+        Args:
+            plan: What to do with every loss.
+            step: Number of the step, for a penalty that does not act in all of them.
+            watch: Called with what each loss became before that is back-propagated.
+            measure_noise: Whether the gradient of the noise alone is wanted, too.
+
+        Returns:
+            What the user's step returned.
+        """
+        backward = self._module.manual_backward
+        guard = _BackwardGuard(self._module)
+
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            self._calls += 1
+            total = self._total(plan, step, loss, watch, measure_noise)
+            with guard.lifted():
+                backward(total, *args, **kwargs)
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            rule = Off() if plan.k is None else Drop(fold_key(self._batch.key, 0))
+            patches: list[tuple[Any, str, Any]] = [(self._module, "manual_backward", manual_backward)]
+            patches += [(optimizer, "step", self._remembered(optimizer)) for optimizer in self._optimizers]
+            with _patched(*patches), attention_dropout(plan.attention), guard, Interception(rule):
+                return self._batch.original(*args, **kwargs)
+
+        return self._batch.call(once, trace=True)
+
+    def rehearsed(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Run the step to its end with nothing really done, in the place of the user's step.
+
+        Returns:
+            The sum of the losses that it would have back-propagated; None if there are none.
+        """
+        losses: list[Tensor] = []
+        with _BackwardGuard(self._module), self._replaying(losses.append):
+            self._batch.original(*args, **kwargs)
+        return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else None
+
+    def _total(self, plan: Plan, step: int, loss: Tensor, watch: Watch, measure_noise: bool) -> Tensor:
+        replays = self._batch.instead(functools.partial(self._replay, self._calls))
+        with self._batch.isolation.aside():
+            try:
+                result = plan.run(replays, self._batch.key, step, measure_noise)
+                noise = result.later
+                if noise is None and plan.noise_after_backward:
+                    noise = plan.extra(replays, self._batch.key)
+                if noise is not None:  # it has the same gradient in the loss
+                    result = replace(result, total=result.total + noise, noise=noise, later=None)
+            except NoDropoutSiteError:
+                return loss  # nothing is dropped on the way to this one
+            watch(replays, result)
+        return result.total
+
+    def _replay(self, number: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the user's step up to its `number`-th backward.
+
+        Returns:
+            The loss that it wanted to back-propagate there.
+
+        Raises:
+            InconsistentPassesError: If it does not come so far.
+        """
+        losses: list[Tensor] = []
+
+        def reach(loss: Tensor) -> None:
+            losses.append(loss)
+            if len(losses) >= number:
+                raise _ReachedError
+
+        with self._replaying(reach):
+            try:
+                self._batch.original(*args, **kwargs)
+            except _ReachedError:
+                return losses[number - 1]
+        raise InconsistentPassesError(
+            f"training_step of {type(self._module).__name__} called manual_backward {number} times, but when it was "
+            f"run again with the same batch it ended after {len(losses)}. It must do the same thing every time (and "
+            "let BaseException through)."
+        )
+
+    @contextmanager
+    def _replaying(self, reached: Callable[[Tensor], None]) -> Iterator[None]:
+        """Let the step run without doing anything that lasts; `reached` gets what it wants to back-propagate."""
+
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            reached(loss)
+
+        patches: list[tuple[Any, str, Any]] = [(self._module, "manual_backward", manual_backward)]
+        patches += [(self._module, "clip_gradients", _nothing)]
+        patches += [(scheduler, "step", _nothing) for scheduler in self._schedulers]
+        with self._past.revisited() as advance:
+            for optimizer in self._optimizers:
+                patches += [(optimizer, "zero_grad", _nothing), (optimizer, "step", _unreal(optimizer, advance))]
+            with _patched(*patches):
+                yield
+
+    def _remembered(self, optimizer: Any) -> Callable[..., Any]:
+        """Make the ``step`` of an optimizer that keeps the values its parameters had before."""
+        step = optimizer.step
+
+        @functools.wraps(step)  # torch's schedulers look at the attributes of an optimizer's step
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            if not self._past.stepping:  # Lightning's optimizer calls the one that it wraps
+                self._past.keep(_parameters(optimizer))
+            args, kwargs = self._called_once(args, kwargs)
+            stepping, self._past.stepping = self._past.stepping, True
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self._past.stepping = stepping
+
+        return remembered
+
+    def _called_once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let an optimizer call the closure that it was given only once.
+
+        Returns:
+            Its arguments, with the closure counted.
+        """
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is None or self._past.stepping:
+            return args, kwargs
+        calls = 0
+
+        def counted() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise UnsupportedModuleError(
+                    f"{type(self._module).__name__} optimizes manually with an optimizer that calls its closure "
+                    "several times in one step (LBFGS does), at weights that cannot be found again. Use another "
+                    "optimizer, or the functions of lightning_dropreg.functional inside the closure."
+                )
+            return closure()
+
+        return ((counted, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": counted})
+
+
+def joined(values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Make one value to log of those of several losses: their sum, and of norms the root of the sum of squares."""
+    columns: dict[str, list[Tensor]] = {}
+    for one in values:
+        for name, value in one.items():
+            columns.setdefault(name, []).append(value)
+    norms = {name for name in columns if name.endswith("_norm")}
+    return {
+        name: torch.linalg.vector_norm(torch.stack(column)) if name in norms else torch.stack(column).sum()
+        for name, column in columns.items()
+    }
+
+
+class _ReachedError(BaseException):
+    """A replay has come as far as it should; no ``except Exception`` of the user's is to stop it."""
+
+
+class _BackwardGuard(TorchFunctionMode):
+    """Refuses ``loss.backward()``, which would not be seen, or would be done again in every replay."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self._name = type(module).__name__
+        self._lifted = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func` if it is no backward."""
+        if func is Tensor.backward and not self._lifted:
+            raise UnsupportedModuleError(
+                f"training_step of {self._name} calls loss.backward(), past Lightning, so this package's callbacks "
+                "cannot add to the loss. Call self.manual_backward(loss)."
+            )
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Allow it."""
+        self._lifted = True
+        try:
+            yield
+        finally:
+            self._lifted = False
+
+
+class _Past:
+    """What parameters were earlier in a step, and a way to go back there for the length of a replay."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.stepping = False
+        self._parameters = list(module.parameters())
+        self._trained = [parameter.requires_grad for parameter in self._parameters]  # before any toggle_optimizer
+        self._values: dict[nn.Parameter, list[Tensor]] = {}
+
+    def keep(self, parameters: list[nn.Parameter]) -> None:
+        """Remember the values that an optimizer is about to change."""
+        for parameter in parameters:
+            self._values.setdefault(parameter, []).append(parameter.detach().clone())
+
+    @contextmanager
+    def revisited(self) -> Iterator[Callable[[list[nn.Parameter]], None]]:
+        """Put parameters, their gradients and what is toggled where they were when the step began.
+
+        Yields:
+            Moves the parameters that it is given on by one optimizer step.
+        """
+        now = [(parameter, parameter.grad, parameter.requires_grad) for parameter in self._parameters]
+        values = {parameter: [*past, parameter.data] for parameter, past in self._values.items()}
+        position = dict.fromkeys(values, 0)
+
+        def advance(parameters: list[nn.Parameter]) -> None:
+            for parameter in parameters:
+                if parameter in values:  # in a rehearsal no step was taken
+                    position[parameter] = min(position[parameter] + 1, len(values[parameter]) - 1)
+                    _set(parameter, values[parameter][position[parameter]])
+
+        try:
+            for (parameter, gradient, _), trained in zip(now, self._trained, strict=True):
+                parameter.requires_grad_(trained)
+                parameter.grad = None if gradient is None else gradient.clone()  # the step may clip it in place
+            for parameter, past in values.items():
+                _set(parameter, past[0])
+            yield advance
+        finally:
+            for parameter, past in values.items():
+                _set(parameter, past[-1])
+            for parameter, gradient, trained in now:
+                parameter.grad = gradient
+                parameter.requires_grad_(trained)
+
+
+def _set(parameter: nn.Parameter, value: Tensor) -> None:
+    # The storage is exchanged, not written to: autograd graphs and optimizers hold the parameter itself.
+    parameter.data = value
+    torch.clear_autocast_cache()
+
+
+def _unreal(optimizer: Any, advance: Callable[[list[nn.Parameter]], None]) -> Callable[..., Any]:
+    """Make a ``step`` that does nothing but move on to the values after the real one."""
+
+    def step(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        loss = closure() if closure is not None else None
+        advance(_parameters(optimizer))
+        return loss
+
+    return step
+
+
+def _parameters(optimizer: Any) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Do nothing."""
+
+
+@contextmanager
+def _patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """Replace attributes of objects, and put back what was there."""
+    before = [(target, name, name in target.__dict__, target.__dict__.get(name)) for target, name, _ in patches]
+    try:
+        for target, name, value in patches:
+            target.__dict__[name] = value
+        yield
+    finally:
+        for target, name, had, value in reversed(before):
+            if had:
+                target.__dict__[name] = value
+            else:
+                target.__dict__.pop(name, None)

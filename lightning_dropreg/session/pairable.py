@@ -1,0 +1,129 @@
+"""Whether a step may run with some rows of the batch in it twice: only if it then leaves the same traces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError, find_layout
+from lightning_dropreg.estimators.one_pass import without_pairs
+from lightning_dropreg.passes import Off, run_pass
+
+if TYPE_CHECKING:
+    from lightning_dropreg.session.batch import Batch
+
+__all__ = ["Pairable", "find_pairable", "signature", "structure"]
+
+_CLOSE = 1e-3  # rounding in another order, not another value
+
+
+@dataclass(frozen=True)
+class Pairable:
+    """A step that may run with rows twice, and what it must be like to stay so.
+
+    Attributes:
+        layout: Where the rows are.
+        logged: The names that it logs.
+        returned: The structure of what it returns.
+    """
+
+    layout: Layout
+    logged: tuple[str, ...]
+    returned: str
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain values, for a checkpoint."""
+        return {**asdict(self), "layout": self.layout.plain(), "logged": list(self.logged)}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Pairable:
+        """Return what `plain` was made of."""
+        return cls(Layout.of(plain["layout"]), tuple(plain["logged"]), plain["returned"])
+
+
+def signature(module: nn.Module, batch: Any, dim: int) -> str:
+    """Describe what a layout depends on: the shapes of a batch but for its rows, and which norms use batch statistics.
+
+    Args:
+        module: The module that is trained.
+        batch: Its batch.
+        dim: Dimension of the rows.
+
+    Returns:
+        The same text for batches that the model treats alike.
+    """
+    leaves, spec = tree_flatten(batch)
+    shapes = [(*leaf.shape[:dim], *leaf.shape[dim + 1 :]) for leaf in leaves if isinstance(leaf, Tensor)]
+    norms = [m.training for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    return f"{shapes} {spec} {norms}"
+
+
+def structure(returned: Any) -> str:
+    """Describe the structure of what a step returned."""
+    return str(tree_flatten(returned)[1])
+
+
+def find_pairable(batch: Batch, fraction: float, dim: int) -> Pairable | None:
+    """Find the rows in a step, and try whether loss, state, logs and output stay the same with some rows twice.
+
+    A metric would count these rows twice, batch norm would mix them with the others, noise of the user's own would
+    make the two of a pair different; such a step is run on the chosen rows separately.
+
+    Args:
+        batch: The batch, its isolation entered.
+        fraction: Fraction of the rows.
+        dim: Their dimension in the batch.
+
+    Returns:
+        What was found; None if rows have no place of their own, or a trace differs.
+    """
+    layout = find_layout(partial(batch.on_rows, dim=dim), batch.row_count(dim))
+    if layout is None:
+        return None
+    loss = run_pass(batch.aside, Off()).loss.detach()
+    if batch.isolation.drew_randomness():
+        return None
+    usual = (loss, batch.isolation.outcome(), batch.logs.last(), batch.returned)
+    run, pairs, cuts = batch.on_pairs(fraction, dim, batch.key, trace=False)
+    try:
+        paired = without_pairs(run, layout, pairs).detach()
+    except RowsNotFoundError:
+        return None
+    logged = batch.logs.last({batch.loss: paired}, pairs.share)
+    found = (paired, batch.isolation.outcome(cuts), logged, batch.with_loss(paired))
+    if not _alike(usual, found):
+        return None
+    return Pairable(layout, tuple(batch.logs.names()), structure(batch.returned))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    (ours, shape), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    return shape == other and all(map(_alike_leaf, ours, theirs))
+
+
+def _alike_leaf(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        a, b = a.detach(), b.detach()
+        if a.shape != b.shape or a.dtype != b.dtype or a.is_sparse or b.is_sparse:
+            return False
+        if not a.is_floating_point():
+            return torch.equal(a, b)
+        scale = float(a.abs().amax()) if a.numel() else 0.0
+        return torch.allclose(a, b, rtol=_CLOSE, atol=_CLOSE * scale, equal_nan=True)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=_CLOSE) or (math.isnan(a) and math.isnan(b))
+    if type(a) is not type(b):
+        return False
+    if type(a).__module__ == "numpy":
+        return bool(numpy.array_equal(a, b))
+    return isinstance(a, (bool, int, str, bytes, set, frozenset)) and a == b

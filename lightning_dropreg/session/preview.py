@@ -1,0 +1,92 @@
+"""What callbacks would find and do, without training: for `dropreg inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning import LightningModule, Trainer
+
+from lightning_dropreg.errors import DropregError, InvalidArgumentError
+from lightning_dropreg.inspection.kinks import noise_excess
+from lightning_dropreg.inspection.support import Support, find_support, gradient_norm
+from lightning_dropreg.interception.handlers.attention import attention_dropout
+from lightning_dropreg.session.batch import SkippedError
+from lightning_dropreg.session.compiled import as_compiled, compiled_problems, uncompiled
+from lightning_dropreg.session.problems import changed_parameters, fingerprints, module_problems
+from lightning_dropreg.session.session import Session
+from lightning_dropreg.step.plan import Plan
+
+__all__ = ["NOISE_EXCESS", "look", "rehearse"]
+
+NOISE_EXCESS = "noise over xi_approx"
+
+
+def look(
+    trainer: Trainer, module: LightningModule, step: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Support, list[DropregError]]:
+    """Find what is in a step, and everything that stands in the way of any callback, without raising it.
+
+    Args:
+        trainer: The trainer, set up to fit.
+        module: The module.
+        step: Its ``training_step``.
+        args: What that is called with.
+
+    Returns:
+        Sites and losses, and the problems.
+
+    Raises:
+        InvalidArgumentError: If there is nothing to look at.
+    """
+    batch = Session(trainer, module, Plan(), seed=0).to_look_at(step, args, {})
+    before = fingerprints(module)
+    try:
+        with batch.isolation, uncompiled():
+            support = find_support(batch.aside)
+    except SkippedError:
+        raise InvalidArgumentError("The first training step has no loss.") from None
+    sites = [found.site for found in support.sites]
+    problems = module_problems(trainer, module, Plan()) + compiled_problems(module, sites, Plan())
+    return support, [*problems, *support.problems, *changed_parameters(module, before)]
+
+
+def rehearse(
+    trainer: Trainer, module: LightningModule, plan: Plan, step: Callable[..., Any], args: tuple[Any, ...]
+) -> dict[str, float]:
+    """Carry out a plan on a batch up to the gradient, leaving no trace.
+
+    Args:
+        trainer: The trainer, set up to fit.
+        module: The module.
+        plan: The plan.
+        step: The module's ``training_step``.
+        args: What that is called with.
+
+    Returns:
+        Loss, penalty and norm of the gradient; for noise of finite steps, how many times the norm of ``xi_approx`` it
+        has, where that can be measured.
+    """
+    session = Session(trainer, module, plan, seed=0)
+    session.inspect(step, args, {})
+    if plan.untouched:
+        return {}
+    batch = session.to_look_at(step, args, {})
+    batch.lasting = False
+    with as_compiled(session.compiled), batch.isolation:
+        result = session.plan.run(batch, 0, 0)
+        total = result.total
+        if result.later is not None:
+            total = total + result.later
+        elif plan.noise_after_backward:
+            total = total + session.plan.extra(batch, 0)
+        values = {"loss": result.loss.item(), "norm of the gradient": gradient_norm(total)}
+        if result.penalty is not None:
+            values = {"explicit penalty": result.penalty.item(), **values}
+        estimation = session.plan.noise_of_finite_steps
+        if estimation is not None:
+            with attention_dropout(plan.attention):
+                trained = [p for p in module.parameters() if p.requires_grad]
+                excess = noise_excess(batch.aside, trained, step_size=estimation.step_size, mask=estimation.mask)
+            values |= {} if excess is None else {NOISE_EXCESS: excess}
+    return values

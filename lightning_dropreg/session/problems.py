@@ -1,0 +1,92 @@
+"""What in a module or a Trainer keeps the callbacks from working, found without running anything."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_dropreg.errors import UnsupportedModuleError
+from lightning_dropreg.session.ranks import unsupported_strategy
+from lightning_dropreg.step.plan import Plan
+
+__all__ = ["changed_parameters", "fingerprints", "in_bfloat16", "module_problems", "takes_iterator"]
+
+
+def in_bfloat16(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether activations are in bfloat16."""
+    return str(trainer.precision).startswith("bf16") or any(p.dtype == torch.bfloat16 for p in module.parameters())
+
+
+def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> list[UnsupportedModuleError]:
+    """Find everything about the set-up that cannot work.
+
+    Args:
+        trainer: The trainer that fits.
+        module: The module that is fitted.
+        plan: What is to be done with every batch.
+
+    Returns:
+        One error for each problem; none is raised.
+    """
+    found = []
+    if takes_iterator(module):
+        found.append("training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx).")
+    strategy = type(trainer.strategy).__name__
+    plain = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not module.automatic_optimization and not plain:
+        found.append(
+            f"The module optimizes manually, and its strategy is {strategy}, with which parameters cannot be put back "
+            "to what they were before an optimizer's step. Use one device or DDP, or automatic optimization."
+        )
+    else:
+        found += [f"{problem[0].upper()}{problem[1:]}" for problem in unsupported_strategy(trainer.strategy, plan)]
+    return [UnsupportedModuleError(problem) for problem in found]
+
+
+def takes_iterator(module: LightningModule) -> bool:
+    """Whether ``training_step`` fetches its batches itself."""
+    return "dataloader_iter" in inspect.signature(module.training_step).parameters
+
+
+def fingerprints(module: nn.Module) -> dict[str, tuple[int, int, str]]:
+    """What shows that a parameter was changed: ``.data`` has no versions, so also where it lies and its norm."""
+    parameters = {name: p for name, p in module.named_parameters() if _has_norm(p)}
+    norms = torch._foreach_norm([p.detach() for p in parameters.values()]) if parameters else []
+    return {
+        name: (p._version, p.data_ptr(), repr(norm.item()))  # as text, because nan is not nan
+        for (name, p), norm in zip(parameters.items(), norms, strict=True)
+    }
+
+
+def changed_parameters(module: nn.Module, before: Mapping[str, object]) -> list[UnsupportedModuleError]:
+    """Find parameters that a step changed by itself.
+
+    Args:
+        module: The module.
+        before: Its `fingerprints` before the step.
+
+    Returns:
+        One error or none.
+    """
+    changed = [name for name, mark in fingerprints(module).items() if mark != before.get(name, mark)]
+    if not changed:
+        return []
+    return [
+        UnsupportedModuleError(
+            f"training_step changes parameters ({', '.join(changed)}), and it runs several times for a batch. "
+            "Change them in on_train_batch_end (a moving average, say)."
+        )
+    ]
+
+
+def _has_norm(parameter: nn.Parameter) -> bool:
+    # what FSDP2 shards is gathered and let go around every forward
+    unknown = isinstance(parameter, (UninitializedParameter, DTensor))
+    return not unknown and parameter.is_floating_point()

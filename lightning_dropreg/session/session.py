@@ -1,0 +1,420 @@
+"""One training run of one module: the hooks that all the callbacks of a Trainer share.
+
+The first of the package's callbacks in a Trainer leads; it makes the session, which wraps ``training_step``, and the
+others add their settings to the session's plan.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import types
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dropreg.callbacks.detector import DivergenceDetector
+from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
+from lightning_dropreg.errors import (
+    DropregError,
+    KinkedNetworkWarning,
+)
+from lightning_dropreg.estimators.precision import bfloat16_step_size
+from lightning_dropreg.estimators.reduction import check_mean_over_rows
+from lightning_dropreg.inspection.first_step import all_at_once, check_finite, check_masks_of_rows, inspect_step
+from lightning_dropreg.inspection.kinks import REMEDY, WIDE_STEP
+from lightning_dropreg.interception.handlers.attention import attention_dropout
+from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.passes import Off, dormant_sites, is_dormant, run_pass
+from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_loss
+from lightning_dropreg.session.compiled import (
+    as_compiled,
+    compiled_parts,
+    compiled_problems,
+    keeping_buffers,
+    uncompiled,
+)
+from lightning_dropreg.session.manual import ManualStep, joined
+from lightning_dropreg.session.pairable import Pairable, find_pairable, signature
+from lightning_dropreg.session.parameters import TrainedParameters
+from lightning_dropreg.session.problems import (
+    changed_parameters,
+    fingerprints,
+    module_problems,
+    takes_iterator,
+)
+from lightning_dropreg.session.ranks import has_whole_parameters
+from lightning_dropreg.session.stale import StaleGradients
+from lightning_dropreg.session.values import Values, norm_of
+from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
+
+__all__ = ["Session", "own_step"]
+
+_KINDS = 8
+"""So many shapes of a batch are looked at; in batches of all others, drawn rows get passes of their own."""
+_REFUSED = " cannot be trained with this package's callbacks and"
+
+
+class Session:
+    """Wraps a module's ``training_step`` for the length of one ``fit``.
+
+    Args:
+        trainer: The trainer that fits.
+        module: The module that is fitted.
+        plan: What to do with every batch.
+        seed: Seed of all noise; from ``seed_everything`` if None.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, plan: Plan, seed: int | None) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.plan = plan
+        self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+        if trainer.world_size > 1:  # without seed_everything every process has a seed of its own, and one is saved
+            self.seed = trainer.strategy.broadcast(self.seed)
+        scheduled = any(isinstance(callback, DropProbSchedule) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        # a schedule may hold all probabilities at 0 for a while
+        self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
+        self._inspected = False
+        self.kinks: dict[str, int] = {}
+        self._copies = False
+        self.compiled = list(compiled_parts(module).values())
+        self._compiling = ExitStack()
+        self._acted = False  # in the last step
+        # what the first step showed and a resumed run must not find otherwise, in plain values for the checkpoint
+        self.found: dict[str, Any] = {}
+        self._had_own_step = False
+        self._own_step: Any = None
+        self._installed = False
+        self._batch: Batch | None = None
+        self._later: list[Tensor | None] | None = None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
+        self._gradient_norm: Tensor | None = None
+        penalized = plan.penalty is not None and plan.penalty.strength > 0
+        self.values = Values(trainer, module, ["loss", "explicit_penalty"] if penalized else ["loss"])
+        # what FSDP2 shards has gradients only in the one backward of the whole
+        self._whole_parameters = has_whole_parameters(trainer.strategy)
+        self._trained = TrainedParameters(trainer, module)
+        self.stale = StaleGradients(trainer, module)
+        # a rank that ran other passes than the rest would keep them waiting
+        self._in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+
+    def check(self) -> None:
+        """Refuse what makes it impossible to run the step; whatever else is wrong is told with the first step.
+
+        Raises:
+            error: If the module is set up in such a way.
+        """
+        if takes_iterator(self.module):
+            error = all_at_once(
+                module_problems(self.trainer, self.module, self.plan), f"{type(self.module).__name__}{_REFUSED}"
+            )
+            raise error
+
+    def install(self) -> None:
+        """Wrap ``training_step`` on the instance."""
+        if self._installed:
+            return
+        self._own_step = self.module.__dict__.get("training_step")
+        self._had_own_step = "training_step" in self.module.__dict__
+        # a plain function bound to the module: a deepcopy of the module binds it to the copy, as weight averaging needs
+        original = _function_of(self.module.training_step)
+        session = self
+
+        @functools.wraps(original)
+        def training_step(self: LightningModule, *args: Any, **kwargs: Any) -> Any:
+            # a copy of the module, or a validation step that calls the training step, wants the user's own
+            training = session.trainer.training and torch.is_grad_enabled()
+            if self is not session.module or not session._installed or not training:
+                return original(self, *args, **kwargs)
+            return session.training_step(partial(original, self), args, kwargs)
+
+        training_step._dropreg_original = original  # type: ignore[attr-defined]
+        self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
+        self._installed = True
+        if self.compiled:
+            self._compiling.enter_context(keeping_buffers())
+
+    def remove(self) -> None:
+        """Put back what was there."""
+        if not self._installed:
+            return
+        if self._had_own_step:
+            self.module.__dict__["training_step"] = self._own_step
+        else:
+            self.module.__dict__.pop("training_step", None)
+        self._installed = False
+        self._compiling.close()
+        self._batch = self._later = None
+
+    def training_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the user's ``training_step`` as often as the plan asks and return one output.
+
+        Args:
+            original: The user's step.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The output of its first run, with the total loss in it; None if the user's step returned None.
+        """
+        stale = self.stale.take()
+        if not self._inspected:
+            self.inspect(original, args, kwargs)
+            self._warn_of_kinks()
+        if self.plan.untouched:
+            return original(*args, **kwargs)
+        if not self.module.automatic_optimization:
+            return self._manual_step(original, args, kwargs)
+        step = self.trainer.global_step
+        if self.plan.only_drops_nothing(step):
+            return self._step_without_dropout(original, args, kwargs)
+        kind, pairable = self._pairable(original, args, kwargs)
+        batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx  # a step need not take it as an argument
+        batch = Batch(
+            original,
+            args,
+            kwargs,
+            self.module,
+            mean=self.plan.k is None,
+            key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
+            copies=self._copies,
+            releases=self._whole_parameters,
+            scaler=self._trained.scaler,
+            pairable=pairable,
+            stale=stale,
+        )
+        try:
+            with as_compiled(self.compiled), batch.isolation, self._dormant():
+                result = self.plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
+                self._check_finite(batch, result)
+        except SkippedError:
+            batch.logs.replay()
+            return None
+        batch.logs.replay(batch.corrected, batch.share)
+        if pairable is not None and batch.pairable is None:
+            self.found[kind] = None  # one of these batches was otherwise
+        self.values.add(self._values(result), always=True)
+        self._acted = True
+        self._show(result)
+        if result.later is not None:
+            self._later = self._trained.gradients(result.later, retain_graph=True)
+        elif self.plan.noise_after_backward:
+            self._batch = batch  # its state before the step is what the noise's own passes start from
+            batch.stale = None  # then the gradients are those of this step
+        return with_loss(batch.output, result.total)
+
+    def _step_without_dropout(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the user's step once: a single run needs neither isolation nor anything put back."""
+        output = None
+
+        def closure() -> Tensor:
+            nonlocal output
+            output = original(*args, **kwargs)
+            return loss_of(output)
+
+        try:
+            with as_compiled(self.compiled), attention_dropout(self.plan.attention), self._dormant():
+                loss = run_pass(closure, Off()).loss
+        except SkippedError:
+            return None
+        self.values.add({"loss": loss.detach()})
+        self._acted = False
+        return output
+
+    def _manual_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # optimizer steps are the user's to count here, so the penalty acts in every n-th batch
+        number = self.trainer.fit_loop.total_batch_idx
+        key = fold_key(self.seed, self.trainer.global_rank, number, 0)
+        batch = Batch(
+            original,
+            args,
+            kwargs,
+            self.module,
+            mean=False,
+            key=key,
+            copies=self._copies,
+            releases=True,  # module_problems has seen to the strategy
+            scaler=self._trained.scaler,
+        )
+        values: list[dict[str, Tensor]] = []
+
+        def watch(runner: BatchRunner, result: StepResult) -> None:
+            self._check_finite(runner, result)
+            values.append(self._values(result))
+
+        with as_compiled(self.compiled), batch.isolation:
+            output = ManualStep(batch, self.trainer).run(self.plan, number, watch, self.values.in_logging_step)
+        batch.logs.replay()
+        self._acted = True
+        self.values.add(joined(values), always=True)  # batches and optimizer steps are counted apart here
+        return output
+
+    def after_backward(self) -> None:
+        """Add the noise to the gradients, where the plan says so; each rank draws its own."""
+        batch, self._batch = self._batch, None
+        gradients, self._later = self._later, None
+        if batch is not None:
+            context = self.trainer.precision_plugin.train_step_context()
+            with as_compiled(self.compiled), self._dormant(), batch.isolation.aside(), context, torch.enable_grad():
+                scalar = self.plan.extra(batch, batch.key)
+            gradients = self._trained.gradients(scalar)
+        if gradients is None:
+            return
+        self._show_noise(gradients)
+        self.values.log({"noise_norm": self._trained.add(gradients)}, always=True)
+
+    def _due(self) -> list[DivergenceDetector]:
+        return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
+
+    def _measures_noise(self) -> bool:
+        return self._whole_parameters and (self.values.in_logging_step or bool(self._due()))
+
+    def _show(self, result: StepResult) -> None:
+        """Let the detectors see penalty, loss, noise and gradient of a step that they check."""
+        detectors = self._due()
+        penalty = self.plan.penalty_at(self.trainer.global_step)
+        if penalty is not None and result.penalty is not None:
+            for detector in detectors:
+                detector.see_penalty(penalty.strength * penalty.every_n_steps * result.penalty, result.loss)
+        if not detectors or not self.plan.noise_scale or not self._whole_parameters:
+            return
+        # the noise that comes after the backward will be seen there
+        plain = result.total if result.noise is None else result.total - result.noise
+        self._gradient_norm = norm_of(self._trained.gradients(plain, retain_graph=True))
+        if result.noise is not None:
+            self._show_noise(self._trained.gradients(result.noise, retain_graph=True))
+
+    def _show_noise(self, gradients: list[Tensor | None]) -> None:
+        if self._gradient_norm is not None:
+            for detector in self._due():
+                detector.see_noise(norm_of(gradients), self._gradient_norm)
+        self._gradient_norm = None
+
+    def log_gradient_norm(self, optimizer: Optimizer) -> None:
+        """Log the norm of the gradients with which the optimizer will step (before clipping)."""
+        if not (self._acted or self.values.are_read):
+            return
+        norm = self._trained.norm_at(optimizer, anywhere=self.values.in_logging_step)
+        if norm is not None:
+            self.values.log({"grad_norm": norm}, always=True)
+
+    def inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the first step before anything is trained, leaving no trace."""
+        name = f"{type(self.module).__name__}{_REFUSED}"
+        batch = self.to_look_at(original, args, kwargs)
+        problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
+        before = fingerprints(self.module)
+        try:
+            with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
+                seen, found = inspect_step(batch.aside, self.plan.penalty is not None)
+                problems += compiled_problems(self.module, seen.sites, self.plan) + found
+                if not problems:
+                    self._check_rows(batch, seen.sites)
+        except SkippedError:
+            if problems:
+                raise all_at_once(problems, name) from None
+            return  # nothing to see in this batch; look at the next one
+        self._inspected = True
+        self.kinks = seen.kinks
+        self._copies = batch.modified
+        if not self.plan.untouched:
+            problems += changed_parameters(self.module, before)
+        if problems:
+            raise all_at_once(problems, name)
+        if seen.in_bfloat16:
+            self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
+
+    def _pairable(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, Pairable | None]:
+        """Find out, for every new shape of a batch, whether estimates on some rows can be had in the pass of the whole.
+
+        Returns:
+            What describes the batch, and what was found for such batches.
+        """
+        chosen = self.plan.in_one_pass
+        if chosen is None or chosen.batch_fraction is None or not self._whole_parameters or self._in_step_with_others:
+            return "", None
+        kind = signature(self.module, args[0], chosen.batch_dim)
+        if kind not in self.found and len(self.found) < _KINDS:
+            batch = self.to_look_at(original, args, kwargs)
+            around = attention_dropout(self.plan.attention)
+            with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
+                found = None if is_dormant() else find_pairable(batch, chosen.batch_fraction, chosen.batch_dim)
+            self.found[kind] = None if found is None else found.plain()
+        plain = self.found.get(kind)
+        return kind, None if plain is None else Pairable.of(plain)
+
+    def _warn_of_kinks(self) -> None:
+        estimation = self.plan.noise_of_finite_steps
+        if not self.kinks or estimation is None or estimation.step_size >= WIDE_STEP:
+            return
+        found = ", ".join(f"{name} ({count})" for name, count in self.kinks.items())
+        rank_zero_warn(
+            f"{type(self.module).__name__} has kinks behind its dropout: {found}. There the noise of "
+            f"ImplicitNoise(estimator='antithetic', step_size={estimation.step_size:g}) can be larger than xi_approx "
+            "(1.4 to 3.7 times in ReLU networks, with step_size=0.1 and drop probabilities from 0.5 down to 0.1). "
+            f"{REMEDY} `dropreg inspect` measures it on your model.",
+            category=KinkedNetworkWarning,
+        )
+
+    def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """Return a batch whose step has a loss, however the module optimizes, to run it aside."""
+        batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
+        if self.module.automatic_optimization:
+            return batch
+        return batch.instead(ManualStep(batch, self.trainer).rehearsed)
+
+    def _check_rows(self, batch: Batch, sites: Sequence[Site]) -> None:
+        """Refuse a loss for which some of the rows do not stand for all, and noise that they share."""
+        for dim in self.plan.row_dims:
+            halves = batch.halves(dim)
+            if halves is not None:
+                first, second, fraction = halves
+                check_mean_over_rows(batch.aside().item(), first().item(), second().item(), fraction)
+        chosen = self.plan.noise.estimation if self.plan.noise is not None else None
+        if chosen is not None and chosen.batch_fraction is not None:
+            on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
+            if fraction < 1:
+                check_masks_of_rows(sites, on_rows, chosen.mask)
+
+    def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # an overflow in half precision is the scaler's to skip
+        where = f"optimizer step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
+        check_finite({"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.aside, where)
+
+    def _values(self, result: StepResult) -> dict[str, Tensor]:
+        values = {"loss": result.loss.detach()}
+        if result.penalty is not None:
+            values["explicit_penalty"] = result.penalty.detach()
+        # one more backward, so only where somebody reads it
+        noise = result.noise if self._whole_parameters and self.values.in_logging_step else None
+        norm = None if noise is None else self._trained.norm_from(noise)
+        if norm is not None:
+            values["noise_norm"] = norm
+        return values
+
+
+def own_step(module: LightningModule) -> Callable[..., Any]:
+    """Return the module's ``training_step`` as its author wrote it, also while a session has wrapped it."""
+    original = getattr(module.training_step, "_dropreg_original", None)
+    return module.training_step if original is None else types.MethodType(original, module)
+
+
+def _function_of(method: Any) -> Callable[..., Any]:
+    """The plain function behind a bound method; what is no method is called without the module."""
+    if inspect.ismethod(method):
+        return method.__func__
+    return functools.wraps(method)(lambda _, *args, **kwargs: method(*args, **kwargs))

@@ -1,0 +1,96 @@
+"""What is logged under ``dropreg/``: values of single steps where somebody reads them, and means over epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_dropreg.session.epoch_means import EpochMeans
+
+__all__ = ["Values", "norm_of"]
+
+
+class Values:
+    """The values of one training run.
+
+    A step in which the regularizers act logs its values; one in which they do nothing must cost nothing either.
+
+    Args:
+        trainer: The trainer, which says when something is logged.
+        module: The module, which logs.
+        means: Names of the values whose means over epochs are wanted.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, means: Iterable[str]) -> None:
+        self.trainer = trainer
+        self.module = module
+        self._means = EpochMeans(means)
+        self._latest: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor], always: bool = False) -> None:
+        """Take the values of one step: for its log and for the means.
+
+        Args:
+            values: Scalars by name, without graphs.
+            always: See `log`.
+        """
+        self.log(values, always)
+        self._means.add(values)
+
+    def log(self, values: Mapping[str, Tensor], always: bool = False) -> None:
+        """Log the latest values where somebody reads them; one call of Lightning's ``log`` is a thousand of Python's.
+
+        A value that is not made in every step (a penalty with ``every_n_steps``) is logged as it was last.
+
+        Args:
+            values: Scalars by name, without graphs.
+            always: Log them now, whether read or not.
+        """
+        self._latest.update(values)
+        if not always and not self.are_read:
+            return
+        for name, value in self._latest.items():
+            self.module.log(f"dropreg/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+        self._latest.clear()
+
+    def log_means(self) -> None:
+        """Log the means of loss and penalty since the last call, whatever ``log_every_n_steps`` is."""
+        together = self.trainer.world_size > 1
+        for name, mean in self._means.take().items():
+            value = mean.to(self.module.device)
+            self.module.log(
+                f"dropreg/{name}_epoch", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=together
+            )
+
+    @property
+    def are_read(self) -> bool:
+        """Whether what is logged now is read: by the logger, or at the end of the epoch or the fit."""
+        trainer = self.trainer
+        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        return last or self.in_logging_step
+
+    @property
+    def in_logging_step(self) -> bool:
+        """Whether the logger writes this step down."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.trainer.global_step % every == every - 1 or self.trainer.global_step == 0)
+
+
+def norm_of(gradients: Iterable[Tensor | None]) -> Tensor:
+    """Return the norm of all gradients together, those that are None left out.
+
+    Args:
+        gradients: Of the parameters; sparse ones and those of FSDP2 too.
+
+    Returns:
+        A scalar.
+    """
+    tensors = [t.coalesce().values() if t.is_sparse else t for t in gradients if t is not None]
+    if not tensors:
+        return torch.zeros(())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,91 @@
+"""A plan in words: which passes run over a batch, and what is added to its loss."""
+
+from __future__ import annotations
+
+from lightning_dropreg.step.plan import Estimation, Plan
+
+__all__ = ["describe"]
+
+_PASSES = {
+    "antithetic": "2 forward passes, with site factors 1 + {0:g} r and 1 - {0:g} r",
+    "forward": "1 forward pass with dual numbers",
+    "double_backward": "1 forward pass, back-propagated to the sites and then again",
+    "exact": "1 forward pass, and a backward pass for every output",
+}
+_CURVATURES = {"loss_hessian": "R_approx", "identity": "R_approx with H = I/C", "loss_jacobian": "R_approx of (5.1)"}
+
+
+def describe(plan: Plan) -> list[str]:
+    """Say what a plan does with every batch.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        Sentences.
+
+    Example:
+        >>> from lightning_dropreg import ExplicitPenalty
+        >>> for sentence in describe(Plan(penalty=ExplicitPenalty(strength=2).penalty)):
+        ...     print(sentence)
+        Dropout drops nothing.
+        2 forward passes, with site factors 1 + 0.1 r and 1 - 0.1 r, for loss and penalty.
+        Back-propagated: loss + 2 R_approx.
+    """
+    if plan.untouched:
+        return ["Every step stays exactly as it is."]
+    sentences = [] if plan.attention == "site" else ["Dropout on attention probabilities is left out."]
+    terms = ["loss"]
+    if plan.k is not None:
+        how = "each differentiated before the next" if plan.low_memory else "one backward of all"
+        sentences.append(f"{plan.k} forward passes with fresh dropout masks (DROPOUT_{plan.k}), {how}.")
+        terms = [f"mean of the {plan.k} losses"]
+    else:
+        sentences.append("Dropout drops nothing.")
+        sentences += _passes(plan)
+    if plan.penalty is not None and plan.penalty.strength:
+        often = plan.penalty.every_n_steps
+        where = "" if often == 1 else f" (in every {often}th step; nothing in the others)"
+        terms.append(f"{plan.penalty.strength * often:g} {_CURVATURES[plan.penalty.curvature]}{where}")
+    if plan.noise_in_loss:
+        if plan.noise is not None and plan.k is not None and plan.noise.source == "taylor":
+            sentences.append(f"For the noise {_of(plan.noise.estimation)}.")
+        terms.append(f"{plan.noise_scale:.3g} {_noise(plan)}")
+    sentences.append(f"Back-propagated: {' + '.join(terms)}.")
+    if plan.noise_after_backward and plan.noise is not None:
+        draws = "2 more passes with dropout" if plan.noise.source == "dropout" else _of(plan.noise.estimation)
+        sentences.append(
+            f"After the backward: {draws}; the gradient of {plan.noise_scale:.3g} {_noise(plan)} is added."
+        )
+    return sentences
+
+
+def _passes(plan: Plan) -> list[str]:
+    """The passes without dropout of its own."""
+    wanted: dict[Estimation, list[str]] = {}
+    if plan.penalty is not None and plan.penalty.strength:
+        wanted[plan.penalty.estimation] = ["penalty"]
+    taylor = plan.noise is not None and plan.noise_in_loss and plan.noise.source == "taylor"
+    if plan.noise is not None and taylor:
+        wanted.setdefault(plan.noise.estimation, []).append("noise")
+    sentences, gives_loss = [], False
+    for estimation, results in wanted.items():
+        first = estimation.batch_fraction is None and not gives_loss
+        gives_loss = gives_loss or first
+        sentences.append(f"{_of(estimation)}, for {' and '.join([*['loss'] * first, *results])}.")
+    if not gives_loss:
+        sentences.insert(0, "1 forward pass, for the loss.")
+    if plan.noise is not None and plan.noise_in_loss and not taylor:
+        sentences.append("2 forward passes with dropout, for the noise.")
+    return sentences
+
+
+def _of(estimation: Estimation) -> str:
+    passes = _PASSES[estimation.estimator].format(estimation.step_size)
+    fraction = estimation.batch_fraction
+    return passes if fraction is None else f"{passes} over a random {fraction:.0%} of the rows"
+
+
+def _noise(plan: Plan) -> str:
+    source = plan.noise.source if plan.noise is not None else ""
+    return "s (whose gradient is xi_approx)" if source == "taylor" else "(loss_1 - loss_2) of two draws of dropout"

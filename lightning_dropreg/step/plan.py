@@ -1,0 +1,265 @@
+"""Which passes a batch needs, and how their results become one loss or one extra gradient.
+
+| settings                        | gradient                                                               |
+|---------------------------------|------------------------------------------------------------------------|
+| ``k``                           | ``DROPOUT_k``, Algorithm 1                                             |
+| ``k``, noise from ``"dropout"`` | section 3.1: ``+ sqrt(1/2 (1 - 1/k)) (grad l(eta_1) - grad l(eta_2))`` |
+| ``k``, noise from ``"taylor"``  | Algorithm 4: ``+ sqrt(1 - 1/k) xi_approx``                             |
+| noise alone                     | loss without dropout, ``+ xi_approx`` (or the true noise over sqrt 2)  |
+| penalty                         | ``R_approx`` or an ablation of it, dropout off                         |
+| penalty and noise               | Algorithm 2: dropout replaced altogether                               |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_dropreg.interception.handlers.attention import attention_dropout
+from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.passes import Drop, draws_of_dropout, run_pass
+from lightning_dropreg.passes.gradients import GradientSum, backpropagate, leaves_of
+from lightning_dropreg.step.runner import BatchRunner, StepResult
+from lightning_dropreg.step.settings import Estimation, NoiseSettings, PenaltySettings
+from lightning_dropreg.step.share import Share, clean
+
+__all__ = ["BatchRunner", "Estimation", "NoiseSettings", "PenaltySettings", "Plan", "StepResult"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with every batch.
+
+    Attributes:
+        k: Number of dropout draws, or None for no dropout.
+        penalty: The penalty, or None.
+        noise: The noise, or None.
+        low_memory: Whether each of the k draws is differentiated before the next one is made.
+        attention: What becomes of dropout on attention probabilities: ``"site"`` or ``"ignore"``.
+        antithetic: Whether the draws come in antithetic pairs.
+    """
+
+    k: int | None = None
+    penalty: PenaltySettings | None = None
+    noise: NoiseSettings | None = None
+    low_memory: bool = True
+    attention: str = "site"
+    antithetic: bool = False
+
+    def penalty_at(self, step: int) -> PenaltySettings | None:
+        """Return the penalty if it acts in optimizer step `step`."""
+        if self.penalty is None or self.penalty.strength == 0 or step % self.penalty.every_n_steps:
+            return None
+        return self.penalty
+
+    @property
+    def noise_scale(self) -> float:
+        """Factor of the noise scalar; 0 without noise."""
+        if self.noise is None:
+            return 0.0
+        missing = 1.0 if self.k is None else 1.0 - 1.0 / self.k  # of the covariance of DROPOUT_1
+        spread = 0.5 if self.noise.source == "dropout" else 1.0  # a difference of two draws has twice the covariance
+        return self.noise.strength * math.sqrt(spread * missing)
+
+    @property
+    def noise_in_loss(self) -> bool:
+        """Whether the noise enters by the loss (``injection="auto"``: where that is the cheaper way)."""
+        if self.noise is None or self.noise_scale == 0:
+            return False
+        if self.noise.injection != "auto":
+            return self.noise.injection == "loss"
+        if self.noise.source == "dropout":
+            return self.k is not None  # the draws are there already
+        if self.k is not None:
+            return False  # passes of its own: cheaper in memory once the main graph is gone
+        if self.penalty is not None:
+            return self.noise.estimation == self.penalty.estimation  # the penalty's passes carry it
+        return self.noise.estimation.batch_fraction is None  # its own passes give the loss too
+
+    @property
+    def noise_of_finite_steps(self) -> Estimation | None:
+        """How the noise is estimated, if that is by a finite step, which kinks of the network disturb."""
+        if self.noise is None or not self.noise_scale or self.noise.source != "taylor":
+            return None
+        return self.noise.estimation if self.noise.estimation.estimator == "antithetic" else None
+
+    @property
+    def noise_after_backward(self) -> bool:
+        """Whether the noise is added to the gradients after the backward pass."""
+        return self.noise_scale != 0 and not self.noise_in_loss
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the plan leaves every step exactly as it is."""
+        if self.k == 1:
+            return self.attention == "site"
+        return self.k is None and self.penalty is None and self.noise is None
+
+    def only_drops_nothing(self, step: int) -> bool:
+        """Whether optimizer step `step` is one pass without dropout and nothing else."""
+        return self.k is None and not self.noise_scale and self.penalty_at(step) is None
+
+    @property
+    def row_dims(self) -> set[int]:
+        """Dimensions along which something is estimated on some of the batch's rows."""
+        return {e.batch_dim for e in self._estimations() if e.batch_fraction is not None}
+
+    @property
+    def in_one_pass(self) -> Estimation | None:
+        """How everything is estimated, if that is on some rows and may be done in the pass that gives the loss."""
+        shares = [] if self.k is not None else self._shares(0)
+        return shares[0].estimation if len(shares) == 1 and shares[0].may_be_one_pass else None
+
+    @property
+    def estimators(self) -> set[str]:
+        """Names of the estimators that the plan uses."""
+        return {e.estimator for e in self._estimations()}
+
+    def with_step_size(self, change: Callable[[float], float]) -> Plan:
+        """Return the plan with all step sizes changed by `change`."""
+        penalty, noise = self.penalty, self.noise
+        if penalty is not None:
+            wider = replace(penalty.estimation, step_size=change(penalty.estimation.step_size))
+            penalty = replace(penalty, estimation=wider)
+        if noise is not None:
+            wider = replace(noise.estimation, step_size=change(noise.estimation.step_size))
+            noise = replace(noise, estimation=wider)
+        return replace(self, penalty=penalty, noise=noise)
+
+    def _estimations(self) -> list[Estimation]:
+        found = [] if self.penalty is None else [self.penalty.estimation]
+        if self.noise is not None and self.noise.source == "taylor":
+            found.append(self.noise.estimation)
+        return found
+
+    def run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool = False) -> StepResult:
+        """Run the passes of one batch up to the backward.
+
+        Args:
+            runner: Runs the user's step.
+            key: Seed of the batch's noise.
+            step: Number of the optimizer step.
+            measure_noise: Whether the gradient of the noise alone is wanted, too.
+
+        Returns:
+            Total loss and its parts.
+        """
+        with attention_dropout(self.attention):
+            return self._run(runner, key, step, measure_noise)
+
+    def _run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool) -> StepResult:
+        if self.k is not None:
+            return self._dropout_k(runner, key, self.k, measure_noise)
+        shares = self._shares(step)
+        result = shares[0].in_one_pass(runner, key, measure_noise) if len(shares) == 1 else None
+        for share in shares if result is None else ():
+            part = share.carry_out(runner, key, measure_noise)
+            if result is None and not share.has_loss:
+                result = clean(runner)
+            result = part if result is None else result.plus(part)
+        result = clean(runner) if result is None else result
+        if self.noise_in_loss and self.noise is not None and self.noise.source == "dropout":
+            noise = self.noise_scale * self._difference(runner, key)
+            result = result.plus(StepResult(noise, result.loss, noise=noise))
+        return result
+
+    def extra(self, runner: BatchRunner, key: int) -> Tensor:
+        """Run the passes of the noise that is added after the backward.
+
+        Args:
+            runner: Runs the user's step.
+            key: Seed of the batch's noise, the one given to `run`.
+
+        Returns:
+            The scaled scalar whose gradient is to be added.
+        """
+        assert self.noise is not None
+        with attention_dropout(self.attention):
+            if self.noise.source == "dropout":
+                return self.noise_scale * self._difference(runner, key)
+            return Share(self.noise.estimation, noise=self.noise_scale).carry_out(runner, key, False).total
+
+    def _shares(self, step: int) -> list[Share]:
+        """Sort out which passes bring what; penalty and noise with equal settings come from the same ones."""
+        shares: list[Share] = []
+        penalty, noise = self.penalty_at(step), self.noise
+        if noise is not None and (noise.source == "dropout" or not self.noise_scale):
+            noise = None
+        if penalty is not None:
+            strength = penalty.strength * penalty.every_n_steps
+            share = Share(penalty.estimation, penalty.curvature, penalty=strength)
+            if noise is not None and noise.estimation == penalty.estimation:
+                if self.noise_in_loss:
+                    share = replace(share, noise=self.noise_scale)
+                elif not noise.estimation.low_memory:
+                    share = replace(share, later=self.noise_scale)
+                noise = None
+            shares.append(share)
+        if noise is not None and self.noise_in_loss:
+            shares.append(Share(noise.estimation, noise=self.noise_scale))
+        # the first estimate on the whole batch gives the loss as well
+        shares.sort(key=lambda share: share.estimation.batch_fraction is not None)
+        if shares and shares[0].estimation.batch_fraction is None:
+            shares[0] = replace(shares[0], has_loss=True)
+        return shares
+
+    def _dropout_k(self, runner: BatchRunner, key: int, k: int, measure_noise: bool) -> StepResult:
+        # Section 3.1 with two of the k draws instead of two more. Adding a(g1 - g2) to the mean (1/k) sum g_j changes
+        # the sum of squared coefficients, 1/k, by 2 a^2 and by a cross term 2a/k - 2a/k = 0: the covariance is that of
+        # two more.
+        correction = self.noise if self.noise_in_loss else None
+        reused = [1, -1] if correction is not None and correction.source == "dropout" else []
+        total, difference = _Sum(), _Sum()
+        values = []
+        for j, rule in enumerate(draws_of_dropout(key, k, self.antithetic)):
+            done = run_pass(runner.whole, rule)
+            if self.low_memory and runner.releases and not done.reads_gradients:
+                runner.drop_stale_gradients()
+            draw = done.loss.reshape(())
+            del done
+            coefficient = self.noise_scale * reused[j] if j < len(reused) else 0.0
+            parts = [(total, 1 / k + coefficient)]
+            if coefficient and measure_noise:
+                parts.append((difference, coefficient))
+            elif coefficient:
+                difference.add(draw.detach(), coefficient)  # just a number to be looked at
+            self._add(runner, draw, parts)
+            values.append(draw.detach())
+        loss = torch.stack(values).mean()
+        if correction is None or reused:
+            return StepResult(total.scalar(), loss, noise=difference.scalar() if reused else None)
+        noise = self.extra(runner, key)
+        return StepResult(total.scalar() + noise, loss, noise=noise)
+
+    def _add(self, runner: BatchRunner, draw: Tensor, parts: Sequence[tuple[_Sum, float]]) -> None:
+        """Add one draw to sums; it is differentiated and its graph freed, if that is wanted and possible."""
+        leaves = leaves_of(draw) if self.low_memory and runner.releases else None
+        if leaves is not None:
+            backpropagate(draw, leaves, [(part.released, weight) for part, weight in parts], runner.scaler)
+            return
+        for part, weight in parts:
+            part.add(draw, weight)
+
+    def _difference(self, runner: BatchRunner, key: int) -> Tensor:
+        """Difference of the losses of two draws of dropout, the first two of `_dropout_k`."""
+        first, second = (run_pass(runner.aside, Drop(fold_key(key, j))).loss for j in range(2))
+        return first - second
+
+
+class _Sum:
+    """A weighted sum of scalars, of some of which (`released`) only values and gradients are left."""
+
+    def __init__(self) -> None:
+        self._alive: list[Tensor] = []
+        self.released = GradientSum()
+
+    def add(self, value: Tensor, weight: float) -> None:
+        self._alive.append(weight * value)
+
+    def scalar(self) -> Tensor:
+        parts = [*self._alive, self.released.scalar()] if self.released else self._alive
+        return torch.stack(parts).sum()

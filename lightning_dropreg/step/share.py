@@ -1,0 +1,161 @@
+"""One set of passes over a batch: what it estimates, and with which weights that goes into the step's total."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic_in_turn, one_pass
+from lightning_dropreg.estimators.layout import RowsNotFoundError
+from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.passes import Off, run_pass
+from lightning_dropreg.step.runner import BatchRunner, StepResult
+from lightning_dropreg.step.settings import Estimation
+
+__all__ = ["Share", "clean"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One set of passes and the weights with which its results go into the total; 0 for what it does not bring."""
+
+    estimation: Estimation
+    curvature: str | None = None
+    penalty: float = 0.0
+    noise: float = 0.0
+    later: float = 0.0
+    has_loss: bool = False
+
+    def carry_out(self, runner: BatchRunner, key: int, measure_noise: bool) -> StepResult:
+        """Run the passes.
+
+        Args:
+            runner: Runs the user's step.
+            key: Seed of the batch's noise.
+            measure_noise: Whether the gradient of the noise alone is wanted, too.
+
+        Returns:
+            This share's part of the total, and the values in it.
+        """
+        closure, fraction = runner.whole if self.has_loss else runner.aside, 1.0
+        chosen = self.estimation
+        if chosen.batch_fraction is not None:  # estimates of penalty and noise alone, on these rows
+            closure, fraction = runner.rows(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
+        spread = self._spread(fraction)
+
+        def weigh(estimate: Estimate) -> list[Tensor]:
+            return self._weigh(estimate, fraction, measure_noise)
+
+        if chosen.low_memory and runner.releases:
+            estimate, scalars = antithetic_in_turn(
+                closure,
+                closure if chosen.batch_fraction is not None else runner.aside,
+                weigh,
+                curvature=self.curvature,
+                noise=spread != 0,
+                step_size=chosen.step_size,
+                mask=chosen.mask,
+                key=key,
+                scaler=runner.scaler,
+                drop_stale_gradients=runner.drop_stale_gradients,
+            )
+        else:
+            estimate = ESTIMATORS[chosen.estimator](
+                closure,
+                curvature=self.curvature,
+                noise=spread != 0,
+                step_size=chosen.step_size,
+                mask=chosen.mask,
+                key=key,
+            )
+            scalars = weigh(estimate)
+        return self._result(estimate, scalars, fraction)
+
+    @property
+    def may_be_one_pass(self) -> bool:
+        """Whether `in_one_pass` may be tried."""
+        chosen = self.estimation
+        return chosen.batch_fraction is not None and chosen.estimator == "antithetic" and not chosen.low_memory
+
+    def in_one_pass(self, runner: BatchRunner, key: int, measure_noise: bool) -> StepResult | None:
+        """Do the same together with the loss, in one pass over the batch with some rows twice; None if that is no way.
+
+        It takes ``1 + f`` times what the loss alone takes, if ``f`` is the fraction of the rows.
+
+        Args:
+            runner: Runs the user's step.
+            key: Seed of the batch's noise.
+            measure_noise: Whether the gradient of the noise alone is wanted, too.
+
+        Returns:
+            The loss, this share's part of the total, and the values in it.
+        """
+        chosen = self.estimation
+        if not self.may_be_one_pass or chosen.batch_fraction is None:
+            return None
+        found = runner.paired(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
+        if found is None:
+            return None
+        closure, layout, pairs = found
+        returned: list[Tensor] = []
+
+        def keeping() -> Tensor:
+            returned.append(closure())
+            return returned[0]
+
+        try:
+            estimate = one_pass(
+                keeping,
+                layout,
+                pairs,
+                curvature=self.curvature,
+                noise=bool(self.noise or self.later),
+                step_size=chosen.step_size,
+                mask=chosen.mask,
+                key=key,
+            )
+        except RowsNotFoundError:
+            runner.forget()
+            return None
+        runner.counts_as(returned[0], estimate.loss)
+        share = replace(self, has_loss=True)
+        return share._result(estimate, share._weigh(estimate, pairs.fraction, measure_noise), pairs.fraction)
+
+    def _spread(self, fraction: float) -> float:
+        # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all
+        return math.sqrt(fraction) * (self.noise or self.later)
+
+    def _weigh(self, estimate: Estimate, fraction: float, measure_noise: bool) -> list[Tensor]:
+        """The scalar to differentiate, and the noise alone if that is to be measured."""
+        scalars = [estimate.loss] if self.has_loss else []
+        if estimate.penalty is not None:
+            scalars.append(self.penalty * estimate.penalty)
+        if estimate.noise is not None and self.noise:
+            scalars.append(self._spread(fraction) * estimate.noise)
+        total = sum(scalars[1:], scalars[0])
+        return (
+            [total] if estimate.noise is None or not measure_noise else [total, self._spread(fraction) * estimate.noise]
+        )
+
+    def _result(self, estimate: Estimate, scalars: list[Tensor], fraction: float) -> StepResult:
+        noise = None if estimate.noise is None else self._spread(fraction) * estimate.noise
+        if len(scalars) > 1:
+            noise = scalars[1]
+        return StepResult(
+            scalars[0], estimate.loss, estimate.penalty, noise if self.noise else None, noise if self.later else None
+        )
+
+
+def clean(runner: BatchRunner) -> StepResult:
+    """Run the step once, without dropout and without estimating anything.
+
+    Args:
+        runner: Runs the user's step.
+
+    Returns:
+        The loss.
+    """
+    loss = run_pass(runner.whole, Off()).loss
+    return StepResult(loss, loss)

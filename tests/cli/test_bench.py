@@ -1,0 +1,59 @@
+"""``dropreg bench`` on small models."""
+
+from pathlib import Path
+
+from test_cli import BRIEF, CONFIGS, QUICKSTART, elsewhere, printed_json  # noqa: F401  (a fixture)
+
+from lightning_dropreg.cli import main
+from lightning_dropreg.cli.bench import METHODS
+
+
+def test_bench_measures_every_method(capsys):
+    brief = ["--repeats=2", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
+    assert main(["bench", "--config", QUICKSTART, *brief, "--json"]) == 0
+    report = printed_json(capsys)
+    costs = {cost["method"]: cost for cost in report["costs"]}
+    assert list(costs) == list(METHODS)
+    assert all(len(ms) == 2 for cost in costs.values() for ms in cost["rounds"])
+    assert all(cost["ratio_to_dropout"] > 0 and not cost["problem"] for cost in costs.values())
+    assert {"cpu", "cores", "torch", "lightning"} <= report["machine"].keys()
+    passes = {name: (cost["forwards"], cost["backwards"]) for name, cost in costs.items()}
+    assert passes["dropout"] == passes["R_approx, every 4 steps"] == (1, 1)
+    assert passes["Algorithm 2"] == passes["R_approx"] == (2, 2)
+    assert passes["Algorithm 2, after_backward"] == (2, 4)
+    assert passes["Algorithm 2, low_memory"] == (3, 2)
+    assert passes["MiniBatchDropout(k=16)"] == (16, 16)
+
+
+def test_bench_measures_memory_and_some_methods(capsys):
+    brief = ["--repeats=1", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
+    methods = '--methods=["Algorithm 2"]'
+    assert main(["bench", "--config", QUICKSTART, *brief, methods, "--memory"]) == 0
+    out = capsys.readouterr().out
+    assert "MiB" in out
+    assert "Algorithm 2" in out
+    assert "R_approx" not in out
+    assert main(["bench", "--config", QUICKSTART, "--methods=[magic]"]) == 1
+    assert "magic" in capsys.readouterr().err
+
+
+def test_bench_measures_a_module_with_a_mixin_without_it(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("mixed.py").write_text(
+        "from lightning_dropreg import ExplicitPenaltyMixin\n"
+        "from lightning_dropreg.paper.models import LSTMLanguageModel\n\n"
+        "class Mixed(ExplicitPenaltyMixin, LSTMLanguageModel):\n    pass\n"
+    )
+    Path("mixed.yaml").write_text(f"base: {CONFIGS / 'quickstart_dropout.yaml'}\nmodel:\n  class_path: mixed.Mixed\n")
+    brief = ["--repeats=1", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
+    methods = '--methods=["R_approx", "MiniBatchDropout(k=4)", "as configured"]'
+    assert main(["bench", "--config", "mixed.yaml", *brief, methods, "--json"]) == 0
+    costs = {cost["method"]: cost for cost in printed_json(capsys)["costs"]}
+    assert not any(cost["problem"] for cost in costs.values())
+    forwards = {name: cost["forwards"] for name, cost in costs.items()}
+    assert forwards == {"dropout": 1, "R_approx": 2, "MiniBatchDropout(k=4)": 4, "as configured": 2}
+
+
+def test_bench_needs_enough_batches(capsys):
+    assert main(["bench", "--config", QUICKSTART, "--steps=1000"]) == 1
+    assert "lower --steps" in capsys.readouterr().err
