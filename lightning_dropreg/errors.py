@@ -16,6 +16,7 @@ __all__ = [
     "MissingDependencyError",
     "NoDropoutSiteError",
     "NonFinitePenaltyError",
+    "NotRepeatableError",
     "UnreadableTextError",
     "UnsupportedModuleError",
     "UnsupportedOperationError",
@@ -50,6 +51,10 @@ class UnsupportedOperationError(DropregError):
 
 class InconsistentPassesError(DropregError):
     """Two passes over one batch did not do the same thing, so they cannot be compared."""
+
+
+class NotRepeatableError(InconsistentPassesError):
+    """The step does something else when it is called again with the same batch and from the same state."""
 
 
 class NonFinitePenaltyError(DropregError):

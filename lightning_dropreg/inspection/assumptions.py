@@ -1,0 +1,308 @@
+"""What the mathematics takes for granted about a user's step: every assumption by name, with how it is measured.
+
+This is the one place where assumptions live. A method states what it assumes by a line in `METHODS`; what measures an
+assumption gives a `Measured` with its name; ``docs/guarantees.md`` shows the table (``python -m
+lightning_dropreg.inspection.assumptions docs/guarantees.md`` writes it there) and ``dropreg inspect`` the figures.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_dropreg.errors import DropregError, InvalidArgumentError
+
+__all__ = ["ASSUMPTIONS", "METHODS", "Assumption", "Measured", "assumed_by", "is_due", "table"]
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """Something that a method takes for granted about a step, and what is done where it is not so.
+
+    Attributes:
+        name: How code, documentation and messages call it.
+        statement: What is assumed, as a sentence that is true or false of a step.
+        measured: How that is found out on the user's own step, and when.
+        right: Where it does not hold by itself and the right value is had nevertheless: how. Empty if never.
+        fallback: What safe way is taken instead, with or without a warning. Empty if none.
+        error: What is refused, and by which error of `lightning_dropreg.errors`. Empty if nothing.
+    """
+
+    name: str
+    statement: str
+    measured: str
+    right: str = ""
+    fallback: str = ""
+    error: str = ""
+
+    @property
+    def follows(self) -> str:
+        """What follows where it does not hold, in one text."""
+        answers = (("Right value", self.right), ("Fallback", self.fallback), ("Error", self.error))
+        return " ".join(f"{answer}: {text}" for answer, text in answers if text)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that rely on it."""
+        return tuple(method for method, names in METHODS.items() if self.name in names)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found when an assumption was measured on a step.
+
+    Attributes:
+        name: Of the assumption.
+        value: The figure, such as a relative difference; None where the answer is yes or no.
+        tolerance: Up to what figure the assumption counts as held; None without a figure.
+        outcome: ``"holds"``, ``"right value"`` (put right), ``"fallback"``, ``"warning"`` or ``"error"``.
+        note: What was compared, and what was found, in words.
+        problem: What to raise before training, if the outcome is ``"error"``.
+    """
+
+    name: str
+    value: float | None = None
+    tolerance: float | None = None
+    outcome: str = "holds"
+    note: str = ""
+    problem: DropregError | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse names that are not in the table, so that nothing is measured that nobody can look up.
+
+        Raises:
+            InvalidArgumentError: If `name` or `outcome` is unknown.
+        """
+        if self.name not in ASSUMPTIONS:
+            raise InvalidArgumentError(f"{self.name!r} is no assumption; add it to ASSUMPTIONS.")
+        if self.outcome not in _OUTCOMES:
+            raise InvalidArgumentError(f"outcome={self.outcome!r} is unknown; choose one of {', '.join(_OUTCOMES)}.")
+
+    def plain(self) -> dict[str, object]:
+        """Return it as plain values, for JSON."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "tolerance": self.tolerance,
+            "outcome": self.outcome,
+            "note": self.note or (str(self.problem) if self.problem is not None else ""),
+        }
+
+
+_OUTCOMES = ("holds", "right value", "fallback", "warning", "error")
+
+_TABLE = (
+    # ------------------------------------------------------------------ the step
+    Assumption(
+        "repeatable",
+        "The step does the same thing when it is called again with the same batch and the same state.",
+        "Run twice without dropout from the same state, before training and at steps 1, 2, 4, 8, …: loss, elements of "
+        "the losses, sites, hooks and state are compared.",
+        right="Random generators of the step's own (torch, numpy, Python) that can be found are put back, like the "
+        "global ones.",
+        error="`NotRepeatableError` names what differs and the objects that may have moved on.",
+    ),
+    Assumption(
+        "whole_batch",
+        "The batch is whole again in the next pass.",
+        "Every pass gets containers of its own; versions of their tensors and contents of their arrays are compared "
+        "after the first.",
+        right="Where the step changes tensors in place, every pass gets tensors of its own, too.",
+        error="`NotRepeatableError` where an object cannot be copied and the step changes it.",
+    ),
+    Assumption(
+        "state_put_back",
+        "The whole state of the module, hooks and parametrizations included, is what it was when the next pass starts.",
+        "Compared with the run that `repeatable` makes.",
+        right="Buffers, attributes, hooks and modules are put back after every pass; what is left is the state of one "
+        "run, or the mean over an antithetic pair.",
+        error="`NotRepeatableError` names what keeps changing.",
+    ),
+    Assumption(
+        "fixed_parameters",
+        "The step leaves parameters alone.",
+        "Versions, places and norms of all parameters, before and after the first step.",
+        error="`UnsupportedModuleError` names the parameters.",
+    ),
+    Assumption(
+        "logged_once",
+        "What the step logs counts once for a batch, and can be read back within the step.",
+        "By construction: calls of `self.log` are held back and replayed as a mean.",
+        right="Values that the step reads back are those that it logged.",
+    ),
+    Assumption(
+        "known_dropout",
+        "Everything random in the step that acts as dropout is known as dropout.",
+        "States of torch's, numpy's and Python's global generators around every operation of the first step.",
+        fallback="A warning names what draws and where; it stays as it is and is the same in passes that are compared.",
+    ),
+    Assumption(
+        "reached_site",
+        "The step reaches a dropout.",
+        "Counted in the first step.",
+        error="`NoDropoutSiteError`.",
+    ),
+    # ------------------------------------------------------------------ loss and derivative
+    Assumption(
+        "recognized_loss",
+        "All of the loss that depends on dropout goes through loss functions whose curvature is known.",
+        "The autograd graph from the returned loss to the sites, in every pass that records losses.",
+        error="`LossNotRecognizedError` names the site and the losses.",
+    ),
+    Assumption(
+        "derivative_is_of_the_function",
+        "The derivative that autograd gives at a site is that of the function that is computed.",
+        "Each site's tangent against a finite step, once before training.",
+        error="`UnsupportedOperationError` names the site and the reason.",
+    ),
+    Assumption(
+        "fixed_target",
+        "What the loss compares the output with does not depend on dropout.",
+        "Targets of the losses with and without a step at the sites, before training.",
+        error="`LossNotRecognizedError`.",
+    ),
+    Assumption(
+        "smooth",
+        "The network has no kinks behind its dropout.",
+        "The autograd graph of the first step; `dropreg inspect` measures the noise against `xi_approx`.",
+        fallback="`KinkedNetworkWarning` names the kinks and the remedy.",
+    ),
+    Assumption(
+        "finite",
+        "Loss, penalty and noise are finite.",
+        "In every step on a CPU; on CUDA by `DivergenceDetector`.",
+        error="`NonFinitePenaltyError` names step and site.",
+    ),
+    # ------------------------------------------------------------------ rows
+    Assumption(
+        "rows_found",
+        "The rows of the batch can be told apart and taken one by one.",
+        "The batch's containers, and a run on some of the rows before training.",
+        error="`UnsupportedModuleError`.",
+    ),
+    Assumption(
+        "independent_rows",
+        "A row's output does not depend on the other rows.",
+        "Without dropout: the mean over two disjoint parts, weighted by what their elements count, against the whole.",
+        error="`UnsupportedModuleError`.",
+    ),
+    Assumption(
+        "mean_over_rows",
+        "The loss is the (weighted) mean over the rows.",
+        "The same comparison.",
+        error="`UnsupportedModuleError`.",
+    ),
+    Assumption(
+        "own_masks",
+        "Rows do not share masks.",
+        "The shapes of the masks on the whole batch and on some of its rows.",
+        error="`UnsupportedSiteError` names the sites.",
+    ),
+    Assumption(
+        "pairable",
+        "With some rows in the batch twice, loss, state, logs and output stay the same.",
+        "Tried for every new shape of a batch.",
+        fallback="Drawn rows get passes of their own.",
+    ),
+)
+
+ASSUMPTIONS: Mapping[str, Assumption] = {assumption.name: assumption for assumption in _TABLE}
+"""All assumptions by name."""
+
+_SEVERAL_RUNS = ("repeatable", "whole_batch", "state_put_back", "fixed_parameters", "logged_once", "reached_site")
+_TAYLOR = (*_SEVERAL_RUNS, "known_dropout", "finite")
+_DERIVATIVES = ("derivative_is_of_the_function",)
+_ROWS = ("rows_found", "independent_rows", "mean_over_rows")
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "ExplicitPenalty": (*_TAYLOR, "recognized_loss", "fixed_target"),
+    "ImplicitNoise": (*_TAYLOR, "fixed_target"),
+    "MiniBatchDropout": _SEVERAL_RUNS,
+    "DropoutDiagnostics": (*_TAYLOR, "recognized_loss", "fixed_target"),
+    "MonteCarloDropout": ("whole_batch", "state_put_back"),
+    "estimator antithetic": ("smooth",),
+    "estimator forward": _DERIVATIVES,
+    "estimator double_backward": _DERIVATIVES,
+    "estimator exact": _DERIVATIVES,
+    "batch_fraction": (*_ROWS, "own_masks"),
+    "batch_fraction in one pass": (*_ROWS, "own_masks", "pairable"),
+}
+"""What every method relies on. A new method states what it assumes by a line here."""
+
+
+def assumed_by(methods: Iterable[str]) -> list[Assumption]:
+    """Return what some methods together assume, in the order of the table.
+
+    Args:
+        methods: Names in `METHODS`.
+
+    Returns:
+        The assumptions.
+
+    Raises:
+        InvalidArgumentError: If a method is unknown.
+
+    Example:
+        >>> [each.name for each in assumed_by(["estimator antithetic"])]
+        ['smooth']
+    """
+    wanted: set[str] = set()
+    for method in methods:
+        if method not in METHODS:
+            raise InvalidArgumentError(f"{method!r} is no method; choose from {', '.join(METHODS)}.")
+        wanted.update(METHODS[method])
+    return [assumption for name, assumption in ASSUMPTIONS.items() if name in wanted]
+
+
+def is_due(step: int) -> bool:
+    """Whether what was measured before training is measured again: at steps 1, 2, 4, 8, ….
+
+    Args:
+        step: Number of the optimizer step, from 0; at 0 everything was measured just now.
+
+    Returns:
+        Whether it is a power of two.
+
+    Example:
+        >>> [step for step in range(20) if is_due(step)]
+        [1, 2, 4, 8, 16]
+    """
+    return step > 0 and step & (step - 1) == 0
+
+
+def table() -> str:
+    """Return the table of all assumptions in Markdown, as it stands in ``docs/guarantees.md``."""
+    head = "| assumption | statement | how it is measured | where it does not hold | who relies on it |"
+    rows = [
+        f"| `{each.name}` | {each.statement} | {each.measured} | {each.follows} | {', '.join(each.methods)} |"
+        for each in ASSUMPTIONS.values()
+    ]
+    return "\n".join([head, "|---|---|---|---|---|", *rows])
+
+
+_BEGIN, _END = "<!-- assumptions: begin -->", "<!-- assumptions: end -->"
+
+
+def with_table(page: str) -> str:
+    """Return a page with the table between its two marks brought up to date.
+
+    Args:
+        page: Markdown with the marks in it.
+
+    Returns:
+        The page.
+
+    Raises:
+        InvalidArgumentError: If the marks are not there.
+    """
+    if _BEGIN not in page or _END not in page:
+        raise InvalidArgumentError(f"The page has no marks {_BEGIN} and {_END} around a table.")
+    before, rest = page.split(_BEGIN, 1)
+    return f"{before}{_BEGIN}\n{table()}\n{_END}{rest.split(_END, 1)[1]}"
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.write_text(with_table(target.read_text()))
