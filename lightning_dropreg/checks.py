@@ -12,6 +12,7 @@ from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = [
     "below_floor",
+    "check_count",
     "check_flags",
     "check_instance",
     "check_integer",
@@ -58,6 +59,16 @@ def check_integer(name: str, value: object) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidArgumentError(f"{name}={value!r} must be an integer.")
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> None:
+    """Refuse what is not an integer of at least `minimum`.
+
+    Raises:
+        InvalidArgumentError: If it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise InvalidArgumentError(f"{name}={value!r} must be an integer of at least {minimum}.")
 
 
 def check_path(name: str, value: object) -> Path:

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import check_instance, is_one_of
+from lightning_dropreg.checks import check_count, check_instance, is_one_of
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic
 from lightning_dropreg.estimators.curvature import CURVATURES
@@ -261,16 +261,6 @@ def draw_key(generator: torch.Generator | None) -> int:
     """Draw the seed of one batch's noise from `generator` (the global one if None)."""
     device = generator.device if generator is not None else "cpu"
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
-
-
-def check_count(name: str, value: object, minimum: int = 1) -> None:
-    """Refuse what is not an integer of at least `minimum`.
-
-    Raises:
-        InvalidArgumentError: If it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise InvalidArgumentError(f"{name}={value!r} must be an integer of at least {minimum}.")
 
 
 def check_draws(k: object, antithetic: object) -> None:

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_dropreg.checks import check_count
 from lightning_dropreg.errors import DivergenceError, InvalidArgumentError, UnsupportedModuleError
-from lightning_dropreg.functional import check_count
 
 __all__ = ["DivergenceDetector"]
 

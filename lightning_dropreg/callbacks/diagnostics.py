@@ -16,7 +16,7 @@ from rich import get_console
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_dropreg.checks import check_flags, check_path
+from lightning_dropreg.checks import check_count, check_flags, check_path
 from lightning_dropreg.diagnostics import (
     Diagnosis,
     measure_effect,
@@ -33,7 +33,6 @@ from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
 from lightning_dropreg.diagnostics.statistics import check_confidence
 from lightning_dropreg.diagnostics.storage import from_plain, to_plain
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
-from lightning_dropreg.functional import check_count
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.session.configured import configured
 from lightning_dropreg.session.logs import LogCollector

@@ -9,8 +9,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
+from lightning_dropreg.checks import check_count
 from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError
-from lightning_dropreg.functional import check_count
 
 __all__ = ["DropProbSchedule", "drop_prob_attributes"]
 
@@ -97,6 +97,8 @@ class DropProbSchedule(Callback):
         >>> [schedule.factor(t) for t in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
     """
+
+    drops_later = True
 
     def __init__(
         self,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.estimators.curvature import CURVATURES
-from lightning_dropreg.functional import check_count
+from lightning_dropreg.checks import check_count
+from lightning_dropreg.functional import check_curvature
 from lightning_dropreg.session.base import RegularizerCallback, check_flag, check_strength, estimation
 from lightning_dropreg.step.plan import PenaltySettings
 
@@ -73,8 +72,7 @@ class ExplicitPenalty(RegularizerCallback):
         super().__init__(attention)
         check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
         self.accept_checkpoint_settings = accept_checkpoint_settings
-        if curvature not in CURVATURES:
-            raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
+        check_curvature(curvature)
         check_count("every_n_steps", every_n_steps)
         self.penalty = PenaltySettings(
             strength=check_strength(strength),

@@ -12,9 +12,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dropreg.checks import check_integer
+from lightning_dropreg.checks import check_count, check_integer
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.functional import check_count
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.uncertainty import LIKELIHOODS, draw_predictions, first_order_variance, moments
 from lightning_dropreg.uncertainty.mode import check_training

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from lightning_dropreg.checks import check_count
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.bench import measure
 from lightning_dropreg.cli.measure import Cost
@@ -35,7 +36,6 @@ from lightning_dropreg.diagnostics.noise import NOISE_STEP
 from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
 from lightning_dropreg.diagnostics.statistics import check_confidence
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.functional import check_count
 from lightning_dropreg.inspection.kinks import EXCESS, REMEDY, noise_excess
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.session.configured import Configured, configured

@@ -48,11 +48,11 @@ class PerturbOne(Perturb):
         self._next = 0
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         position, self._next = self._next, self._next + 1
         self.directions.draw(site, h)
         return self.again(position, h)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return super().again(index, h) if index == self.only else h

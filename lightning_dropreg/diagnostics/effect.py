@@ -291,7 +291,7 @@ class _Look(Tap):
         self._dtypes: set[torch.dtype] = set()
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         self._dtypes.add(h.dtype)
         return super().__call__(site, h)
 

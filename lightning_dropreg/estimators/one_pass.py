@@ -69,7 +69,7 @@ class PerturbPairs:
         self._met = 0
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         position, self._met = self._met, self._met + 1
         axis = self._axis(position)
         if position == 0:
@@ -82,7 +82,7 @@ class PerturbPairs:
         return self._perturbed(axis, h, self.directions.draw(of_pairs, h))
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return self._perturbed(self._axis(index), h, self.directions.at(index))
 
     def _check_pairs(self, axis: RowAxis, h: Tensor) -> None:

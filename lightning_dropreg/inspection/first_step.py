@@ -185,7 +185,7 @@ class _Watch(Off):
         self.largest: list[tuple[Site, float]] = []
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         self.largest.append((site, float(h.detach().abs().max()) if h.numel() else 0.0))
         return h
 

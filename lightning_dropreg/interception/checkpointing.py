@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -21,17 +22,41 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_dropreg.errors import InconsistentPassesError, UnsupportedOperationError, UnsupportedSiteError
 from lightning_dropreg.interception.naming import name_caller
+from lightning_dropreg.interception.sites import RepeatableRule, Site
 
-if TYPE_CHECKING:
-    from lightning_dropreg.interception.mode import Interception, RepeatableRule
-    from lightning_dropreg.interception.sites import Site
+__all__ = ["Repeating", "Replay", "check_recomputation", "enter", "leave"]
 
-__all__ = ["Replay", "check_recomputation", "enter", "leave"]
+
+class Repeating(Protocol):
+    """What an interception must tell about itself, so that its pass can be gone through again.
+
+    Attributes:
+        sites: The sites reached so far.
+        site_nodes: The node of the autograd graph at which each site's result was made.
+        checkpoints: How many checkpointed regions the running code is in.
+        written_out: Whether the pass will be differentiated twice or forward.
+    """
+
+    sites: list[Site]
+    site_nodes: list[Any]
+    checkpoints: int
+    written_out: bool
+
+    @property
+    def position(self) -> int:
+        """Number of the next site in the pass."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the rule of the pass can do the same thing again."""
+
+    def replaying(self, start: int) -> AbstractContextManager[Any]:
+        """Return an interception that does again what this one did from site number `start` on."""
 
 
 class _Active(threading.local):
     def __init__(self) -> None:
-        self.modes: list[Interception] = []
+        self.modes: list[Repeating] = []
 
 
 _active = _Active()
@@ -41,7 +66,7 @@ _generator = torch_checkpoint._checkpoint_without_reentrant_generator
 _function = torch_checkpoint.CheckpointFunction
 
 
-def enter(mode: Interception) -> None:
+def enter(mode: Repeating) -> None:
     """Make `mode` the one that checkpoints in this thread belong to."""
     global _count  # noqa: PLW0603
     _active.modes.append(mode)
@@ -77,7 +102,7 @@ class Replay:
         self.position = start
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.RepeatableRule`.
+        """See `lightning_dropreg.interception.sites.RepeatableRule`.
 
         Returns:
             What the rule returned before.
@@ -95,7 +120,7 @@ class Replay:
         return self.again(index, h)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return self.rule.again(index, h)
 
 
@@ -163,7 +188,7 @@ class _Reentrant:
         return outputs
 
 
-def _check_repeatable(mode: Interception) -> None:
+def _check_repeatable(mode: Repeating) -> None:
     if not mode.repeatable:
         raise UnsupportedOperationError(
             f"{name_caller()} is checkpointed, and the recomputation in the backward knows nothing of the forward-mode "
@@ -171,7 +196,7 @@ def _check_repeatable(mode: Interception) -> None:
         )
 
 
-def check_recomputation(mode: Interception) -> None:
+def check_recomputation(mode: Repeating) -> None:
     """Refuse a site that will be computed again in the backward without our knowing.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ from lightning_dropreg.interception import checkpointing
 from lightning_dropreg.interception.handlers import HANDLERS
 from lightning_dropreg.interception.handlers.attention import attention_is_ignored
 from lightning_dropreg.interception.naming import name_caller
-from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.interception.sites import RepeatableRule, Rule, Site
 from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
 from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.numerics.dtypes import is_in_bfloat16
 
-__all__ = ["Interception", "RepeatableRule", "Rule", "constants_marked"]
+__all__ = ["Interception", "constants_marked"]
 
 
 _marking: ContextVar[bool] = ContextVar("marking", default=False)
@@ -45,21 +45,6 @@ def constants_marked() -> Iterator[None]:
         yield
     finally:
         _marking.reset(token)
-
-
-class Rule(Protocol):
-    """What happens at a dropout site in one pass."""
-
-    def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """Return what takes the place of ``dropout(h)``; `h` itself must not be modified."""
-
-
-@runtime_checkable
-class RepeatableRule(Rule, Protocol):
-    """A rule that can do the same thing again, as checkpointed parts of a model need it in the backward."""
-
-    def again(self, index: int, h: Tensor) -> Tensor:
-        """Return for `h` what the rule returned at site number `index` of the pass."""
 
 
 class Interception(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""What a dropout site is.
+"""What a dropout site is, what a rule for it is, and what the handler of a function may ask for.
 
 Dropout at site ``i`` computes ``h_i * (1 + eta_i)`` with ``eta = -1`` with probability ``q`` and ``q/(1-q)``
 otherwise: mean 0 and variance ``c = q/(1-q)``. Everything this package does needs only noise with these two
@@ -7,9 +7,13 @@ moments, so a site is described by ``q`` and by the shape of its mask.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Site"]
+from torch import Tensor
+
+__all__ = ["Mode", "RepeatableRule", "Rule", "Site"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,45 @@ class Site:
     def variance(self) -> float:
         """Variance ``c = q/(1-q)`` of the dropout noise (the paper prints ``q/(q-1)``, a sign slip)."""
         return self.p / (1.0 - self.p)
+
+
+class Rule(Protocol):
+    """What happens at a dropout site in one pass."""
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """Return what takes the place of ``dropout(h)``; `h` itself must not be modified."""
+
+
+@runtime_checkable
+class RepeatableRule(Rule, Protocol):
+    """A rule that can do the same thing again, as checkpointed parts of a model need it in the backward."""
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """Return for `h` what the rule returned at site number `index` of the pass."""
+
+
+class Mode(Protocol):
+    """What a handler may ask of the interception that called it; entered again, it sees what the handler calls.
+
+    Attributes:
+        written_out: Whether the pass will be differentiated twice or forward, so that fused kernels without formulas
+            for that are to be avoided.
+        ignores_attention: Whether dropout on attention probabilities is left out.
+        inactive: How many dropouts were reached whose drop probability is 0 at the moment.
+    """
+
+    written_out: bool
+    ignores_attention: bool
+    inactive: int
+
+    def __enter__(self) -> Any:
+        """Start to intercept."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop to intercept."""
+
+    def site(self, h: Tensor, p: float, mask_shape: tuple[int, ...], kind: str, inplace: bool) -> Tensor:
+        """Apply the rule of the pass where `h` is dropped from, and return what takes the place of the result."""
+
+    def sites_of_kind(self, kind: str) -> AbstractContextManager[None]:
+        """Call the sites reached inside by the name of the construct that they are part of."""

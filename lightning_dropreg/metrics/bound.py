@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_dropreg.checks import check_count
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.functional import check_count
 from lightning_dropreg.metrics.functional import (
     bound_terms,
     check_bound_arguments,

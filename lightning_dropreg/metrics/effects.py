@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_dropreg.checks import check_flags, check_integer
-from lightning_dropreg.functional import check_count, check_curvature, check_estimation
+from lightning_dropreg.checks import check_count, check_flags, check_integer
+from lightning_dropreg.functional import check_curvature, check_estimation
 from lightning_dropreg.metrics.functional import Effects, dropout_effects
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure

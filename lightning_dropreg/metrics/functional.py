@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import check_flags, check_instance, check_integer
+from lightning_dropreg.checks import check_count, check_flags, check_instance, check_integer
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError
 from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.functional import check_count, check_curvature, check_estimation
+from lightning_dropreg.functional import check_curvature, check_estimation
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.isolation import Isolation

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_dropreg.interception.mode import RepeatableRule, Rule
-from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.interception.sites import RepeatableRule, Rule, Site
 from lightning_dropreg.numerics.dtypes import noise_dtype
 from lightning_dropreg.numerics.dual import make_dual
 from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
@@ -29,11 +28,11 @@ class Off:
     """No dropout."""
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         return h
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return h
 
 
@@ -45,11 +44,11 @@ class Perturb:
         self.step = step
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         return (h * (1 + self.step * self.directions.draw(site, h))).to(h.dtype)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return (h * (1 + self.step * self.directions.at(index))).to(h.dtype)
 
 
@@ -60,7 +59,7 @@ class Tangent:
         self.directions = directions
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         primal, tangent = forward_ad.unpack_dual(h)
         push = (primal * self.directions.draw(site, h)).to(h.dtype)
         return make_dual(primal, push if tangent is None else tangent + push)
@@ -83,7 +82,7 @@ class Tap:
         self.draws: list[Tensor] = []
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         shape = self.directions.shape_of(site)
         tap = torch.zeros(shape, dtype=noise_dtype(h.dtype), device=h.device, requires_grad=True)
         self.taps.append(tap)
@@ -93,7 +92,7 @@ class Tap:
         return (h * (1 + tap)).to(h.dtype)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return (h * (1 + self.taps[index])).to(h.dtype)
 
 
@@ -112,12 +111,12 @@ class Drop:
         self.sites: list[Site] = []
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         self.sites.append(site)
         return self.again(len(self.sites) - 1, h)
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         site = self.sites[index]
         # a seed for every site, so that no mask need be kept
         generator = KeyedGenerators(fold_key(self.key, index)).on(h.device)
@@ -155,7 +154,7 @@ class _Focus:
         self._met = 0
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.Rule`."""
+        """See `lightning_dropreg.interception.sites.Rule`."""
         position, self._met = self._met, self._met + 1
         return self.rule(site, h) if position == self.index else h.view_as(h)
 
@@ -164,7 +163,7 @@ class _RepeatableFocus(_Focus):
     """The same for a rule that can do the same thing again."""
 
     def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.mode.RepeatableRule`."""
+        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return self.rule.again(0, h) if index == self.index else h.view_as(h)  # type: ignore[attr-defined]
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError, NoDropoutSiteError, UnsupportedSiteError
-from lightning_dropreg.interception.mode import Interception, Rule
-from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.interception.sites import Rule, Site
 from lightning_dropreg.losses import Loss
 from lightning_dropreg.numerics.dual import REPLACEMENTS
 from lightning_dropreg.passes.recognition import check_loss, check_losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -25,17 +26,40 @@ from lightning_dropreg.passes import Closure
 from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.session.logs import LogCollector
-from lightning_dropreg.session.pairable import Pairable, structure
 
-__all__ = ["Batch", "SkippedError", "loss_of", "with_loss"]
+__all__ = ["Batch", "Pairable", "SkippedError", "loss_of", "structure", "with_loss"]
 
 
 class SkippedError(Exception):
     """The user's step returned None: Lightning skips such a batch, and so do we."""
 
 
+@dataclass(frozen=True)
+class Pairable:
+    """A step that may run with rows twice, and what it must be like to stay so.
+
+    Attributes:
+        layout: Where the rows are.
+        logged: The names that it logs.
+        returned: The structure of what it returns.
+    """
+
+    layout: Layout
+    logged: tuple[str, ...]
+    returned: str
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain values, for a checkpoint."""
+        return {**asdict(self), "layout": self.layout.plain(), "logged": list(self.logged)}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Pairable:
+        """Return what `plain` was made of."""
+        return cls(Layout.of(plain["layout"]), tuple(plain["logged"]), plain["returned"])
+
+
 class Batch:
-    """One batch: runs the user's step on it (a `lightning_dropreg.step.runner.BatchRunner`)."""
+    """One batch: runs the user's step on it (a `lightning_dropreg.step.share.BatchRunner`)."""
 
     def __init__(
         self,
@@ -71,21 +95,21 @@ class Batch:
         self.share = 1.0
 
     def whole(self) -> Tensor:
-        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        """See `lightning_dropreg.step.share.BatchRunner`."""
         return self._run(self.original, self.args, trace=self.lasting)
 
     def aside(self) -> Tensor:
-        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        """See `lightning_dropreg.step.share.BatchRunner`."""
         return self._run(self.original, self.args, trace=False)
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
-        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        """See `lightning_dropreg.step.share.BatchRunner`."""
         rows = draw_rows(self.args[0], fraction, dim, key)
         count = self.row_count(dim)
         return self._on_rows(rows, dim, count), len(rows) / count
 
     def paired(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs] | None:
-        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        """See `lightning_dropreg.step.share.BatchRunner`."""
         found = self.pairable
         if found is None:
             return None
@@ -129,17 +153,17 @@ class Batch:
         return self._on_rows(torch.cat([alone, rows, rows]), dim, count, trace, cuts), pairs, cuts
 
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
-        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        """See `lightning_dropreg.step.share.BatchRunner`."""
         self.corrected[returned] = loss
 
     def forget(self) -> None:
-        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        """See `lightning_dropreg.step.share.BatchRunner`."""
         self.isolation.restart()
         self.logs.forget()
         self.output = self.pairable = None
 
     def drop_stale_gradients(self) -> None:
-        """See `lightning_dropreg.step.runner.BatchRunner`."""
+        """See `lightning_dropreg.step.share.BatchRunner`."""
         if self.stale is not None:
             self.stale()
 
@@ -234,6 +258,11 @@ class Batch:
 
 def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
+
+
+def structure(returned: Any) -> str:
+    """Describe the structure of what a step returned."""
+    return str(tree_flatten(returned)[1])
 
 
 def loss_of(output: Any) -> Tensor:

@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError, find_layout
+from lightning_dropreg.estimators.layout import RowsNotFoundError, find_layout
 from lightning_dropreg.estimators.one_pass import without_pairs
 from lightning_dropreg.passes import Off, run_pass
+from lightning_dropreg.session.batch import Batch, Pairable, structure
 
-if TYPE_CHECKING:
-    from lightning_dropreg.session.batch import Batch
-
-__all__ = ["Pairable", "find_pairable", "signature", "structure"]
+__all__ = ["find_pairable", "signature"]
 
 _CLOSE = 1e-3  # rounding in another order, not another value
-
-
-@dataclass(frozen=True)
-class Pairable:
-    """A step that may run with rows twice, and what it must be like to stay so.
-
-    Attributes:
-        layout: Where the rows are.
-        logged: The names that it logs.
-        returned: The structure of what it returns.
-    """
-
-    layout: Layout
-    logged: tuple[str, ...]
-    returned: str
-
-    def plain(self) -> dict[str, Any]:
-        """Return it as plain values, for a checkpoint."""
-        return {**asdict(self), "layout": self.layout.plain(), "logged": list(self.logged)}
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Pairable:
-        """Return what `plain` was made of."""
-        return cls(Layout.of(plain["layout"]), tuple(plain["logged"]), plain["returned"])
 
 
 def signature(module: nn.Module, batch: Any, dim: int) -> str:
@@ -64,11 +36,6 @@ def signature(module: nn.Module, batch: Any, dim: int) -> str:
     shapes = [(*leaf.shape[:dim], *leaf.shape[dim + 1 :]) for leaf in leaves if isinstance(leaf, Tensor)]
     norms = [m.training for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     return f"{shapes} {spec} {norms}"
-
-
-def structure(returned: Any) -> str:
-    """Describe the structure of what a step returned."""
-    return str(tree_flatten(returned)[1])
 
 
 def find_pairable(batch: Batch, fraction: float, dim: int) -> Pairable | None:

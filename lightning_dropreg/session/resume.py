@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lightning_dropreg.errors import CheckpointSettingsError
-
-if TYPE_CHECKING:
-    from lightning_dropreg.session.base import RegularizerCallback
+from lightning_dropreg.step.settings import NoiseSettings, PenaltySettings
 
 __all__ = ["STATE_VERSION", "check_resumable", "settings_of"]
 
@@ -17,7 +15,18 @@ STATE_VERSION = 2
 _COSTS_ONLY = {"low_memory"}  # what changes time and memory, and not the gradient
 
 
-def settings_of(callback: RegularizerCallback) -> dict[str, Any]:
+class Regularizer(Protocol):
+    """What a callback of this package was told; see `lightning_dropreg.step.plan.Plan`."""
+
+    penalty: PenaltySettings | None
+    noise: NoiseSettings | None
+    k: int | None
+    antithetic: bool
+    attention: str
+    accept_checkpoint_settings: bool
+
+
+def settings_of(callback: Regularizer) -> dict[str, Any]:
     """Collect what a callback was told, in plain numbers and strings, which load with ``weights_only=True``.
 
     Args:
@@ -45,7 +54,7 @@ def settings_of(callback: RegularizerCallback) -> dict[str, Any]:
 
 
 def check_resumable(
-    callbacks: Sequence[RegularizerCallback], states: Sequence[Mapping[str, Any] | None], resuming: bool
+    callbacks: Sequence[Regularizer], states: Sequence[Mapping[str, Any] | None], resuming: bool
 ) -> None:
     """Refuse to continue a run with other settings than it began with.
 

@@ -21,8 +21,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dropreg.callbacks.detector import DivergenceDetector
-from lightning_dropreg.callbacks.drop_prob_schedule import DropProbSchedule
 from lightning_dropreg.errors import (
     DropregError,
     KinkedNetworkWarning,
@@ -35,7 +33,7 @@ from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Off, dormant_sites, is_dormant, run_pass
-from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_loss
+from lightning_dropreg.session.batch import Batch, Pairable, SkippedError, loss_of, with_loss
 from lightning_dropreg.session.compiled import (
     as_compiled,
     compiled_parts,
@@ -44,7 +42,8 @@ from lightning_dropreg.session.compiled import (
     uncompiled,
 )
 from lightning_dropreg.session.manual import ManualStep, joined
-from lightning_dropreg.session.pairable import Pairable, find_pairable, signature
+from lightning_dropreg.session.others import DropsLater, Watcher
+from lightning_dropreg.session.pairable import find_pairable, signature
 from lightning_dropreg.session.parameters import TrainedParameters
 from lightning_dropreg.session.problems import (
     changed_parameters,
@@ -81,7 +80,7 @@ class Session:
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         if trainer.world_size > 1:  # without seed_everything every process has a seed of its own, and one is saved
             self.seed = trainer.strategy.broadcast(self.seed)
-        scheduled = any(isinstance(callback, DropProbSchedule) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        scheduled = any(isinstance(callback, DropsLater) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         # a schedule may hold all probabilities at 0 for a while
         self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self._inspected = False
@@ -98,7 +97,7 @@ class Session:
         self._batch: Batch | None = None
         self._later: list[Tensor | None] | None = None
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._detectors = [callback for callback in callbacks if isinstance(callback, DivergenceDetector)]
+        self._detectors = [callback for callback in callbacks if isinstance(callback, Watcher)]
         self._gradient_norm: Tensor | None = None
         penalized = plan.penalty is not None and plan.penalty.strength > 0
         self.values = Values(trainer, module, ["loss", "explicit_penalty"] if penalized else ["loss"])
@@ -274,7 +273,7 @@ class Session:
         self._show_noise(gradients)
         self.values.log({"noise_norm": self._trained.add(gradients)}, always=True)
 
-    def _due(self) -> list[DivergenceDetector]:
+    def _due(self) -> list[Watcher]:
         return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
 
     def _measures_noise(self) -> bool:

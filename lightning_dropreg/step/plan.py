@@ -23,9 +23,8 @@ from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop, draws_of_dropout, run_pass
 from lightning_dropreg.passes.gradients import GradientSum, backpropagate, leaves_of
-from lightning_dropreg.step.runner import BatchRunner, StepResult
 from lightning_dropreg.step.settings import Estimation, NoiseSettings, PenaltySettings
-from lightning_dropreg.step.share import Share, clean
+from lightning_dropreg.step.share import BatchRunner, Share, StepResult, clean
 
 __all__ = ["BatchRunner", "Estimation", "NoiseSettings", "PenaltySettings", "Plan", "StepResult"]
 

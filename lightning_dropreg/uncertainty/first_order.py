@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lightning_dropreg.checks import check_count
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError
-from lightning_dropreg.functional import check_count
-from lightning_dropreg.interception.mode import Rule
+from lightning_dropreg.interception.sites import Rule
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Directions, Perturb, Tangent
 from lightning_dropreg.passes.isolation import Isolation

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.functional import check_count
+from lightning_dropreg.checks import check_count
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop
 from lightning_dropreg.passes.isolation import Isolation

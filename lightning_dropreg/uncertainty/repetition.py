@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError
-from lightning_dropreg.interception.mode import Interception, Rule
-from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.interception.sites import Rule, Site
 from lightning_dropreg.passes import Off
 
 __all__ = ["Forward", "RepeatedBatch", "copy_batch"]

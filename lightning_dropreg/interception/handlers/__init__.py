@@ -1,7 +1,7 @@
 """What stands in for each function of torch that drops something: one file per kind of dropout.
 
-A handler is called as ``handler(mode, func, *args, **kwargs)`` with the active
-`lightning_dropreg.interception.mode.Interception`, the function that the model called, and its arguments. It calls
+A handler is called as ``handler(mode, func, *args, **kwargs)`` with the active interception (what it may ask of that is
+`lightning_dropreg.interception.sites.Mode`), the function that the model called, and its arguments. It calls
 ``mode.site`` wherever ``func`` would drop. `HANDLERS` is the whole list.
 """
 

@@ -14,7 +14,7 @@ without noise, is ``a (1 - p) h``: the scale is what alpha dropout does to the m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,7 @@ from torch import Tensor
 
 from lightning_dropreg.checks import check_drop_prob
 from lightning_dropreg.interception.handlers.dropout import channel_mask, torch_namespace
-
-if TYPE_CHECKING:
-    from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.interception.sites import Mode
 
 __all__ = ["HANDLERS"]
 
@@ -35,7 +33,7 @@ def alpha_dropout(kind: str, shared: bool) -> Callable[..., Tensor]:
     """Make the handler of `F.alpha_dropout`, or of `F.feature_alpha_dropout` if the mask is `shared` in a channel."""
 
     def handle(
-        mode: Interception, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = False,
+        mode: Mode, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = False,
         inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         check_drop_prob(p, kind)

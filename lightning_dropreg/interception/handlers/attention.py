@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,8 @@ from torch import Tensor
 
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.interception.handlers.composite import open_up
+from lightning_dropreg.interception.sites import Mode
 from lightning_dropreg.numerics import dual
-
-if TYPE_CHECKING:
-    from lightning_dropreg.interception.mode import Interception
 
 __all__ = ["ATTENTION", "HANDLERS", "attention_dropout", "attention_is_ignored", "check_attention"]
 
@@ -70,7 +68,7 @@ def check_attention(treatment: object) -> None:
 
 
 def fused(
-    mode: Interception,
+    mode: Mode,
     func: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
@@ -124,7 +122,7 @@ def _probabilities(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) ->
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
-def multi_head(mode: Interception, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def multi_head(mode: Mode, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`F.multi_head_attention_forward`, whose only dropout is that of the probabilities."""
     call = _SIGNATURE.bind(*args, **kwargs)
     if mode.ignores_attention:

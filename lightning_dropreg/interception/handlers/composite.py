@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.interception.sites import Mode
 
 __all__ = ["HANDLERS", "open_up"]
 
@@ -36,13 +35,13 @@ def transparent(func: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-def open_up(mode: Interception, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def open_up(mode: Mode, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `func` with `mode` seeing what it calls."""
     with mode:
         return transparent(func)(*args, **kwargs)
 
 
-def weight_norm(mode: Interception, func: Callable[..., Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def weight_norm(mode: Mode, func: Callable[..., Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`torch._weight_norm`, written out where its second derivatives are needed: torch's own are wrong."""
     return v * (g / torch.norm_except_dim(v, 2, dim)) if mode.written_out else func(v, g, dim)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_dropreg.checks import check_drop_prob
 from lightning_dropreg.errors import InvalidArgumentError
-
-if TYPE_CHECKING:
-    from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.interception.sites import Mode
 
 __all__ = ["HANDLERS", "drop"]
 
@@ -63,7 +61,7 @@ def drop(
 
 
 def _drop(
-    mode: Interception, func: Callable[..., Tensor], h: Tensor, p: float, shape: tuple[int, ...], _: bool, kind: str
+    mode: Mode, func: Callable[..., Tensor], h: Tensor, p: float, shape: tuple[int, ...], _: bool, kind: str
 ) -> Tensor:
     return mode.site(h, p, shape, kind, inplace=False)
 

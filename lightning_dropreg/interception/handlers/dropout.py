@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +11,13 @@ from torch import Tensor
 
 from lightning_dropreg.errors import UnsupportedSiteError
 from lightning_dropreg.interception.naming import name_caller
-
-if TYPE_CHECKING:
-    from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.interception.sites import Mode
 
 __all__ = ["HANDLERS", "channel_mask", "torch_namespace"]
 
 
 def elementwise(
-    mode: Interception, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True,
+    mode: Mode, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True,
     inplace: bool = False,
 ) -> Tensor:  # fmt: skip
     """`F.dropout`: every entry has a mask of its own."""
@@ -44,7 +42,7 @@ def featurewise(kind: str, unbatched_ndim: int | None) -> Callable[..., Tensor]:
     """Make the handler of `F.dropout1d`, `F.dropout2d` or `F.dropout3d`."""
 
     def handle(
-        mode: Interception, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True,
+        mode: Mode, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True,
         inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         return mode.site(input, p, channel_mask(input, unbatched_ndim), kind, inplace) if training else input
@@ -55,14 +53,14 @@ def featurewise(kind: str, unbatched_ndim: int | None) -> Callable[..., Tensor]:
 def torch_namespace(handler: Callable[..., Tensor], inplace: bool) -> Callable[..., Tensor]:
     """Make the handler of a function of ``torch`` itself, whose arguments have other names."""
 
-    def handle(mode: Interception, func: Callable[..., Tensor], input: Tensor, p: float, train: bool) -> Tensor:
+    def handle(mode: Mode, func: Callable[..., Tensor], input: Tensor, p: float, train: bool) -> Tensor:
         return handler(mode, func, input, p, train, inplace)
 
     return handle
 
 
 def native(
-    mode: Interception, func: Callable[..., tuple[Tensor, Tensor]], input: Tensor, p: float, train: bool | None
+    mode: Mode, func: Callable[..., tuple[Tensor, Tensor]], input: Tensor, p: float, train: bool | None
 ) -> tuple[Tensor, Tensor]:
     """`torch.native_dropout`, which gives its mask away: what is done with that is not known.
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.interception.sites import Mode
 
 __all__ = ["HANDLERS"]
 
@@ -27,9 +26,7 @@ _PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
 def recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
     """Make the handler of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`."""
 
-    def handle(
-        mode: Interception, func: Callable[..., tuple[Tensor, ...]], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, ...]:
+    def handle(mode: Mode, func: Callable[..., tuple[Tensor, ...]], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         # the packed form has the tensor of batch sizes in second place, so its weights come fourth
         packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
         call = {**dict(zip(_PACKED if packed else _PADDED, args, strict=False)), **kwargs}
@@ -42,7 +39,7 @@ def recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _layer_by_layer(
-    mode: Interception, func: Callable[..., tuple[Tensor, ...]], call: dict[str, Any], name: str, kind: str
+    mode: Mode, func: Callable[..., tuple[Tensor, ...]], call: dict[str, Any], name: str, kind: str
 ) -> tuple[Tensor, ...]:
     """Do what ``func(**call)`` does, with a site between the layers.
 
@@ -78,7 +75,7 @@ def _layer_by_layer(
 
 
 @contextmanager
-def _kernels(mode: Interception) -> Iterator[None]:
+def _kernels(mode: Mode) -> Iterator[None]:
     """Switch off kernels that cannot be differentiated twice or forward, if the pass needs that."""
     if not mode.written_out:
         yield

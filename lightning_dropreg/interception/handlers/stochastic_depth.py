@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dropreg.errors import UnsupportedSiteError
 from lightning_dropreg.interception.naming import name_caller
-
-if TYPE_CHECKING:
-    from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.interception.sites import Mode
 
 __all__ = ["HANDLERS"]
 
@@ -37,19 +35,19 @@ def _caller() -> dict[str, Any] | None:
     return dict(variables) if name in _FUNCTIONS or name.endswith(("DropPath", "StochasticDepth")) else None
 
 
-def _mask(mode: Interception, like: Tensor, keep: float) -> Tensor:
+def _mask(mode: Mode, like: Tensor, keep: float) -> Tensor:
     shape = tuple(like.shape)
     return mode.site(torch.full_like(like, keep), 1 - keep, shape, "stochastic_depth", inplace=False)
 
 
-def bernoulli_(mode: Interception, func: Callable[..., Tensor], self: Tensor, p: Any = 0.5, **kwargs: Any) -> Tensor:
+def bernoulli_(mode: Mode, func: Callable[..., Tensor], self: Tensor, p: Any = 0.5, **kwargs: Any) -> Tensor:
     """`Tensor.bernoulli_`, as torchvision and timm draw; the tensor itself becomes the mask."""
     if _caller() is None or not isinstance(p, (int, float)):
         return func(self, p, **kwargs)
     return self.copy_(_mask(mode, self, float(p)))
 
 
-def floor(mode: Interception, func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def floor(mode: Mode, func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`torch.floor` and `Tensor.floor_`, with which ``keep + uniform`` becomes a mask."""
     variables = _caller()
     if variables is None:
