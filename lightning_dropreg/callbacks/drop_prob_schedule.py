@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_dropreg.checks import check_count
 from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError
+from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 
 __all__ = ["DropProbSchedule", "drop_prob_attributes"]
 
@@ -19,7 +20,7 @@ INTERVALS = ("epoch", "step")
 
 # torch's own; other layers are known by their names
 _ATTRIBUTES: dict[type[nn.Module], str] = {
-    nn.modules.dropout._DropoutNd: "p",
+    **dict.fromkeys(DROPOUT_LAYERS, "p"),
     nn.RNNBase: "dropout",
     nn.MultiheadAttention: "dropout",
 }

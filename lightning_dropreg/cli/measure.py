@@ -16,6 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_dropreg.cli.fast_paths import find_fast_paths
+from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 
 __all__ = ["Cost", "MemoryWatch", "PassCounter", "Stopwatch", "without_dropout"]
 
@@ -203,7 +204,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     """
     changed: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
-        name = "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout"
+        name = "p" if isinstance(module, DROPOUT_LAYERS) else "dropout"
         if isinstance(getattr(module, name, None), float):
             changed.append((module, name, getattr(module, name)))
             setattr(module, name, 0.0)

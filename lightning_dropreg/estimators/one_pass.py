@@ -20,6 +20,7 @@ from lightning_dropreg.estimators.curvature import element_weights, pair_quadrat
 from lightning_dropreg.estimators.layout import Layout, RowAxis, RowsNotFoundError
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.losses import Loss
+from lightning_dropreg.numerics.torch_private import assert_on_device
 from lightning_dropreg.passes import Closure, Directions, Pass, run_pass
 
 __all__ = ["Pairs", "one_pass", "without_pairs"]
@@ -91,7 +92,7 @@ class PerturbPairs:
         alike = ((plus - minus).abs() <= 1e-4 * plus.abs().amax()).all()
         why = "The two of a pair differ where nothing is perturbed yet."
         if h.device.type != "cpu":
-            torch._assert_async(alike, why)  # reading it would stall the device
+            assert_on_device(alike, why)  # reading it would stall the device
         elif not alike:
             raise RowsNotFoundError(why)
 

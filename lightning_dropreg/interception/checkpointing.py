@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_dropreg.errors import InconsistentPassesError, UnsupportedOperationError, UnsupportedSiteError
 from lightning_dropreg.interception.naming import name_caller
 from lightning_dropreg.interception.sites import RepeatableRule, Site
+from lightning_dropreg.numerics.torch_private import checkpoint_entrances, in_checkpoint, watching_saved_tensors
 
 __all__ = ["Repeating", "Replay", "check_recomputation", "enter", "leave"]
 
@@ -62,8 +63,9 @@ class _Active(threading.local):
 _active = _Active()
 _lock = threading.Lock()
 _count = 0
-_generator = torch_checkpoint._checkpoint_without_reentrant_generator
-_function = torch_checkpoint.CheckpointFunction
+_ENTRANCES = checkpoint_entrances()
+_torchs_own = {kind: getattr(torch_checkpoint, name) for kind, name in _ENTRANCES.items()}
+_watching = ExitStack()
 
 
 def enter(mode: Repeating) -> None:
@@ -72,8 +74,10 @@ def enter(mode: Repeating) -> None:
     _active.modes.append(mode)
     with _lock:
         _count += 1
-        torch_checkpoint._checkpoint_without_reentrant_generator = _without_reentrance
-        torch_checkpoint.CheckpointFunction = _Reentrant  # type: ignore[misc, assignment]
+        if _count == 1:
+            _watching.enter_context(watching_saved_tensors())
+            for kind, name in _ENTRANCES.items():
+                setattr(torch_checkpoint, name, _OURS[kind])
 
 
 def leave() -> None:
@@ -83,8 +87,9 @@ def leave() -> None:
     with _lock:
         _count -= 1
         if not _count:
-            torch_checkpoint._checkpoint_without_reentrant_generator = _generator
-            torch_checkpoint.CheckpointFunction = _function  # type: ignore[misc]
+            _watching.close()
+            for kind, name in _ENTRANCES.items():
+                setattr(torch_checkpoint, name, _torchs_own[kind])
 
 
 class Replay:
@@ -127,7 +132,7 @@ class Replay:
 def _without_reentrance(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
     """Stand in for torch's generator around a checkpointed call; `fn` is what it runs again in the backward."""
     if not _active.modes:
-        yield from _generator(fn, *args, **kwargs)
+        yield from _torchs_own["generator"](fn, *args, **kwargs)
         return
     mode = _active.modes[-1]
     _check_repeatable(mode)
@@ -139,7 +144,7 @@ def _without_reentrance(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> It
 
     mode.checkpoints += 1
     try:
-        yield from _generator(again, *args, **kwargs)
+        yield from _torchs_own["generator"](again, *args, **kwargs)
     finally:
         mode.checkpoints -= 1
 
@@ -158,7 +163,7 @@ class _Reentrant:
             UnsupportedOperationError: If the estimator cannot differentiate it.
         """
         if not _active.modes:
-            return _function.apply(function, preserve_rng_state, *args)
+            return _torchs_own["function"].apply(function, preserve_rng_state, *args)
         mode = _active.modes[-1]
         _check_repeatable(mode)
         if mode.written_out:
@@ -179,13 +184,16 @@ class _Reentrant:
         mode.checkpoints += 1
         first = len(mode.sites)
         try:
-            outputs = _function.apply(run, preserve_rng_state, *args)
+            outputs = _torchs_own["function"].apply(run, preserve_rng_state, *args)
         finally:
             mode.checkpoints -= 1
         # the sites inside have no node in the autograd graph; the checkpoint itself stands for them
         nodes = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn]
         mode.site_nodes[first:] = [nodes[0] if nodes else None] * (len(mode.sites) - first)
         return outputs
+
+
+_OURS = {"generator": _without_reentrance, "function": _Reentrant}
 
 
 def _check_repeatable(mode: Repeating) -> None:
@@ -205,8 +213,7 @@ def check_recomputation(mode: Repeating) -> None:
     """
     if mode.checkpoints:
         return
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", ""):
+    if in_checkpoint():
         found = "a checkpoint that was not made by torch.utils.checkpoint.checkpoint"
     elif not torch.is_grad_enabled() and _in_custom_function():
         found = "the forward of a custom torch.autograd.Function"

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_dropreg.checks import check_drop_prob
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 
 __all__ = ["scale_pretrained_for_dropout"]
 
@@ -72,7 +73,8 @@ def scale_pretrained_for_dropout(
         raise InvalidArgumentError(f"dropout={dropout!r} is unknown; choose one of {', '.join(_FORMS[1:])}.")
     for path, q in drop_probs.items():
         check_drop_prob(q, f"scale_pretrained_for_dropout, at {path},")
-    inverted = [path for path, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, DROPOUT_LAYERS)]
+    inverted = [path for path, layer in layers if float(getattr(layer, "p", 0.0)) > 0]
     if dropout == "unscaled" and inverted:
         raise InvalidArgumentError(
             f"dropout='unscaled', but {', '.join(inverted)} are dropout layers of torch, which divide by 1 - p in "

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.numerics.dtypes import noise_dtype
+from lightning_dropreg.numerics.torch_private import FUSED_LOG_SOFTMAX, FUSED_SOFTMAX
 
 __all__ = ["REFUSED", "REPLACEMENTS", "log_softmax", "make_dual"]
 
@@ -252,9 +253,9 @@ REFUSED: dict[Callable[..., Any], tuple[str, str | None]] = {
 """What is wrong with each, and the option with which it is."""
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **dict.fromkeys((F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax, torch._softmax), softmax),
+    **dict.fromkeys((F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax, *FUSED_SOFTMAX), softmax),
     **dict.fromkeys((F.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax), log_softmax),
-    torch._log_softmax: log_softmax,
+    **dict.fromkeys(FUSED_LOG_SOFTMAX, log_softmax),
     **dict.fromkeys((torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp), logsumexp),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
     F.batch_norm: batch_norm,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_dropreg.errors import UnsupportedOperationError
+from lightning_dropreg.numerics.torch_private import has_gradient_hooks
 
 __all__ = [
     "GradientSum",
@@ -57,7 +58,7 @@ def leaves_of(*values: Tensor) -> list[Tensor] | None:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            if leaf._backward_hooks:
+            if has_gradient_hooks(leaf):
                 return None
             if leaf.requires_grad:  # toggle_optimizer may have frozen it since; a backward passes over it too
                 leaves[leaf] = None

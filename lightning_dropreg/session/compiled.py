@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_dropreg.errors import UnsupportedModuleError
 from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.numerics.torch_private import hidden_from_modes, is_compiled_wrapper, keeping_donated_buffers
 from lightning_dropreg.step.plan import Plan
 
 __all__ = ["as_compiled", "compiled_parts", "compiled_problems", "keeping_buffers", "uncompiled"]
@@ -83,13 +84,13 @@ def as_compiled(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 def keeping_buffers() -> AbstractContextManager[None]:
     """Let what is compiled meanwhile be differentiated more than once: the norm of the noise takes a backward too."""
-    return torch._functorch.config.patch(donated_buffer=False)  # type: ignore[no-any-return]
+    return keeping_donated_buffers()
 
 
 def _hidden(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def hidden(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
+        with hidden_from_modes():
             return call(*args, **kwargs)
 
     return hidden
@@ -97,12 +98,12 @@ def _hidden(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _calls(part: nn.Module) -> tuple[str, ...]:
     """Names of the attributes through which a compiled module is called."""
-    return ("forward",) if isinstance(part, torch._dynamo.eval_frame.OptimizedModule) else ("_compiled_call_impl",)
+    return ("forward",) if is_compiled_wrapper(part) else ("_compiled_call_impl",)
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return (
-        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+        is_compiled_wrapper(module)
         or getattr(module, "_compiled_call_impl", None) is not None
         or getattr(module, "_compiler_ctx", None) is not None
     )

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_dropreg.errors import UnsupportedModuleError
+from lightning_dropreg.numerics.torch_private import norms_of
 from lightning_dropreg.session.ranks import unsupported_strategy
 from lightning_dropreg.step.plan import Plan
 
@@ -58,7 +59,7 @@ def takes_iterator(module: LightningModule) -> bool:
 def fingerprints(module: nn.Module) -> dict[str, tuple[int, int, str]]:
     """What shows that a parameter was changed: ``.data`` has no versions, so also where it lies and its norm."""
     parameters = {name: p for name, p in module.named_parameters() if _has_norm(p)}
-    norms = torch._foreach_norm([p.detach() for p in parameters.values()]) if parameters else []
+    norms = norms_of([p.detach() for p in parameters.values()])
     return {
         name: (p._version, p.data_ptr(), repr(norm.item()))  # as text, because nan is not nan
         for (name, p), norm in zip(parameters.items(), norms, strict=True)

@@ -9,6 +9,8 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_dropreg.numerics.torch_private import norms_of
+
 __all__ = ["EpochMeans", "Values", "norm_of"]
 
 
@@ -129,5 +131,5 @@ def norm_of(gradients: Iterable[Tensor | None]) -> Tensor:
     tensors = [t.coalesce().values() if t.is_sparse else t for t in gradients if t is not None]
     if not tensors:
         return torch.zeros(())
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms_of(tensors)))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

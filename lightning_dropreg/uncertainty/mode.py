@@ -12,14 +12,15 @@ from torch import nn
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.nn import EmbeddingDropout, LockedDropout, WeightDrop
 from lightning_dropreg.nn.weight_drop import DropConnect
+from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS, NORM_LAYERS
 
 __all__ = ["check_training", "dropout_mode"]
 
 # what does something else than dropping in training mode
-_OTHERS = (nn.modules.batchnorm._NormBase, nn.RReLU)
+_OTHERS = (*NORM_LAYERS, nn.RReLU)
 # what only drops in training mode
 _DROPOUTS = (
-    nn.modules.dropout._DropoutNd,
+    *DROPOUT_LAYERS,
     nn.RNNBase,
     nn.MultiheadAttention,
     DropConnect,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dropreg.interception.sites import Mode
+from lightning_dropreg.numerics.torch_private import FUSED_WEIGHT_NORM
 
 __all__ = ["HANDLERS", "open_up"]
 
@@ -51,5 +52,5 @@ HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.gumbel_softmax: open_up,
     F.softmin: open_up,
     F.normalize: open_up,
-    torch._weight_norm: weight_norm,
+    **dict.fromkeys(FUSED_WEIGHT_NORM, weight_norm),
 }

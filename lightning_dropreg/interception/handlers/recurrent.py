@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.interception.sites import Mode
+from lightning_dropreg.numerics.torch_private import without_fused_recurrence
 
 __all__ = ["HANDLERS"]
 
@@ -80,14 +81,8 @@ def _kernels(mode: Mode) -> Iterator[None]:
     if not mode.written_out:
         yield
         return
-    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    try:
-        torch._C._set_mkldnn_enabled(False)
-        torch._C._set_cudnn_enabled(False)
+    with without_fused_recurrence():
         yield
-    finally:
-        torch._C._set_mkldnn_enabled(mkldnn)
-        torch._C._set_cudnn_enabled(cudnn)
 
 
 HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -1,0 +1,288 @@
+"""Everything of torch that is no public interface, in one place, each with what is done where a release lacks it.
+
+Torch may rename any of it in a release without a word (and did: 2.6, 2.7, 2.13 and 2.14 differ). What stands here is
+looked up when it is used, so that ``tests/numerics/test_torch_private.py`` can take it away and see the fallback work.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+__all__ = [
+    "DROPOUT_LAYERS",
+    "FUSED_LOG_SOFTMAX",
+    "FUSED_SOFTMAX",
+    "FUSED_WEIGHT_NORM",
+    "NORM_LAYERS",
+    "assert_on_device",
+    "checkpoint_entrances",
+    "has_gradient_hooks",
+    "has_hooks_after_accumulation",
+    "hidden_from_modes",
+    "in_checkpoint",
+    "is_compiled_wrapper",
+    "keeping_donated_buffers",
+    "norms_of",
+    "watching_saved_tensors",
+    "without_fused_recurrence",
+]
+
+
+def _attribute(root: Any, path: str) -> Any:
+    """Follow a dotted path from `root`; None where it leads nowhere."""
+    for name in path.split("."):
+        root = getattr(root, name, None)
+        if root is None:
+            return None
+    return root
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoint_entrances() -> dict[str, Any]:
+    """Return what `torch.utils.checkpoint.checkpoint` calls to do its work, by name in that module.
+
+    Returns:
+        The generator around a call without reentrance (``"generator"`` holds its name) and the function of a reentrant
+        one (``"function"``). What a release lacks is left out: its checkpoints then are of unknown make, and refused.
+
+    Example:
+        >>> sorted(checkpoint_entrances())
+        ['function', 'generator']
+    """
+    # since torch 2.14 the older name is a shell around the newer one, with the same first argument
+    names = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+    found = {
+        "generator": next((name for name in names if hasattr(torch_checkpoint, name)), None),
+        "function": "CheckpointFunction" if hasattr(torch_checkpoint, "CheckpointFunction") else None,
+    }
+    return {kind: name for kind, name in found.items() if name is not None}
+
+
+class _Entered(threading.local):
+    def __init__(self) -> None:
+        self.hooks: list[object] = []
+
+
+_entered = _Entered()
+_TOP = "_autograd._top_saved_tensors_default_hooks"  # since torch 2.7
+_CHECKPOINT_HOOK = "_checkpoint_hook"
+
+
+def in_checkpoint() -> bool:
+    """Tell whether what is computed now will be computed again by a checkpoint without reentrance.
+
+    Returns:
+        Whether it will. Where torch cannot be asked, checkpoints entered outside `watching_saved_tensors` are unknown.
+    """
+    top = _attribute(torch._C, _TOP)
+    if top is None:
+        return bool(_entered.hooks) and _CHECKPOINT_HOOK in type(_entered.hooks[-1]).__qualname__
+    hooks = top(True)
+    return hooks is not None and _CHECKPOINT_HOOK in getattr(hooks[0], "__qualname__", "")
+
+
+@contextmanager
+def watching_saved_tensors() -> Iterator[None]:
+    """Keep account of the hooks on saved tensors in this thread, where torch itself cannot be asked for them.
+
+    Yields:
+        Nothing.
+    """
+    if _attribute(torch._C, _TOP) is not None:
+        yield
+        return
+    enter, leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+
+    def entering(self: saved_tensors_hooks) -> None:
+        _entered.hooks.append(self)
+        enter(self)
+
+    def leaving(self: saved_tensors_hooks, *exception: object) -> None:
+        if self in _entered.hooks:
+            _entered.hooks.remove(self)
+        leave(self, *exception)
+
+    saved_tensors_hooks.__enter__ = entering  # type: ignore[method-assign]
+    saved_tensors_hooks.__exit__ = leaving  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+        saved_tensors_hooks.__exit__ = leave  # type: ignore[method-assign]
+
+
+# ---------------------------------------------------------------- kernels
+
+FUSED_SOFTMAX = tuple(f for f in (_attribute(torch, "_softmax"),) if f is not None)
+"""The softmax that fused code calls; empty where there is none to be called."""
+FUSED_LOG_SOFTMAX = tuple(f for f in (_attribute(torch, "_log_softmax"),) if f is not None)
+"""The same of its logarithm."""
+FUSED_WEIGHT_NORM = tuple(f for f in (_attribute(torch, "_weight_norm"),) if f is not None)
+"""What `torch.nn.utils.weight_norm` calls."""
+
+
+@contextmanager
+def without_fused_recurrence() -> Iterator[None]:
+    """Let recurrent networks run on kernels that can be differentiated twice and forward.
+
+    Yields:
+        Nothing.
+    """
+    switches = [
+        (_attribute(torch._C, f"_get_{name}_enabled"), _attribute(torch._C, f"_set_{name}_enabled"))
+        for name in ("mkldnn", "cudnn")
+    ]
+    if any(switch is None for pair in switches for switch in pair):
+        # the public way, which sets all the flags of cuDNN and counts the devices each time
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield
+        return
+    before = [read() for read, _ in switches]
+    try:
+        for _, write in switches:
+            write(False)
+        yield
+    finally:
+        for (_, write), value in zip(switches, before, strict=True):
+            write(value)
+
+
+def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norm of each tensor, by one fused operation where there is one.
+
+    Args:
+        tensors: Of any shapes, dense.
+
+    Returns:
+        Scalars.
+
+    Example:
+        >>> [float(norm) for norm in norms_of([torch.tensor([3.0, 4.0]), torch.tensor([2.0])])]
+        [5.0, 2.0]
+    """
+    if not tensors:
+        return []
+    fused = _attribute(torch, "_foreach_norm")
+    return list(fused(list(tensors))) if fused is not None else [torch.linalg.vector_norm(t) for t in tensors]
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Fail if `condition` is false, without waiting for the device that computes it, where torch can.
+
+    Args:
+        condition: A boolean scalar.
+        message: What to say.
+
+    Raises:
+        RuntimeError: If it is false; on a device perhaps later.
+    """
+    unread = _attribute(torch, "_assert_async")
+    if unread is not None:
+        unread(condition, message)
+    elif not condition:
+        raise RuntimeError(message)
+
+
+# ---------------------------------------------------------------- hooks and modes
+
+
+def has_gradient_hooks(leaf: Tensor) -> bool:
+    """Tell whether hooks of the user's change the gradient of a leaf.
+
+    Args:
+        leaf: A leaf tensor, such as a parameter.
+
+    Returns:
+        Whether it has hooks of `Tensor.register_hook`. (DDP's are on the node of the graph, and not among them.)
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> handle = weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+        >>> has_gradient_hooks(weight), handle.remove(), has_gradient_hooks(weight)
+        (True, None, False)
+    """
+    # where torch has no such attribute nothing can be known; then hooks count as there, which costs memory at most
+    return bool(getattr(leaf, "_backward_hooks", True))
+
+
+def has_hooks_after_accumulation(leaf: Tensor) -> bool:
+    """Tell whether something of the user's acts as soon as the ``.grad`` of a leaf is complete.
+
+    Args:
+        leaf: A leaf tensor, such as a parameter.
+
+    Returns:
+        Whether it has hooks of `Tensor.register_post_accumulate_grad_hook` (an optimizer step within the backward).
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> handle = weight.register_post_accumulate_grad_hook(lambda parameter: None)
+        >>> has_hooks_after_accumulation(weight), has_gradient_hooks(weight)
+        (True, False)
+    """
+    return bool(getattr(leaf, "_post_accumulate_grad_hooks", True))
+
+
+def hidden_from_modes() -> AbstractContextManager[None]:
+    """Hide what runs inside from all `TorchFunctionMode`s."""
+    disable = _attribute(torch._C, "DisableTorchFunction")
+    return nullcontext() if disable is None else disable()  # what is compiled then sees the interception, and breaks
+
+
+# ---------------------------------------------------------------- compiled parts
+
+
+def keeping_donated_buffers() -> AbstractContextManager[None]:
+    """Let what is compiled meanwhile be differentiated more than once."""
+    config = _attribute(torch, "_functorch.config")
+    if config is None or not hasattr(config, "donated_buffer"):  # a release that gives no buffers away
+        return nullcontext()
+    return config.patch(donated_buffer=False)  # type: ignore[no-any-return]
+
+
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether `module` is what `torch.compile` made of another module."""
+    known = _attribute(torch, "_dynamo.eval_frame.OptimizedModule")
+    return isinstance(module, known) if known is not None else type(module).__name__ == "OptimizedModule"
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _layers(base: str, *known: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    """A common base class that torch keeps to itself; without it the classes that are known to have it."""
+    found = _attribute(nn, base)
+    return known if found is None else (found,)
+
+
+DROPOUT_LAYERS = _layers(
+    "modules.dropout._DropoutNd",
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+"""Torch's dropout layers, for `isinstance`."""
+NORM_LAYERS = _layers(
+    "modules.batchnorm._NormBase",
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+"""Torch's layers with the statistics of batches."""
