@@ -17,6 +17,7 @@ __all__ = [
     "NoDropoutSiteError",
     "NonFinitePenaltyError",
     "NotRepeatableError",
+    "UnboundedPenaltyWarning",
     "UnreadableTextError",
     "UnsupportedModuleError",
     "UnsupportedOperationError",
@@ -91,6 +92,10 @@ class UnreadableTextError(DropregError, ValueError):
 
 class VocabularyMismatchError(DropregError, ValueError):
     """A checkpoint was trained with other words than the data has."""
+
+
+class UnboundedPenaltyWarning(UserWarning):
+    """A penalty that can become negative without bound is trained with, and nothing watches it."""
 
 
 class KinkedNetworkWarning(UserWarning):

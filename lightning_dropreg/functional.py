@@ -19,15 +19,16 @@ states and metrics advanced once.
 from __future__ import annotations
 
 import functools
+import warnings
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.checks import check_count, check_instance, is_one_of
-from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.errors import InvalidArgumentError, UnboundedPenaltyWarning
 from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic
-from lightning_dropreg.estimators.curvature import CURVATURES
+from lightning_dropreg.estimators.curvature import CURVATURES, FULL, OF_OUTPUTS, UNBOUNDED
 from lightning_dropreg.inspection.support import find_support
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.interception.sites import Site
@@ -59,7 +60,9 @@ def explicit_penalty(
     Args:
         closure: Runs forward and loss with the model in training mode; returns the scalar loss.
         curvature: ``"loss_hessian"`` (4.4), or ``"identity"`` or ``"loss_jacobian"`` (5.1), the ablations of
-            section 5.2.
+            section 5.2, or ``"full"``: half the second derivative of the loss in the noise, (4.2) with the term that
+            (4.3) drops. That needs no recognized loss, for `estimator="antithetic"` a third pass, and is not bounded
+            below: see `lightning_dropreg.ExplicitPenalty`.
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``.
         step_size: Step of the antithetic pair, relative to the size of the noise; errors fall as its square. In
             bfloat16 a wider one is taken where drop probabilities are small, see
@@ -69,7 +72,8 @@ def explicit_penalty(
         module: A module whose state must advance once although the closure is called twice.
 
     Returns:
-        Scalar tensor with a graph. It is nonnegative for convex losses with nonnegative weights.
+        Scalar tensor with a graph. It is nonnegative for convex losses with nonnegative weights, unless the curvature
+        is ``"full"``.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown, or the closure returns no scalar loss.
@@ -88,6 +92,8 @@ def explicit_penalty(
         4.0
     """
     check_curvature(curvature)
+    if curvature == FULL:
+        warnings.warn(UNBOUNDED, UnboundedPenaltyWarning, stacklevel=2)
     penalty = _estimate(closure, curvature, False, estimator, step_size, mask, generator, module).penalty
     assert penalty is not None
     return penalty
@@ -243,7 +249,7 @@ def _estimate(
     _check_module(module)
     key = draw_key(generator)  # before the random state is remembered, or the first pass would start from another one
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
-    with Isolation(module, mean=True) as isolation, constants_marked() if curvature else nullcontext():
+    with Isolation(module, mean=True) as isolation, constants_marked() if curvature in OF_OUTPUTS else nullcontext():
         estimate = ESTIMATORS[estimator]
         if estimate is antithetic:
             estimate = functools.partial(antithetic, restart=isolation.restart)

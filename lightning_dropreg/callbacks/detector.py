@@ -28,7 +28,7 @@ class DivergenceDetector(Callback):
     all. Not checked are the noise under FSDP2, and modules that optimize manually, which are refused.
 
     Args:
-        penalty_ratio: The penalty may be this many times the absolute loss; positive.
+        penalty_ratio: The penalty, or what it is below 0, may be this many times the absolute loss; positive.
         noise_ratio: The noise may be this many times the gradient; positive. A gradient shrinks during training and
             the noise does not, so leave room.
         patience: After how many optimizer steps above a ratio, one after another, something is done; at least 1.
@@ -74,7 +74,7 @@ class DivergenceDetector(Callback):
 
     def see_penalty(self, penalty: Tensor, loss: Tensor) -> None:
         """Take note of one batch's penalty and loss; nothing is read yet."""
-        self._seen.append(torch.stack([penalty.detach(), self.penalty_ratio * loss.detach().abs()]).float())
+        self._seen.append(torch.stack([penalty.detach().abs(), self.penalty_ratio * loss.detach().abs()]).float())
 
     def see_noise(self, noise_norm: Tensor, gradient_norm: Tensor) -> None:
         """Take note of the norms of one batch's noise and gradient; nothing is read yet."""

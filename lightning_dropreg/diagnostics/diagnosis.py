@@ -10,7 +10,7 @@ from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.penalty import PenaltyReport
 from lightning_dropreg.diagnostics.statistics import Interval
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.estimators.curvature import CURVATURES
+from lightning_dropreg.estimators.curvature import OF_OUTPUTS
 
 __all__ = ["TOLERANCE", "Diagnosis", "check_tolerance", "trusted"]
 
@@ -176,10 +176,10 @@ def check_tolerance(tolerance: object) -> None:
 
 
 def _effect_of(effect: EffectReport, site: int | None) -> dict[str, Interval]:
-    names = ("r_approx", *CURVATURES[1:])
+    names = ("r_approx", *OF_OUTPUTS[1:])
     return {
         "r_drop": effect.truth(site),
-        **{name: effect.approximation(curvature, site) for name, curvature in zip(names, CURVATURES, strict=True)},
+        **{name: effect.approximation(curvature, site) for name, curvature in zip(names, OF_OUTPUTS, strict=True)},
         "remainder": effect.remainder(site),
         "left_out": effect.left_out(site),
         "higher_orders": effect.higher_orders(site),

@@ -28,7 +28,7 @@ from lightning_dropreg.diagnostics.sampling import OnDraw, Probe, measure_draws
 from lightning_dropreg.diagnostics.statistics import Interval, jackknife_interval, mean_interval
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError
 from lightning_dropreg.estimators.antithetic import combine
-from lightning_dropreg.estimators.curvature import CURVATURES, element_weights
+from lightning_dropreg.estimators.curvature import OF_OUTPUTS, element_weights
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Closure, Directions, Pass, Perturb, Tap, run_pass
 
@@ -50,7 +50,7 @@ class EffectReport:
         samples: Shape ``(draws, 1 + sites, 2 + curvatures)``, float64, on the CPU. Row 0 is all sites together, row
             ``i`` site ``i - 1`` alone. Column 0 samples ``R_drop``, column 1 the whole second-order term (NaN in half
             precision, which has too few digits for it), the others ``R_approx`` and its ablations in the order of
-            `lightning_dropreg.estimators.curvature.CURVATURES` (NaN where the curvature of the loss is not known).
+            `lightning_dropreg.estimators.curvature.OF_OUTPUTS` (NaN where the curvature of the loss is not known).
         confidence: Probability with which each interval covers its value, one at a time.
         problem: Why there is no approximation; empty if there is one.
     """
@@ -80,7 +80,7 @@ class EffectReport:
 
     def approximation(self, curvature: str = "loss_hessian", site: int | None = None) -> Interval:
         """``R_approx`` (4.4), or an ablation of it, of all sites together or of one alone."""
-        return self._mean(self.samples[:, _row(site), APPROX + CURVATURES.index(curvature)])
+        return self._mean(self.samples[:, _row(site), APPROX + OF_OUTPUTS.index(curvature)])
 
     def remainder(self, site: int | None = None) -> Interval:
         """``R_drop - R_approx``: `left_out` and `higher_orders`."""
@@ -255,11 +255,11 @@ class EffectProbe(Probe):
         end, plus, minus = (self._pass(directions, at, only) for at in (1.0, step, -step))
         truth = self._value(end) - self._clean - self._first_order(directions, only)
         if self.problem:
-            return [truth, math.nan, *[math.nan] * len(CURVATURES)]
+            return [truth, math.nan, *[math.nan] * len(OF_OUTPUTS)]
         bend = (self._value(plus) - 2 * self._clean + self._value(minus)) / (2 * step**2)
         of_both = zip(element_weights(plus.loss, plus.losses), element_weights(minus.loss, minus.losses), strict=False)
         weights = [(a + b) / 2 for a, b in of_both]
-        pairs = [combine(plus, minus, weights, curvature, False, step).penalty for curvature in CURVATURES]
+        pairs = [combine(plus, minus, weights, curvature, False, step).penalty for curvature in OF_OUTPUTS]
         forms = [penalty.item() for penalty in pairs if penalty is not None]
         return [truth, bend if step < HALF_STEP else math.nan, *forms]
 

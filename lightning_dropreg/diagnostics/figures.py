@@ -12,7 +12,7 @@ from lightning_dropreg.diagnostics.diagnosis import Diagnosis
 from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.statistics import Interval
 from lightning_dropreg.errors import MissingDependencyError
-from lightning_dropreg.estimators.curvature import CURVATURES
+from lightning_dropreg.estimators.curvature import OF_OUTPUTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +106,7 @@ def effect_by_site(diagnosis: Diagnosis) -> Figure:
         panels.append(
             [
                 (f"{curvature} ablation", [effect.approximation(curvature, i) for i in rows], 2 + n)
-                for n, curvature in enumerate(CURVATURES[1:])
+                for n, curvature in enumerate(OF_OUTPUTS[1:])
             ]
         )
     longest = max(len(label) for label in labels)

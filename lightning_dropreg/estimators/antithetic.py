@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lightning_dropreg.errors import InconsistentPassesError
 from lightning_dropreg.estimators.base import Estimate, inactive
-from lightning_dropreg.estimators.curvature import element_weights, pair_quadratic_form
+from lightning_dropreg.estimators.curvature import FULL, element_weights, pair_quadratic_form
 from lightning_dropreg.estimators.precision import bfloat16_step_size
-from lightning_dropreg.passes import Closure, Directions, Pass, Perturb, run_pass
+from lightning_dropreg.passes import Closure, Directions, Off, Pass, Perturb, run_pass
 
-__all__ = ["antithetic", "combine"]
+__all__ = ["antithetic", "combine", "second_difference"]
 
 
 def antithetic(
@@ -32,6 +32,9 @@ def antithetic(
     with errors ``O(eps^2)``. Since the sites' directions are independent, ``E[u u^T] = sum_i c_i J_i diag(h_i^2)
     J_i^T``, and ``1/2 u^T H u`` is an unbiased estimate of the penalty (4.4).
 
+    With ``curvature="full"`` a third pass without noise gives ``(L+ + L- - 2 L0) / 2 eps^2``, half the second
+    derivative of the loss in the direction, and the loss itself.
+
     In bfloat16 a step too small to be seen is widened, for one more pass
     (`lightning_dropreg.estimators.precision.bfloat16_step_size`; the callbacks find that out before training).
 
@@ -48,7 +51,7 @@ def antithetic(
         Loss, penalty and noise.
     """
     directions = Directions(key, mask)
-    record = curvature is not None
+    record = curvature is not None and curvature != FULL
     plus = run_pass(closure, Perturb(directions, step_size), record_losses=record)
     if not plus.sites:
         return inactive(plus.loss, curvature, noise)
@@ -60,6 +63,10 @@ def antithetic(
     directions.rewind()
     minus = run_pass(closure, Perturb(directions, -step_size), record_losses=record)
     directions.rewind()
+    if curvature == FULL:
+        clean = run_pass(closure, Off()).loss
+        slope = combine(plus, minus, [], None, noise, step_size).noise
+        return Estimate(clean, second_difference(plus.loss, minus.loss, clean, step_size), slope)
     weights = []
     if record:
         of_both = zip(element_weights(plus.loss, plus.losses), element_weights(minus.loss, minus.losses), strict=False)
@@ -95,6 +102,27 @@ def combine(
         penalty=penalty,
         noise=(plus.loss - minus.loss) / (2 * step_size) if noise else None,
     )
+
+
+def second_difference(plus: Tensor, minus: Tensor, clean: Tensor, step_size: float) -> Tensor:
+    """Half the second derivative of a loss along a direction: ``(L+ + L- - 2 L0) / 2 eps^2``.
+
+    Args:
+        plus: Losses with factors ``1 + eps r``, of any shape.
+        minus: Losses with factors ``1 - eps r``.
+        clean: Losses without noise.
+        step_size: ``eps``.
+
+    Returns:
+        Tensor of the same shape, right up to ``O(eps^2)``.
+
+    Example:
+        >>> import torch
+        >>> f = lambda x: 3 * x**2 + 5 * x
+        >>> second_difference(*(f(torch.tensor(x)) for x in (1.5, 0.5, 1.0)), step_size=0.5).item()
+        3.0
+    """
+    return ((plus - clean) + (minus - clean)) / (2 * step_size**2)
 
 
 def _check_pair(plus: Pass, minus: Pass) -> None:

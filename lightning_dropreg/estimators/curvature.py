@@ -12,6 +12,10 @@ derivatives ``u`` of the outputs. The curvatures are
 
 and the estimators need ``u^T M u`` (`quadratic_form`), a random ``v`` with ``E[v v^T] = w M`` (`factor`), or ``w M``
 itself (`matrix`, by automatic differentiation of the loss alone: the oracle for the other two).
+
+A fourth, ``full``, is no matrix between outputs: it is the second derivative of the returned loss itself in the sites'
+activations, ``1/2 sum_i c_i <d2 L/dh_i2, diag(h_i^2)>``, the whole of (4.2) with the term ``dl/dz d2z/dh2`` that (4.3)
+drops. The estimators take it from the loss, so no loss need be recognized, and it may be negative without bound.
 """
 
 from __future__ import annotations
@@ -28,10 +32,30 @@ from lightning_dropreg.losses.base import midpoint_and_slope, root
 from lightning_dropreg.numerics.dtypes import noise_dtype
 from lightning_dropreg.numerics.noise import random_signs
 
-__all__ = ["CURVATURES", "element_weights", "factor", "matrix", "pair_quadratic_form", "quadratic_form"]
+__all__ = [
+    "CURVATURES",
+    "FULL",
+    "OF_OUTPUTS",
+    "UNBOUNDED",
+    "element_weights",
+    "factor",
+    "matrix",
+    "pair_quadratic_form",
+    "quadratic_form",
+]
 
-CURVATURES = ("loss_hessian", "identity", "loss_jacobian")
-"""Names of the curvatures: the paper's, and the two ablations."""
+OF_OUTPUTS = ("loss_hessian", "identity", "loss_jacobian")
+"""Names of the curvatures in the outputs of recognized losses: the paper's, and its two ablations."""
+FULL = "full"
+"""The second derivative of the loss in the activations: any loss, recognized or not."""
+CURVATURES = (*OF_OUTPUTS, FULL)
+"""Names of all curvatures."""
+UNBOUNDED = (
+    "curvature='full' is not bounded below: on examples that the model has wrong it can fall without end while the "
+    "loss rises. Keep the best checkpoint, lower the strength or the learning rate if the loss rises late, and let "
+    "lightning_dropreg.DivergenceDetector watch it."
+)
+"""What everybody who uses it should know."""
 
 
 def element_weights(total: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
@@ -85,7 +109,7 @@ def quadratic_form(curvature: str, loss: Loss, z: Tensor, u: Tensor, slope: Tens
     """Return ``sum_t w_t u_t^T M_t u_t``.
 
     Args:
-        curvature: One of `CURVATURES`.
+        curvature: One of `OF_OUTPUTS`.
         loss: The loss.
         z: Outputs at which the curvature is taken, ``(T, C)``.
         u: Directional derivative of the outputs, ``(T, C)``.
@@ -106,7 +130,7 @@ def pair_quadratic_form(curvature: str, plus: Loss, minus: Loss, weights: Tensor
     """`quadratic_form` by central differences between the two passes of an antithetic pair.
 
     Args:
-        curvature: One of `CURVATURES`.
+        curvature: One of `OF_OUTPUTS`.
         plus: The loss in the pass with ``+ step``.
         minus: The loss in the pass with ``- step``.
         weights: Weights of the elements, shape of `Loss.per_element`.
@@ -135,7 +159,7 @@ def factor(curvature: str, loss: Loss, weights: Tensor, generator: torch.Generat
     """Return random ``v`` with ``E[v_t v_t^T] = w_t M_t``, uncorrelated between examples.
 
     Args:
-        curvature: One of `CURVATURES`.
+        curvature: One of `OF_OUTPUTS`.
         loss: The loss.
         weights: Weights of the elements, shape of `Loss.per_element`; nonnegative.
         generator: Source of the randomness, on the device of the outputs.
@@ -159,7 +183,7 @@ def matrix(curvature: str, loss: Loss, weights: Tensor) -> Tensor:
     """Return ``w_t M_t`` for every example.
 
     Args:
-        curvature: One of `CURVATURES`.
+        curvature: One of `OF_OUTPUTS`.
         loss: The loss.
         weights: Weights of the elements, shape of `Loss.per_element`.
 

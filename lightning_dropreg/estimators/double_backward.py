@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.base import Estimate, inactive
-from lightning_dropreg.estimators.curvature import element_weights, factor
+from lightning_dropreg.estimators.curvature import FULL, element_weights, factor
 from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
-from lightning_dropreg.passes import Closure, Directions, Pass, Tap, run_pass
+from lightning_dropreg.passes import Closure, Directions, Pass, Tap, TappedTangent, run_pass
 
 __all__ = ["double_backward"]
 
@@ -26,15 +26,21 @@ def double_backward(
     ``1/2 sum_i c_i || (J_i^T v) * h_i ||^2`` is an unbiased estimate of the penalty (4.4). The noise needs no estimate:
     its scalar is ``sum_i <dL/dt_i, r_i>`` with ``t_i`` the relative change of ``h_i``. The loss is exact.
 
+    With ``curvature="full"`` the noise's scalar is differentiated once more in the direction: ``1/2 r^T (d2L/dt2) r``.
+
     See `lightning_dropreg.estimators.base.Estimator` for the arguments.
 
     Returns:
         Loss, penalty and noise.
     """
-    tap = Tap(Directions(key, mask), draw=noise)
-    done = run_pass(closure, tap, record_losses=curvature is not None)
+    full = curvature == FULL
+    tap = Tap(Directions(key, mask), draw=noise or full, thrice=full)
+    done = run_pass(closure, tap, record_losses=curvature is not None and not full)
     if not done.sites:
         return inactive(done.loss, curvature, noise)
+    if full:
+        slope = noise_scalar(done.loss, tap)
+        return Estimate(done.loss, directional_derivative(slope, tap) / 2, slope if noise else None)
     return Estimate(
         loss=done.loss,
         penalty=None if curvature is None else _penalty(curvature, done, tap, key),
@@ -59,13 +65,20 @@ def _penalty(curvature: str, done: Pass, tap: Tap, key: int) -> Tensor:
 
 def noise_scalar(loss: Tensor, tap: Tap) -> Tensor:
     """Return ``s = sum_i J_loss,i (r_i * h_i)``, exactly, for the directions that `tap` drew."""
-    noise = loss.new_zeros(())
-    for gradient, direction in zip(tap_gradients([loss], tap, None), tap.draws, strict=True):
-        noise = noise + (gradient * direction).sum()
-    return noise
+    return directional_derivative(loss, tap)
 
 
-def tap_gradients(values: Sequence[Tensor], tap: Tap, vectors: Sequence[Tensor] | None) -> list[Tensor]:
+def directional_derivative(value: Tensor, tap: Tap | TappedTangent) -> Tensor:
+    """Differentiate a scalar in the taps, along the directions that `tap` drew, keeping the graph."""
+    slope = value.new_zeros(()).requires_grad_()  # a graph also where nothing depends on the taps
+    if not value.requires_grad:
+        return slope
+    for gradient, direction in zip(tap_gradients([value], tap, None), tap.draws, strict=True):
+        slope = slope + (gradient * direction).sum()
+    return slope
+
+
+def tap_gradients(values: Sequence[Tensor], tap: Tap | TappedTangent, vectors: Sequence[Tensor] | None) -> list[Tensor]:
     """Differentiate `values` (times `vectors`) in the taps, keeping the graph."""
     gradients = torch.autograd.grad(
         list(values), tap.taps, None if vectors is None else list(vectors), create_graph=True, allow_unused=True

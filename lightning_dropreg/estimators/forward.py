@@ -10,9 +10,10 @@ from torch.autograd import forward_ad
 
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.base import Estimate, inactive
-from lightning_dropreg.estimators.curvature import element_weights, quadratic_form
+from lightning_dropreg.estimators.curvature import FULL, element_weights, quadratic_form
+from lightning_dropreg.estimators.double_backward import directional_derivative
 from lightning_dropreg.numerics.dtypes import noise_dtype
-from lightning_dropreg.passes import Closure, Directions, Tangent, run_pass
+from lightning_dropreg.passes import Closure, Directions, Tangent, TappedTangent, run_pass
 
 __all__ = ["forward"]
 
@@ -21,7 +22,8 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
     """Estimate loss, penalty and noise from the tangents of outputs and loss.
 
     Each site's activation ``h`` carries the tangent ``h r``; the outputs' tangent is then ``u = sum_i J_i (h_i r_i)``
-    and the loss's tangent the noise ``s``. See `lightning_dropreg.estimators.base.Estimator` for the arguments.
+    and the loss's tangent the noise ``s``. With ``curvature="full"`` that is differentiated once more, backward, in the
+    same direction. See `lightning_dropreg.estimators.base.Estimator` for the arguments.
 
     Returns:
         Loss, penalty and noise.
@@ -30,9 +32,10 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
         UnsupportedOperationError: If an operation of the model has no forward-mode formula.
     """
     directions = Directions(key, mask)
+    rule = TappedTangent(directions) if curvature == FULL else Tangent(directions)
     with forward_ad.dual_level():
         try:
-            done = run_pass(closure, Tangent(directions), record_losses=curvature is not None)
+            done = run_pass(closure, rule, record_losses=curvature is not None and curvature != FULL)
         except NotImplementedError as error:
             raise UnsupportedOperationError(
                 f"The model has an operation without a forward-mode derivative, which estimator='forward' needs: "
@@ -43,7 +46,9 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
             return inactive(done.loss, curvature, noise)
         loss, slope = _split(done.loss)
         penalty = None
-        if curvature is not None:
+        if isinstance(rule, TappedTangent):
+            penalty = directional_derivative(slope, rule) / 2
+        elif curvature is not None:
             penalty = loss.new_zeros(())
             for recorded, weights in zip(done.losses, element_weights(done.loss, done.losses), strict=True):
                 z, u = _split(recorded.outputs)

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_dropreg.errors import UnsupportedOperationError
-from lightning_dropreg.estimators.antithetic import combine
+from lightning_dropreg.estimators.antithetic import combine, second_difference
 from lightning_dropreg.estimators.base import Estimate
-from lightning_dropreg.estimators.curvature import element_weights
-from lightning_dropreg.passes import Closure, Directions, Pass, Perturb, run_pass
-from lightning_dropreg.passes.gradients import GradientSum, Scaler, collect_gradients, leaves_of
+from lightning_dropreg.estimators.curvature import FULL, element_weights
+from lightning_dropreg.interception.mode import Rule
+from lightning_dropreg.passes import Closure, Directions, Off, Pass, Perturb, run_pass
+from lightning_dropreg.passes.gradients import GradientSum, Scaler, backpropagate, collect_gradients, leaves_of
 
 __all__ = ["antithetic_in_turn"]
 
@@ -36,7 +37,9 @@ def antithetic_in_turn(
     """Estimate as `antithetic` does, and differentiate at once.
 
     The pass in one direction gives its values and is let go; the opposite pass and everything computed from both is
-    differentiated, which frees it; the first pass is made once more and gets the cotangents of its values.
+    differentiated, which frees it; the first pass is made once more and gets the cotangents of its values. What is
+    linear in the losses of the passes (``curvature="full"``, or noise alone) needs no such repetition: there every pass
+    is differentiated as soon as it is made.
 
     Args:
         closure: See `lightning_dropreg.estimators.base.Estimator`.
@@ -55,7 +58,9 @@ def antithetic_in_turn(
         The estimate, without graphs, and the scalars of `weigh`, with their gradients.
     """
     directions = Directions(key, mask)
-    record = curvature is not None
+    if curvature is None or curvature == FULL:
+        return _linear(closure, weigh, directions, curvature, noise, step_size, scaler, drop_stale_gradients)
+    record = True
     plus, ends = _cut(run_pass(closure, Perturb(directions, step_size), record_losses=record))
     directions.rewind()
     minus = run_pass(closure, Perturb(directions, -step_size), record_losses=record)
@@ -91,6 +96,47 @@ def antithetic_in_turn(
     leaves = _leaves(replays)
     for position, collected in enumerate(sums):
         collect_gradients(replays[position], leaves, [(collected, 1.0)], position < len(sums) - 1)
+    return estimate, [collected.scalar() for collected in sums]
+
+
+def _linear(
+    closure: Closure,
+    weigh: Callable[[Estimate], Sequence[Tensor]],
+    directions: Directions,
+    curvature: str | None,
+    noise: bool,
+    step_size: float,
+    scaler: Scaler | None,
+    drop_stale_gradients: Callable[[], None] | None,
+) -> tuple[Estimate, list[Tensor]]:
+    def estimate_of(plus: Tensor, minus: Tensor, clean: Tensor | None = None) -> Estimate:
+        return Estimate(
+            loss=(plus + minus) / 2 if clean is None else clean,
+            penalty=None if clean is None else second_difference(plus, minus, clean, step_size),
+            noise=(plus - minus) / (2 * step_size) if noise else None,
+        )
+
+    rules: list[Rule] = [
+        Perturb(directions, step_size),
+        Perturb(directions, -step_size),
+        *[Off()] * (curvature is not None),
+    ]
+    ends = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in rules]
+    scalars = list(weigh(estimate_of(*ends)))
+    parts = [torch.autograd.grad(scalar, ends, retain_graph=True, allow_unused=True) for scalar in scalars]
+    sums, losses = [GradientSum() for _ in scalars], []
+    for number, rule in enumerate(rules):
+        done = run_pass(closure, rule)
+        if number < 2:
+            directions.rewind()
+        if number == 0 and drop_stale_gradients is not None and not done.reads_gradients:
+            drop_stale_gradients()
+        factors = [0.0 if part[number] is None else float(part[number]) for part in parts]
+        loss = done.loss.reshape(())
+        del done
+        backpropagate(loss, _leaves([loss]), [(s, f) for s, f in zip(sums, factors, strict=True) if f], scaler)
+        losses.append(loss.detach())
+    estimate = estimate_of(*losses)
     return estimate, [collected.scalar() for collected in sums]
 
 

@@ -4,7 +4,8 @@ Estimating on a fraction ``f`` of the rows costs a pass over the batch and two o
 are dear: a recurrent network takes as many steps for two rows as for twenty. Here the chosen rows stand in the batch
 twice, once with the site factors ``1 + eps r`` and once with ``1 - eps r``; the others stand there once, undisturbed.
 One pass over ``(1 + f) B`` rows gives everything. A mean counts the chosen rows twice, so the loss is put right by the
-weights that its elements have in it; that of the chosen rows is the mean of their pairs, right up to ``O(eps^2)``.
+weights that its elements have in it; that of the chosen rows is the mean of their pairs, right up to ``O(eps^2)``. For
+``curvature="full"``, which compares the pairs with the loss without noise, they stand among the others as well.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.errors import LossNotRecognizedError
+from lightning_dropreg.estimators.antithetic import second_difference
 from lightning_dropreg.estimators.base import Estimate
-from lightning_dropreg.estimators.curvature import element_weights, pair_quadratic_form
+from lightning_dropreg.estimators.curvature import FULL, element_weights, pair_quadratic_form
 from lightning_dropreg.estimators.layout import Layout, RowAxis, RowsNotFoundError
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.losses import Loss
@@ -33,10 +35,12 @@ class Pairs:
     Attributes:
         single: Number of rows that stand alone.
         count: Number of pairs.
+        clean: Whether the rows of the pairs stand alone as well, as the last of those: three times altogether.
     """
 
     single: int
     count: int
+    clean: bool = False
 
     @property
     def rows(self) -> int:
@@ -51,12 +55,16 @@ class Pairs:
     @property
     def share(self) -> float:
         """How many rows the batch has, as a fraction of those of the pass."""
-        return (self.single + self.count) / self.rows
+        return self._batch / self.rows
 
     @property
     def fraction(self) -> float:
-        """Fraction of the batch's rows that are there twice."""
-        return self.count / (self.single + self.count)
+        """Fraction of the batch's rows that are in pairs."""
+        return self.count / self._batch
+
+    @property
+    def _batch(self) -> int:
+        return self.single if self.clean else self.single + self.count
 
 
 class PerturbPairs:
@@ -145,7 +153,12 @@ def one_pass(
     slope = loss.new_zeros(()) if noise else None
     for recorded, w, axis in zip(done.losses, weights, layout.losses, strict=True):
         chosen = w / pairs.fraction  # in the mean over the chosen rows alone
-        if penalty is not None and curvature is not None:
+        if penalty is not None and curvature == FULL:
+            values = chosen * recorded.per_element(recorded.elements)
+            counts = (pairs.single - pairs.count, pairs.count, pairs.count, pairs.count)
+            _, clean, plus, minus = axis.split(values, counts)
+            penalty = penalty + second_difference(plus, minus, clean, step_size).sum()
+        elif penalty is not None and curvature is not None:
             penalty = penalty + _penalty(curvature, recorded, chosen, axis, pairs, step_size) / 2
         if slope is not None:
             values = chosen * recorded.per_element(recorded.elements)
@@ -186,7 +199,7 @@ def _balanced(done: Pass, layout: Layout, pairs: Pairs) -> tuple[Tensor, list[Te
             raise RowsNotFoundError(f"What the elements of {recorded.name} count is known for these rows only.")
         share = torch.ones(recorded.outputs.shape[0], dtype=w.dtype, device=w.device)
         shape, dim = axis.unfold(share.shape, pairs.rows)
-        share.view(shape).narrow(dim, pairs.single, 2 * pairs.count).fill_(0.5)
+        share.view(shape).narrow(dim, pairs.single, 2 * pairs.count).fill_(0.0 if pairs.clean else 0.5)
         share = share.view(-1, *[1] * (w.ndim - 1))
         # a mean is over fewer rows without the second ones: what they weigh together stays
         mass = w if recorded.mass is None else w * recorded.mass

@@ -3,7 +3,8 @@
 In torch 2.13 the forward-mode formulas of ``softmax``, ``log_softmax`` and ``logsumexp`` overwrite a value that their
 own backward needs (an error), those of ``layer_norm``, ``batch_norm`` and ``instance_norm`` take mean and scale for
 constants when they are differentiated backward (a wrong gradient, without a word). A pass with dual numbers puts these
-in place of torch's (`REPLACEMENTS`), and refuses those of torch's that are wrong and have no stand-in here (`REFUSED`).
+in place of torch's (`REPLACEMENTS`; so does one that is differentiated backward three times, for which the same
+formulas of norms are wrong), and refuses those of torch's that are wrong and have no stand-in here (`REFUSED`).
 ``tests/numerics/test_dual.py`` compares what torch has, operation by operation, with finite differences.
 """
 

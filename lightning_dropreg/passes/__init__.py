@@ -1,7 +1,7 @@
 """A pass: the user's step, run once with a chosen rule at its dropout sites."""
 
 from lightning_dropreg.passes.directions import Directions
-from lightning_dropreg.passes.rules import Drop, Off, Perturb, Tangent, Tap, draws_of_dropout, focus
+from lightning_dropreg.passes.rules import Drop, Off, Perturb, Tangent, Tap, TappedTangent, draws_of_dropout, focus
 from lightning_dropreg.passes.run import Closure, Pass, dormant_sites, is_dormant, run_pass
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Perturb",
     "Tangent",
     "Tap",
+    "TappedTangent",
     "dormant_sites",
     "draws_of_dropout",
     "focus",

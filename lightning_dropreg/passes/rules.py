@@ -21,7 +21,7 @@ from lightning_dropreg.numerics.dual import make_dual
 from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
 from lightning_dropreg.passes.directions import Directions
 
-__all__ = ["Drop", "Off", "Perturb", "Tangent", "Tap", "draws_of_dropout", "focus", "focused"]
+__all__ = ["Drop", "Off", "Perturb", "Tangent", "Tap", "TappedTangent", "draws_of_dropout", "focus", "focused"]
 
 
 class Off:
@@ -68,15 +68,21 @@ class Tangent:
 class Tap:
     """``h (1 + t)`` with ``t = 0``: the derivative in ``t`` is ``J_i`` times ``h_i``, summed over a shared mask.
 
+    Args:
+        directions: The directions of the batch.
+        draw: Whether they are drawn.
+        thrice: Whether the pass will be differentiated three times; torch's formulas of some norms are wrong for that.
+
     Attributes:
         taps: The ``t`` of each site, in order.
         sites: The sites.
         draws: Directions ``r`` for the sites, drawn in the same order as in the other passes; empty without.
     """
 
-    def __init__(self, directions: Directions, draw: bool = False) -> None:
+    def __init__(self, directions: Directions, draw: bool = False, thrice: bool = False) -> None:
         self.directions = directions
         self.draw = draw
+        self.thrice = thrice
         self.taps: list[Tensor] = []
         self.sites: list[Site] = []
         self.draws: list[Tensor] = []
@@ -94,6 +100,30 @@ class Tap:
     def again(self, index: int, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return (h * (1 + self.taps[index])).to(h.dtype)
+
+
+class TappedTangent(Tangent):
+    """`Tangent` and `Tap` in one: the tangents at ``h (1 + t)``, to be differentiated in ``t``.
+
+    Attributes:
+        taps: The ``t`` of each site, in order.
+        draws: Their directions ``r``.
+    """
+
+    def __init__(self, directions: Directions) -> None:
+        super().__init__(directions)
+        self.taps: list[Tensor] = []
+        self.draws: list[Tensor] = []
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.mode.Rule`."""
+        primal, tangent = forward_ad.unpack_dual(h)
+        direction = self.directions.draw(site, h)
+        tap = torch.zeros_like(direction, requires_grad=True)
+        self.taps.append(tap)
+        self.draws.append(direction)
+        push = primal * direction if tangent is None else primal * direction + tangent * (1 + tap)
+        return make_dual((primal * (1 + tap)).to(h.dtype), push.to(h.dtype))
 
 
 class Drop:

@@ -105,7 +105,7 @@ def run_pass(
         focused(rule),
         record_losses=record_losses or dual,  # torch's cross entropy has no tangent that has a backward, ours has
         name_sites=name_sites,
-        replacements=REPLACEMENTS if dual else None,
+        replacements=REPLACEMENTS if dual or (isinstance(rule, Tap) and rule.thrice) else None,
         written_out=written_out,
         problems=problems,
     ) as interception:

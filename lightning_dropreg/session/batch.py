@@ -108,12 +108,12 @@ class Batch:
         count = self.row_count(dim)
         return self._on_rows(rows, dim, count), len(rows) / count
 
-    def paired(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs] | None:
+    def paired(self, fraction: float, dim: int, key: int, clean: bool = False) -> tuple[Closure, Layout, Pairs] | None:
         """See `lightning_dropreg.step.share.BatchRunner`."""
         found = self.pairable
         if found is None:
             return None
-        run, pairs, _ = self.on_pairs(fraction, dim, key, trace=self.lasting)
+        run, pairs, _ = self.on_pairs(fraction, dim, key, trace=self.lasting, clean=clean)
         self.share = pairs.share
 
         def checked() -> Tensor:
@@ -126,7 +126,7 @@ class Batch:
         return checked, found.layout, pairs
 
     def on_pairs(
-        self, fraction: float, dim: int, key: int, trace: bool
+        self, fraction: float, dim: int, key: int, trace: bool, clean: bool = False
     ) -> tuple[Closure, Pairs, list[Callable[[], None]]]:
         """Return what runs on all rows, some of them twice and last.
 
@@ -135,22 +135,27 @@ class Batch:
             dim: Dimension of the rows.
             key: Seed of their choice.
             trace: Whether the run counts as that of the batch.
+            clean: Whether those rows are there a third time, undisturbed.
 
         Returns:
             The closure, how many rows there are of which kind, and what makes of the state after the run those of the
-            two runs that it stands for.
+            runs that it stands for.
         """
         count = self.row_count(dim)
         rows = draw_rows(self.args[0], fraction, dim, key)
         alone = torch.ones(count, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
-        pairs = Pairs(len(alone), len(rows))
-        first, second = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.long)
-        first[alone] = second[alone] = torch.arange(pairs.single)
-        first[rows] = pairs.single + torch.arange(pairs.count)
-        second[rows] = first[rows] + pairs.count
+        single = torch.cat([alone, rows]) if clean else alone
+        pairs = Pairs(len(single), len(rows), clean)
+        first = torch.empty(count, dtype=torch.long)
+        first[single] = torch.arange(pairs.single)
+        places = [first]
+        if not clean:  # the state of the batch is the mean of those that the two of a pair leave
+            places.append(first.clone())
+            for number, place in enumerate(places):
+                place[rows] = pairs.single + number * pairs.count + torch.arange(pairs.count)
         hook = getattr(self.module, "select_rows", None)
-        cuts: list[Callable[[], None]] = [] if hook is None else [partial(hook, first, dim), partial(hook, second, dim)]
-        return self._on_rows(torch.cat([alone, rows, rows]), dim, count, trace, cuts), pairs, cuts
+        cuts: list[Callable[[], None]] = [] if hook is None else [partial(hook, place, dim) for place in places]
+        return self._on_rows(torch.cat([single, rows, rows]), dim, count, trace, cuts), pairs, cuts
 
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
         """See `lightning_dropreg.step.share.BatchRunner`."""

@@ -38,7 +38,7 @@ def signature(module: nn.Module, batch: Any, dim: int) -> str:
     return f"{shapes} {spec} {norms}"
 
 
-def find_pairable(batch: Batch, fraction: float, dim: int) -> Pairable | None:
+def find_pairable(batch: Batch, fraction: float, dim: int, clean: bool = False) -> Pairable | None:
     """Find the rows in a step, and try whether loss, state, logs and output stay the same with some rows twice.
 
     A metric would count these rows twice, batch norm would mix them with the others, noise of the user's own would
@@ -48,6 +48,7 @@ def find_pairable(batch: Batch, fraction: float, dim: int) -> Pairable | None:
         batch: The batch, its isolation entered.
         fraction: Fraction of the rows.
         dim: Their dimension in the batch.
+        clean: Whether the rows of pairs stand alone as well.
 
     Returns:
         What was found; None if rows have no place of their own, or a trace differs.
@@ -59,7 +60,7 @@ def find_pairable(batch: Batch, fraction: float, dim: int) -> Pairable | None:
     if batch.isolation.drew_randomness():
         return None
     usual = (loss, batch.isolation.outcome(), batch.logs.last(), batch.returned)
-    run, pairs, cuts = batch.on_pairs(fraction, dim, batch.key, trace=False)
+    run, pairs, cuts = batch.on_pairs(fraction, dim, batch.key, trace=False, clean=clean)
     try:
         paired = without_pairs(run, layout, pairs).detach()
     except RowsNotFoundError:

@@ -24,7 +24,9 @@ from torch.optim import Optimizer
 from lightning_dropreg.errors import (
     DropregError,
     KinkedNetworkWarning,
+    UnboundedPenaltyWarning,
 )
+from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.estimators.reduction import check_mean_over_rows
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite, check_masks_of_rows, inspect_step
@@ -171,6 +173,7 @@ class Session:
         if not self._inspected:
             self.inspect(original, args, kwargs)
             self._warn_of_kinks()
+            self._warn_of_no_bound()
         if self.plan.untouched:
             return original(*args, **kwargs)
         if not self.module.automatic_optimization:
@@ -316,7 +319,7 @@ class Session:
         before = fingerprints(self.module)
         try:
             with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
-                seen, found = inspect_step(batch.aside, self.plan.penalty is not None)
+                seen, found = inspect_step(batch.aside, self.plan.needs_losses)
                 problems += compiled_problems(self.module, seen.sites, self.plan) + found
                 if not problems:
                     self._check_rows(batch, seen.sites)
@@ -350,7 +353,10 @@ class Session:
             batch = self.to_look_at(original, args, kwargs)
             around = attention_dropout(self.plan.attention)
             with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
-                found = None if is_dormant() else find_pairable(batch, chosen.batch_fraction, chosen.batch_dim)
+                found = None
+                if not is_dormant():
+                    clean = self.plan.curvature == FULL
+                    found = find_pairable(batch, chosen.batch_fraction, chosen.batch_dim, clean)
             self.found[kind] = None if found is None else found.plain()
         plain = self.found.get(kind)
         return kind, None if plain is None else Pairable.of(plain)
@@ -367,6 +373,10 @@ class Session:
             f"{REMEDY} `dropreg inspect` measures it on your model.",
             category=KinkedNetworkWarning,
         )
+
+    def _warn_of_no_bound(self) -> None:
+        if self.plan.curvature == FULL and not self._detectors:
+            rank_zero_warn(UNBOUNDED, category=UnboundedPenaltyWarning)
 
     def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """Return a batch whose step has a loss, however the module optimizes, to run it aside."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.step.plan import Estimation, Plan
 
 __all__ = ["describe"]
@@ -12,7 +13,18 @@ _PASSES = {
     "double_backward": "1 forward pass, back-propagated to the sites and then again",
     "exact": "1 forward pass, and a backward pass for every output",
 }
-_CURVATURES = {"loss_hessian": "R_approx", "identity": "R_approx with H = I/C", "loss_jacobian": "R_approx of (5.1)"}
+_FULL = {
+    "antithetic": "3 forward passes, one without noise and two with site factors 1 + {0:g} r and 1 - {0:g} r",
+    "forward": "1 forward pass with dual numbers, back-propagated to the sites and then again",
+    "double_backward": "1 forward pass, back-propagated to the sites twice and then again",
+    "exact": "1 forward pass, and a backward pass for every entry of the masks",
+}
+_CURVATURES = {
+    "loss_hessian": "R_approx",
+    "identity": "R_approx with H = I/C",
+    "loss_jacobian": "R_approx of (5.1)",
+    "full": "half the second derivative of the loss",
+}
 
 
 def describe(plan: Plan) -> list[str]:
@@ -72,7 +84,8 @@ def _passes(plan: Plan) -> list[str]:
     for estimation, results in wanted.items():
         first = estimation.batch_fraction is None and not gives_loss
         gives_loss = gives_loss or first
-        sentences.append(f"{_of(estimation)}, for {' and '.join([*['loss'] * first, *results])}.")
+        full = "penalty" in results and plan.curvature == FULL
+        sentences.append(f"{_of(estimation, full)}, for {' and '.join([*['loss'] * first, *results])}.")
     if not gives_loss:
         sentences.insert(0, "1 forward pass, for the loss.")
     if plan.noise is not None and plan.noise_in_loss and not taylor:
@@ -80,8 +93,8 @@ def _passes(plan: Plan) -> list[str]:
     return sentences
 
 
-def _of(estimation: Estimation) -> str:
-    passes = _PASSES[estimation.estimator].format(estimation.step_size)
+def _of(estimation: Estimation, full: bool = False) -> str:
+    passes = (_FULL if full else _PASSES)[estimation.estimator].format(estimation.step_size)
     fraction = estimation.batch_fraction
     return passes if fraction is None else f"{passes} over a random {fraction:.0%} of the rows"
 

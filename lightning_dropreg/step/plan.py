@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop, draws_of_dropout, run_pass
@@ -54,6 +55,16 @@ class Plan:
         if self.penalty is None or self.penalty.strength == 0 or step % self.penalty.every_n_steps:
             return None
         return self.penalty
+
+    @property
+    def curvature(self) -> str | None:
+        """Curvature of the penalty; None without one."""
+        return None if self.penalty is None else self.penalty.curvature
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the losses of a step must be recognized."""
+        return self.curvature is not None and self.curvature != FULL
 
     @property
     def noise_scale(self) -> float:

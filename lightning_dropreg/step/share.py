@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lightning_dropreg.estimators import ESTIMATORS, Estimate, Pairs, antithetic_in_turn, one_pass
+from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure, Off, run_pass
@@ -69,8 +70,10 @@ class BatchRunner(Protocol):
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
         """Return what runs on random rows, those of `key`, leaving no trace, and the fraction they really are."""
 
-    def paired(self, fraction: float, dim: int, key: int) -> tuple[Closure, Layout, Pairs] | None:
+    def paired(self, fraction: float, dim: int, key: int, clean: bool = False) -> tuple[Closure, Layout, Pairs] | None:
         """Return what runs on the whole batch with random rows in it twice; the run counts for module state and logs.
+
+        With `clean` they are there three times, see `lightning_dropreg.estimators.Pairs`.
 
         None if the rows cannot be told apart in the step. What the closure raises as `RowsNotFoundError` can be
         followed by `forget` and another way.
@@ -164,7 +167,8 @@ class Share:
         chosen = self.estimation
         if not self.may_be_one_pass or chosen.batch_fraction is None:
             return None
-        found = runner.paired(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
+        clean = self.curvature == FULL
+        found = runner.paired(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1), clean)
         if found is None:
             return None
         closure, layout, pairs = found

@@ -1,0 +1,133 @@
+"""`ExplicitPenalty(curvature="full")` in a Trainer."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Classifier, make_loader, same, train
+from torch import nn
+
+import lightning_dropreg as dr
+from lightning_dropreg.errors import DivergenceError, UnboundedPenaltyWarning
+from lightning_dropreg.estimators import Pairs, antithetic, one_pass
+from lightning_dropreg.estimators.layout import find_layout
+from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.passes import Off, run_pass
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_dropreg.errors.UnboundedPenaltyWarning")
+
+
+class OwnLoss(Classifier):
+    """A loss that nobody knows, behind a nonlinearity."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        z = torch.tanh(self.net(x))
+        return F.multi_margin_loss(z, y, p=2) + 0.1 * z.square().sum() / z.abs().sum()
+
+
+def penalty(**options):
+    return [dr.ExplicitPenalty(curvature="full", **options)]
+
+
+def test_a_step_is_that_of_the_functional_form():
+    model = train(penalty(strength=2.0), make=OwnLoss, max_steps=1)
+    torch.manual_seed(0)
+    x, y = next(iter(make_loader()))
+    fresh = OwnLoss()
+    fresh.net.load_state_dict(train([], make=OwnLoss, max_steps=0).net.state_dict())
+    estimate = antithetic(
+        lambda: fresh.training_step((x, y), 0),
+        curvature="full",
+        noise=False,
+        step_size=0.1,
+        mask="as_model",
+        key=fold_key(0, 0, 0, 0),
+    )
+    gradients = torch.autograd.grad(estimate.loss + 2 * estimate.penalty, list(fresh.net.parameters()))
+    torch.testing.assert_close(model.gradients[0], torch.cat([g.reshape(-1) for g in gradients]))
+
+
+def test_low_memory_differentiates_every_pass_at_once_and_gives_the_same():
+    calls = []
+
+    class Counting(OwnLoss):
+        def training_step(self, batch, batch_idx):
+            calls.append(torch.is_grad_enabled())
+            return super().training_step(batch, batch_idx)
+
+    for more in ([], [dr.ImplicitNoise(low_memory=True)]):
+        calls.clear()
+        low = train(penalty(low_memory=True) + more, make=Counting, max_steps=2)
+        looks = len(calls) - 2 * 3
+        calls.clear()
+        high = train(penalty() + [dr.ImplicitNoise() for _ in more], make=Counting, max_steps=2)
+        assert len(calls) - 2 * 3 == looks  # no repetition of a pass
+        torch.testing.assert_close(torch.stack(low.gradients), torch.stack(high.gradients), rtol=1e-9, atol=1e-12)
+
+
+def test_the_untouched_loss_is_logged_exactly():
+    class Seeing(Classifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.losses.append(self.trainer.callback_metrics["dropreg/loss"].clone())
+
+    model = train(penalty(), make=Seeing, max_steps=1)
+    plain = train([dr.ExplicitPenalty(0.0)], make=Seeing, max_steps=1)
+    assert torch.equal(model.losses[0], plain.losses[0])
+
+
+def test_in_one_pass_the_drawn_rows_stand_there_three_times():
+    torch.set_default_dtype(torch.float64)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+
+    def on_rows(rows):
+        return lambda: F.cross_entropy(net(x[rows]), y[rows])
+
+    options = dict(curvature="full", noise=True, step_size=1e-2, mask="as_model", key=5)
+    rows = torch.tensor([0, 2, 3, 5, 1, 4, 1, 4, 1, 4])
+    ours = one_pass(on_rows(rows), find_layout(on_rows, 6), Pairs(6, 2, clean=True), **options)
+    apart = antithetic(on_rows(torch.tensor([1, 4])), **options)
+    torch.testing.assert_close(ours.loss, run_pass(on_rows(torch.arange(6)), Off()).loss)
+    torch.testing.assert_close(ours.penalty, apart.penalty)
+    torch.testing.assert_close(ours.noise, apart.noise)
+
+
+@pytest.mark.parametrize("make", [Classifier, OwnLoss], ids=["known", "unknown"])
+def test_a_fraction_of_the_rows(make):
+    """In one pass where the loss is known and a mean, else one pass for the loss and three over the rows."""
+    sizes = []
+
+    class Counting(make):
+        def training_step(self, batch, batch_idx):
+            sizes.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    train(penalty(batch_fraction=1 / 3), make=Counting, max_steps=2)
+    # 6 rows, 2 of them drawn
+    assert sizes[-1:] == [10] if make is Classifier else sorted(sizes[-4:]) == [2, 2, 2, 6]
+
+
+def test_a_resumed_or_accumulated_run_is_one_run():
+    assert same(train(penalty(), max_epochs=2), train(penalty(), max_epochs=2))
+    train(penalty(), accumulate_grad_batches=2, gradient_clip_val=0.1)
+
+
+def test_training_warns_once_unless_it_is_watched():
+    with pytest.warns(UnboundedPenaltyWarning, match="DivergenceDetector") as caught:
+        train(penalty(), max_steps=3)
+    assert len([w for w in caught if w.category is UnboundedPenaltyWarning]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnboundedPenaltyWarning)
+        train([*penalty(), dr.DivergenceDetector()], max_steps=1)
+
+
+def test_the_detector_sees_a_penalty_far_below_zero():
+    class Concave(Classifier):
+        def training_step(self, batch, batch_idx):
+            return 1 - 100 * torch.sigmoid(self.net(batch[0])).square().mean() ** 2 + 100
+
+    watch = dr.DivergenceDetector(penalty_ratio=1e-3, patience=1, every_n_steps=1)
+    with pytest.raises(DivergenceError):
+        train([*penalty(strength=50.0), watch], make=Concave)
