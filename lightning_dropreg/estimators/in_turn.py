@@ -14,7 +14,7 @@ from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.antithetic import combine, second_difference
 from lightning_dropreg.estimators.base import Estimate
 from lightning_dropreg.estimators.curvature import FULL, element_weights
-from lightning_dropreg.interception.mode import Rule
+from lightning_dropreg.interception.sites import Rule
 from lightning_dropreg.passes import Closure, Directions, Off, Pass, Perturb, run_pass
 from lightning_dropreg.passes.gradients import GradientSum, Scaler, backpropagate, collect_gradients, leaves_of
 

@@ -16,7 +16,7 @@ from lightning_dropreg.diagnostics.sketch import sketch
 from lightning_dropreg.diagnostics.statistics import jackknife_interval, mean_interval, student_quantile
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.estimators.curvature import CURVATURES
+from lightning_dropreg.estimators.curvature import OF_OUTPUTS
 from lightning_dropreg.functional import explicit_penalty
 from lightning_dropreg.passes import Directions
 
@@ -90,7 +90,7 @@ def test_the_mean_over_all_masks_is_truth_and_approximation(problem):
     probe = EffectProbe(closure)
     mean = sum(p * probe.measure(Enumerated(noises)) for noises, p in both_sites())
     torch.testing.assert_close(mean[:, 0], true_effects(net, x, y))
-    for column, curvature in enumerate(CURVATURES, start=2):
+    for column, curvature in enumerate(OF_OUTPUTS, start=2):
         exact = explicit_penalty(closure, curvature=curvature, estimator="exact").item()
         assert mean[0, column].item() == pytest.approx(exact, rel=1e-4)
         assert mean[1:, column].sum().item() == pytest.approx(exact, rel=1e-4)  # additive over sites
