@@ -1,15 +1,18 @@
-"""The command ``dropreg``: Lightning's four sub-commands and four of our own."""
+"""The command ``dropreg``: Lightning's four sub-commands and our own."""
 
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 
-from lightning_dropreg.errors import DropregError
+from lightning_dropreg.cli.mistakes import message_of
 
 __all__ = ["main"]
 
 COMMANDS = {
+    "init": "write a first configuration, to run and to change",
     "fit": "train a model, and say at the end how it went",
     "validate": "evaluate a model on the validation data",
     "test": "evaluate a model on the test data",
@@ -29,17 +32,32 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0 if all went well, 1 after an error of this package, which is printed without a
-        traceback, 2 for an unknown command.
+        Exit status: 0 if all went well; 1 after an error of this package, or of Lightning about how it was set up,
+        which is printed without a traceback; 2 for an unknown command.
     """
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough, as in `dropreg inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _run(args: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if args is None else args)
     if args is None and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a class_path may name a module beside the configuration, as for `python -m`
     if not argv or argv[0] in {"-h", "--help"}:
         print(_help())
         return 0 if argv else 2
+    if argv[0] in {"-V", "--version"}:
+        print(_versions())
+        return 0
     if argv[0] not in COMMANDS:
-        print(f"dropreg: there is no command {argv[0]!r}.\n\n{_help()}", file=sys.stderr)
+        close = get_close_matches(argv[0], COMMANDS, n=1)
+        meant = f" Did you mean {close[0]!r}?" if close else ""
+        print(f"dropreg: there is no command {argv[0]!r}.{meant}\n\n{_help()}", file=sys.stderr)
         return 2
     try:
         if argv[0] in _LIGHTNING:
@@ -48,20 +66,20 @@ def main(args: Sequence[str] | None = None) -> int:
             DropregCLI(argv)
         else:
             import_module(f"lightning_dropreg.cli.{argv[0]}").main(argv[1:])
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        ours = _dropreg_error(error)
-        if ours is None:
+        message = message_of(error)
+        if message is None:
             raise
-        print(f"dropreg {argv[0]}: {ours}", file=sys.stderr)
+        print(f"dropreg {argv[0]}: {message}", file=sys.stderr)
         return 1
     return 0
 
 
-def _dropreg_error(error: BaseException | None) -> DropregError | None:
-    # jsonargparse raises a ValueError of its own from what a class raises when it is built
-    while error is not None and not isinstance(error, DropregError):
-        error = error.__cause__
-    return error
+def _versions() -> str:
+    names = ("lightning-dropreg", "torch", "lightning")
+    return ", ".join(f"{name} {version(name)}" for name in names)
 
 
 def _help() -> str:
@@ -69,5 +87,6 @@ def _help() -> str:
     return (
         "usage: dropreg COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]\n\n"
         f"commands:\n{rows}\n\n"
+        "A first run:  dropreg init && dropreg fit --config quickstart.yaml\n"
         "Every command explains its options: dropreg COMMAND --help"
     )

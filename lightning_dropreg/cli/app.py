@@ -13,6 +13,7 @@ from rich import get_console
 from yaml import safe_load  # type: ignore[import-untyped]
 
 from lightning_dropreg.cli.config import ConfigParser, LayeredConfigFile
+from lightning_dropreg.cli.mistakes import check_checkpoint
 from lightning_dropreg.cli.progress import FitProgress
 from lightning_dropreg.cli.summary import FitSummary, print_result
 
@@ -106,6 +107,7 @@ class DropregCLI(LightningCLI):
             args: The arguments.
         """
         self.config = parser.parse_args(cast(list[str], args))
+        check_checkpoint(self.config.get(f"{self.config.get('subcommand')}.ckpt_path"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make a trainer from the configuration.

@@ -94,7 +94,7 @@ def _names(configs: Sequence[str]) -> dict[str, str]:
     stems = [Path(config).stem for config in configs]
     names = {c: s if stems.count(s) == 1 else str(Path(c).with_suffix("")) for c, s in zip(configs, stems, strict=True)}
     if len(names) != len(configs):
-        raise InvalidArgumentError(f"compare: a configuration file is named twice: {', '.join(configs)}.")
+        raise InvalidArgumentError(f"a configuration file is named twice: {', '.join(configs)}.")
     return {config: name.replace("/", "_") for config, name in names.items()}
 
 

@@ -7,12 +7,12 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
-from yaml import safe_load  # type: ignore[import-untyped]
+from yaml import YAMLError, safe_load  # type: ignore[import-untyped]
 
-from lightning_dropreg.cli.spelling import check_keys, nearest
+from lightning_dropreg.cli.spelling import ATTRIBUTE, check_keys, nearest
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["ConfigParser", "LayeredConfigFile", "layers"]
+__all__ = ["ConfigParser", "LayeredConfigFile", "layers", "read_file"]
 
 # What jsonargparse says about its own types, around what it says about the mistake.
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
@@ -21,7 +21,22 @@ _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneT
 _KEY = re.compile(r'Parser key "([\w.]+)":')
 _CLASS = re.compile(r"given class_path '([\w.]+)'")
 _EXPECTED = re.compile(r"Expected a <class '([\w.]+)'>")
+_CHOICES = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
+_REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
+_NO_FILE = re.compile(r'Parser key "config": File does not exist: \'(.*)\'')
 _VALUE = re.compile(r"(?:Given|Got) value: (.*)")
+
+
+def _missing(message: str) -> str | None:
+    """Say what is to be given, if something is not, or a file is not there."""
+    if found := _NO_FILE.search(message):
+        return f"--config {found[1]}: there is no such file."
+    if found := ATTRIBUTE.search(message):
+        return f"there is no {found[1]}.{found[2]}."
+    if found := _REQUIRED.search(message):
+        names = [name.rpartition(".")[2] for name in found[1].split(", ")]
+        return f"no {' and no '.join(names)} is configured. Give --config FILE (`dropreg init` writes a first one)."
+    return None
 
 
 def _wrong_value(message: str) -> str | None:
@@ -32,7 +47,10 @@ def _wrong_value(message: str) -> str | None:
         return None
     reasons = message[keys[-1].end() : value.start()].replace("Given value type: <class 'str'>", "")
     types = list(dict.fromkeys(_EXPECTED.findall(reasons)))
-    left = [line.strip(" -.") for line in _EXPECTED.sub("", reasons).splitlines()]
+    choices = ", ".join(dict.fromkeys(", ".join(_CHOICES.findall(reasons)).split(", ")))
+    if choices:
+        types = [f"one of {choices}"]
+    left = [line.strip(" -.") for line in _CHOICES.sub("", _EXPECTED.sub("", reasons)).splitlines()]
     if not types or any(line and not line.startswith(_NOISE) for line in left) or "is not accepted" in message:
         return None
     where = ": ".join([*[key[1] for key in keys[:-1]], *_CLASS.findall(message)[-1:]])
@@ -59,14 +77,39 @@ class LayeredConfigFile(ActionConfigFile):
         """
         files = layers(values)
         readable = [file for file in files if Path(file).is_file()]
-        check_keys(
-            [(file, safe_load(Path(file).read_text(encoding="utf-8"))) for file in readable], parser, cfg.as_dict()
-        )
+        check_keys([(file, read_file(file)) for file in readable], parser, cfg.as_dict())
         for layer in files:
             super().__call__(parser, cfg, layer, option_string)  # type: ignore[no-untyped-call]
         # Applied. In a saved copy of the configuration, elsewhere, the relative path would mislead.
         if "base" in cfg:
             cfg["base"] = None
+
+
+def read_file(file: str) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Args:
+        file: Its path.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        InvalidArgumentError: If it is no YAML, or holds something else than keys with values.
+    """
+    try:
+        content = safe_load(Path(file).read_text(encoding="utf-8"))
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        told = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InvalidArgumentError(f"{file}{where}: this is no YAML: {told}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise InvalidArgumentError(f"{file} holds {found}, not keys with values (trainer:, model:, data:).")
+    return content
 
 
 def layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
@@ -87,8 +130,7 @@ def layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
         return [file]  # the parser knows what else it may be, and what to say if it is nothing
     if file in above:
         raise InvalidArgumentError(f"{file} is its own base: {' -> '.join([*above, file])}.")
-    content = safe_load(path.read_text(encoding="utf-8"))
-    base = content.get("base") if isinstance(content, dict) else None
+    base = read_file(file).get("base")
     if base is None:
         return [file]
     below = []
@@ -112,8 +154,10 @@ class ConfigParser(LightningArgumentParser):
         if not self.exit_on_error:  # the parser of a class within: the outer one says where, and exits
             super().error(message, ex)
         prog = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
-        told = _wrong_value(message) or "\n".join(
-            line for line in message.splitlines() if not line.lstrip(" -").startswith(_NOISE)
+        told = (
+            _missing(message)
+            or _wrong_value(message)
+            or "\n".join(line for line in message.splitlines() if not line.lstrip(" -").startswith(_NOISE))
         )
         meant = nearest(message, self)
         hint = f"Did you mean {meant!r}?\n" if meant else ""

@@ -11,14 +11,14 @@ from typing import Any
 
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["check_keys", "nearest"]
+__all__ = ["ATTRIBUTE", "check_keys", "nearest"]
 
 # How jsonargparse says that it does not know something.
 _KEY = re.compile(r"(?:[Oo]ption|[Kk]ey) ['\"]([\w.]+)['\"] is not accepted|does not accept option ['\"]([\w.]+)['\"]")
 _ARGUMENT = re.compile(r"unrecognized arguments: --([\w.]+)")
 _CLASS = re.compile(r"class_path ['\"]([\w.]+)['\"]")
 _VALUE = re.compile(r"Got value: Namespace\(class_path=['\"]([\w.]+)['\"]")
-_ATTRIBUTE = re.compile(r"module ['\"]([\w.]+)['\"] has no attribute ['\"](\w+)['\"]")
+ATTRIBUTE = re.compile(r"module ['\"]([\w.]+)['\"] has no attribute ['\"](\w+)['\"]")
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 
@@ -32,7 +32,7 @@ def nearest(message: str, parser: Any) -> str | None:
     Returns:
         The nearest key or class, or None if nothing is near.
     """
-    if found := _ATTRIBUTE.search(message):
+    if found := ATTRIBUTE.search(message):
         module, name = found.groups()
         close = _close(name, getattr(import_module(module), "__all__", dir(import_module(module))))
         return f"{module}.{close}" if close else None

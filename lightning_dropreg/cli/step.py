@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +10,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_dropreg.cli.app import DropregCLI
+from lightning_dropreg.cli.mistakes import check_checkpoint
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.session.base import RegularizerCallback
 from lightning_dropreg.session.session import own_step
@@ -132,9 +132,9 @@ def load_weights(cli: DropregCLI) -> None:
     path = cli.config.get("ckpt_path")
     if not path:
         return
-    if not Path(path).is_file():
-        raise InvalidArgumentError(f"--ckpt_path {path}: there is no such file.")
+    check_checkpoint(path)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
     try:
-        cli.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+        cli.model.load_state_dict(weights["state_dict"])
     except (RuntimeError, KeyError) as error:
         raise InvalidArgumentError(f"--ckpt_path {path} does not fit the configured model: {error}") from error
