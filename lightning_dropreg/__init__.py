@@ -5,22 +5,28 @@ Wei, Kakade and Ma, *The Implicit and Explicit Regularization Effects of Dropout
 LightningModule, and `functional` is the same without Lightning.
 """
 
-from lightning_dropreg import errors, functional
-from lightning_dropreg.callbacks import (
-    DivergenceDetector,
-    DropoutDiagnostics,
-    DropProbSchedule,
-    ExplicitPenalty,
-    ImplicitNoise,
-    MaxNorm,
-    MiniBatchDropout,
-    MonteCarloDropout,
-)
-from lightning_dropreg.interception.handlers.attention import attention_dropout
-from lightning_dropreg.interception.handlers.custom import drop
-from lightning_dropreg.losses import recognize
-from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, MiniBatchDropoutMixin
-from lightning_dropreg.nn.pretraining import scale_pretrained_for_dropout
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if (
+    TYPE_CHECKING
+):  # what stands here is imported when it is asked for: `functional` needs no Lightning, `--help` nothing
+    from lightning_dropreg import errors, functional
+    from lightning_dropreg.callbacks import (
+        DivergenceDetector,
+        DropoutDiagnostics,
+        DropProbSchedule,
+        ExplicitPenalty,
+        ImplicitNoise,
+        MaxNorm,
+        MiniBatchDropout,
+        MonteCarloDropout,
+    )
+    from lightning_dropreg.interception.handlers.attention import attention_dropout
+    from lightning_dropreg.interception.handlers.custom import drop
+    from lightning_dropreg.losses import recognize
+    from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, MiniBatchDropoutMixin
+    from lightning_dropreg.nn.pretraining import scale_pretrained_for_dropout
 
 __all__ = [
     "DivergenceDetector",
@@ -43,3 +49,28 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_ROOMS = {"callbacks", "diagnostics", "errors", "functional", "losses", "metrics", "mixins", "nn", "uncertainty"}
+_CALLBACKS = "lightning_dropreg.callbacks"
+_MIXINS = "lightning_dropreg.mixins"
+_WHERE = {
+    **{name: _MIXINS for name in __all__ if name.endswith("Mixin")},
+    "attention_dropout": "lightning_dropreg.interception.handlers.attention",
+    "drop": "lightning_dropreg.interception.handlers.custom",
+    "recognize": "lightning_dropreg.losses",
+    "scale_pretrained_for_dropout": "lightning_dropreg.nn.pretraining",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"lightning_dropreg.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_WHERE.get(name, _CALLBACKS)), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
