@@ -1,4 +1,11 @@
-"""What every recognized loss has, and what reading one takes."""
+"""What every recognized loss has, and what reading one takes.
+
+An *example* is what has a loss of its own: a row of what the loss function was given, that is one entry of its first
+dimension; a token (a pixel) where the function gives one element for each, as `cross_entropy` does. An *output* is a
+logit, or what else the loss function compares with the target; of log-probabilities, the logits behind `log_softmax`.
+The ablations need both words: `identity` averages over the outputs of an example, `loss_jacobian` squares the
+derivative of an example's loss.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +25,7 @@ __all__ = [
     "classes_last",
     "midpoint_and_slope",
     "outputs_last",
+    "outputs_of_rows",
     "reduced",
     "reduction_of",
     "refuse_trained",
@@ -37,16 +45,20 @@ class Loss(ABC):
             any number of them. (A user's own reduction may divide by anything.)
         mass: What each element (`per_element`) counts in the denominator of the mean that the loss function took; None
             where all count 1, or the loss function took no mean.
+        logits: What `identity` averages over, ``(T, C)``: the outputs themselves, but the logits behind them where
+            these are log-probabilities; None where those are not known.
     """
 
     is_mean = False
     mass: Tensor | None = None
+    logits: Tensor | None
 
     def __init__(self, name: str, outputs: Tensor, elements: Tensor, function: Callable[[Tensor], Tensor]) -> None:
         self.name = name
         self.outputs = outputs
         self.elements = elements
         self.function = function
+        self.logits = outputs
 
     @abstractmethod
     def per_element(self, values: Tensor) -> Tensor:
@@ -88,6 +100,7 @@ class Loss(ABC):
         """Return the loss with the outputs and elements of its examples in another order, and nothing else."""
         other = copy.copy(self)
         other.outputs = self.outputs[order]
+        other.logits = None if self.logits is None else self.logits[order]
         other.elements = self.per_element(self.elements)[order].reshape(self.elements.shape)
         return other
 
@@ -103,11 +116,12 @@ class PerOutputLoss(Loss):
         outputs: See `Loss`.
         elements: See `Loss`.
         function: See `Loss`.
-        mean: Whether one example's loss is the mean of its elements, or (``reduction="sum"``) their sum.
+        mean: Whether the loss function made the mean of one example's elements its loss, or (``reduction="sum"``) their
+            sum; None if it left that to the user.
     """
 
     def __init__(
-        self, name: str, outputs: Tensor, elements: Tensor, function: Callable[[Tensor], Tensor], mean: bool
+        self, name: str, outputs: Tensor, elements: Tensor, function: Callable[[Tensor], Tensor], mean: bool | None
     ) -> None:
         super().__init__(name, outputs, elements, function)
         self.mean = mean
@@ -117,12 +131,35 @@ class PerOutputLoss(Loss):
         return values.reshape(self.outputs.shape)
 
     def example_weights(self, weights: Tensor) -> Tensor:
-        """See `Loss`."""
-        return weights.sum(-1) if self.mean else weights.mean(-1)
+        """See `Loss`: all weights of an example together where its loss is a mean, the weight of one where it is a sum.
+
+        A mean over rows of sums over outputs has the same value as a mean of everything, times a constant, so the
+        weights must tell which it is. With ``n`` examples of ``c`` outputs, a weight of ``1/n`` or 1 is that of
+        sums over the outputs, one of ``1/(n c)`` or ``1/c`` that of means, whatever the loss function was asked for;
+        with any other weight that decides, and where it was asked for neither, the nearer of the two.
+        """
+        counts = weights != 0
+        per_example = counts.sum(-1)
+        total = weights.sum(-1)
+        one = total / per_example.clamp_min(1)
+        n = (per_example > 0).sum().clamp_min(1)
+        entries = per_example.sum().clamp_min(1)
+        c, level = entries / n, weights.sum().abs() / entries
+        of_sums = _is_one(level * n) | _is_one(level)
+        of_means = _is_one(level * n * c) | _is_one(level * c)
+        if self.mean is None:
+            as_sum = of_sums | (~of_means & (level * n * c.sqrt() > 1))
+        else:
+            as_sum = of_sums if self.mean else of_sums | ~of_means
+        return torch.where(as_sum, one, total)
 
     def example_sum(self, values: Tensor) -> Tensor:
         """See `Loss`."""
         return values.sum(-1)
+
+
+def _is_one(value: Tensor) -> Tensor:
+    return (value - 1).abs() < 1e-4
 
 
 def midpoint_and_slope(plus: Tensor, minus: Tensor, step: float) -> tuple[Tensor, Tensor]:
@@ -156,6 +193,11 @@ def classes_last(values: Tensor, classes: int) -> Tensor:
 def outputs_last(values: Tensor) -> Tensor:
     """``(..., C)`` to ``(T, C)``, ``(N,)`` to ``(N, 1)``."""
     return values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values.reshape(-1, 1)
+
+
+def outputs_of_rows(values: Tensor) -> Tensor:
+    """``(N, ...)`` to ``(N, C)``: everything in a row is an output of one example."""
+    return values.flatten(1) if values.ndim > 1 else values.reshape(-1, 1)
 
 
 def refuse_trained(name: str, target: Tensor) -> None:

@@ -14,23 +14,11 @@ from torch.utils._pytree import tree_leaves
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, UnsupportedOperationError
 from lightning_dropreg.losses.base import Loss
 
-__all__ = ["HessianLoss", "describe", "is_registered", "recognize"]
+__all__ = ["DifferentiatedLoss", "HessianLoss", "describe", "is_registered", "recognize"]
 
 
-class HessianLoss(Loss):
-    """One element per example, any function of its outputs that can be differentiated twice."""
-
-    def per_element(self, values: Tensor) -> Tensor:
-        """See `Loss`."""
-        return values.reshape(-1)
-
-    def example_weights(self, weights: Tensor) -> Tensor:
-        """See `Loss`."""
-        return weights
-
-    def example_sum(self, values: Tensor) -> Tensor:
-        """See `Loss`."""
-        return values
+class DifferentiatedLoss(Loss):
+    """A loss whose Hessian is had by differentiating it, whatever function of its example's outputs it is."""
 
     def hessian_form(self, z: Tensor, u: Tensor, weights: Tensor) -> Tensor:
         """See `Loss`: a Hessian-vector product.
@@ -44,17 +32,18 @@ class HessianLoss(Loss):
         with torch.enable_grad():
             # a tensor of our own: what else depends on z (u may) is no part of the derivative
             z = z.clone() if z.requires_grad else z.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.function(z).sum(), z, create_graph=True)
+            value = (weights * self.per_element(self.function(z))).sum()
+            (gradient,) = torch.autograd.grad(value, z, create_graph=True)
             if not gradient.requires_grad:  # linear in its outputs
                 return (0 * u).sum()
             try:
-                (product,) = torch.autograd.grad((gradient * u).sum(), z, create_graph=True)
+                (product,) = torch.autograd.grad((gradient * u).sum(), z, create_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise UnsupportedOperationError(
                     f"The loss {self.name} cannot be differentiated twice ({str(error).splitlines()[0]}), so it has "
                     "no curvature='loss_hessian'. Use curvature='identity' or 'loss_jacobian'."
                 ) from error
-        return ((product * u).sum(-1) * weights).sum()
+        return (0 * u).sum() if product is None else (product * u).sum()
 
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
         """See `Loss`; there is no way to draw with an arbitrary Hessian as covariance.
@@ -66,6 +55,22 @@ class HessianLoss(Loss):
             f"The Hessian of the loss {self.name} has no known square root, which estimator='double_backward' needs. "
             "Use estimator='antithetic' or 'forward'."
         )
+
+
+class HessianLoss(DifferentiatedLoss):
+    """One element per example, any function of its outputs that can be differentiated twice."""
+
+    def per_element(self, values: Tensor) -> Tensor:
+        """See `Loss`."""
+        return values.reshape(-1)
+
+    def example_weights(self, weights: Tensor) -> Tensor:
+        """See `Loss`."""
+        return weights
+
+    def example_sum(self, values: Tensor) -> Tensor:
+        """See `Loss`."""
+        return values
 
     def check(self) -> None:
         """See `Loss`: an element must depend on the outputs of its own example only.

@@ -13,8 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dropreg.errors import LossNotRecognizedError
-from lightning_dropreg.losses.base import Loss, PerOutputLoss, outputs_last, reduced, reduction_of, refuse_trained, root
-from lightning_dropreg.losses.custom import HessianLoss
+from lightning_dropreg.losses.base import (
+    Loss,
+    PerOutputLoss,
+    outputs_of_rows,
+    reduced,
+    reduction_of,
+    refuse_trained,
+    root,
+)
+from lightning_dropreg.losses.custom import DifferentiatedLoss
 
 __all__ = [
     "ElementwiseLoss",
@@ -45,7 +53,7 @@ class ElementwiseLoss(PerOutputLoss):
     """
 
     def __init__(
-        self, name: str, outputs: Tensor, elements: Tensor, function: Function, second_derivative: Function, mean: bool
+        self, name: str, outputs: Tensor, elements: Tensor, function: Function, second_derivative: Function, mean: bool | None
     ) -> None:
         super().__init__(name, outputs, elements, function, mean)
         self.second_derivative = second_derivative
@@ -59,6 +67,19 @@ class ElementwiseLoss(PerOutputLoss):
         return root(self.name, weights * self.second_derivative(z)) * signs
 
 
+class MeanAndVarianceLoss(DifferentiatedLoss, PerOutputLoss):
+    """Elements of two outputs each, ``(T, C)`` of the outputs ``(T, 2 C)``: all means, then all variances."""
+
+    def per_element(self, values: Tensor) -> Tensor:
+        """See `Loss`."""
+        return values.reshape(len(self.outputs), -1)
+
+
+def of_means(reduction: str) -> bool | None:
+    """Whether an example's loss is the mean of its elements; None if the user says."""
+    return None if reduction == "none" else reduction != "sum"
+
+
 def _loss(
     name: str,
     outputs: Tensor,
@@ -70,7 +91,7 @@ def _loss(
 ) -> tuple[Tensor, Loss]:
     """Compute and describe a loss whose elements have `shape`, reduced by `reduction`; `mass` as in `Loss`."""
     elements = function(outputs).reshape(shape)
-    loss = ElementwiseLoss(name, outputs, elements, function, second_derivative, reduction != "sum")
+    loss = ElementwiseLoss(name, outputs, elements, function, second_derivative, of_means(reduction))
     loss.mass, loss.is_mean = (mass if reduction == "mean" else None), reduction == "mean"
     count = float(max(elements.numel(), 1)) if mass is None else mass.sum()
     return reduced(elements, reduction, count), loss
@@ -80,9 +101,9 @@ def _residual(name: str, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor,
     """Outputs and labels of a loss of ``input - target``: if both are trained, the difference is the output."""
     input, target = torch.broadcast_tensors(input, target)
     if target.requires_grad:
-        outputs = outputs_last(input - target)
+        outputs = outputs_of_rows(input - target)
         return outputs, torch.zeros_like(outputs), input.shape
-    return outputs_last(input), outputs_last(target), input.shape
+    return outputs_of_rows(input), outputs_of_rows(target), input.shape
 
 
 def _weighted(function: Function, weight: Tensor | None) -> Function:
@@ -99,7 +120,7 @@ def mse_loss(
 ) -> tuple[Tensor, Loss]:
     """`torch.nn.functional.mse_loss`: ``l'' = 2``. The output is ``input - target`` if both are trained."""
     outputs, labels, shape = _residual("mse_loss", input, target)
-    weights = None if weight is None else outputs_last(weight.expand(shape))
+    weights = None if weight is None else outputs_of_rows(weight.expand(shape))
     return _loss(
         "mse_loss",
         outputs,
@@ -116,7 +137,7 @@ def huber_loss(
 ) -> tuple[Tensor, Loss]:
     """`torch.nn.functional.huber_loss`: ``l'' = 1`` within `delta` of the target and 0 outside."""
     outputs, labels, shape = _residual("huber_loss", input, target)
-    weights = None if weight is None else outputs_last(weight.expand(shape))
+    weights = None if weight is None else outputs_of_rows(weight.expand(shape))
     return _loss(
         "huber_loss",
         outputs,
@@ -166,7 +187,7 @@ def l1_loss(
         The reduced loss and its description.
     """
     outputs, labels, shape = _residual("l1_loss", input, target)
-    weights = None if weight is None else outputs_last(weight.expand(shape))
+    weights = None if weight is None else outputs_of_rows(weight.expand(shape))
     distance = _weighted(lambda z: (z - labels).abs(), weights)
 
     def refuse(z: Tensor) -> Tensor:
@@ -178,7 +199,7 @@ def l1_loss(
 
     elements = distance(outputs).reshape(shape)
     reduction = reduction_of(size_average, reduce, reduction)
-    loss = ElementwiseLoss("l1_loss", outputs, elements, refuse, refuse, reduction != "sum")
+    loss = ElementwiseLoss("l1_loss", outputs, elements, refuse, refuse, of_means(reduction))
     loss.mass, loss.is_mean = (weights if reduction == "mean" else None), reduction == "mean"
     count = float(max(elements.numel(), 1)) if weights is None else weights.sum()
     return reduced(elements, reduction, count), loss
@@ -196,10 +217,10 @@ def binary_cross_entropy_with_logits(
     """`torch.nn.functional.binary_cross_entropy_with_logits`: ``l'' = p (1 - p)``, weighted."""
     refuse_trained("binary_cross_entropy_with_logits", target)
     reduction = reduction_of(size_average, reduce, reduction)
-    labels = outputs_last(target)
-    weights = None if weight is None else outputs_last(weight.expand_as(input))
-    positive = None if pos_weight is None else outputs_last(pos_weight.expand_as(input))
-    name, outputs = "binary_cross_entropy_with_logits", outputs_last(input)
+    labels = outputs_of_rows(target)
+    weights = None if weight is None else outputs_of_rows(weight.expand_as(input))
+    positive = None if pos_weight is None else outputs_of_rows(pos_weight.expand_as(input))
+    name, outputs = "binary_cross_entropy_with_logits", outputs_of_rows(input)
     return _bernoulli(name, outputs, input.shape, labels, weights, positive, reduction)
 
 
@@ -219,13 +240,13 @@ def binary_cross_entropy(
         The reduced loss and its description.
     """
     refuse_trained("binary_cross_entropy", target)
-    p = outputs_last(input)
+    p = outputs_of_rows(input)
     smallest, below_one = torch.finfo(p.dtype).tiny, 1 - torch.finfo(p.dtype).eps / 2
     log_p = p.clamp_min(smallest).log().masked_fill(p <= 0, -100.0)
     log_q = torch.log1p(-p.clamp_max(below_one)).masked_fill(p >= 1, -100.0)
-    weights = None if weight is None else outputs_last(weight.expand_as(input))
+    weights = None if weight is None else outputs_of_rows(weight.expand_as(input))
     reduction = reduction_of(size_average, reduce, reduction)
-    labels, outputs = outputs_last(target), log_p - log_q
+    labels, outputs = outputs_of_rows(target), log_p - log_q
     return _bernoulli("binary_cross_entropy", outputs, input.shape, labels, weights, None, reduction)
 
 
@@ -259,10 +280,10 @@ def soft_margin_loss(
 ) -> tuple[Tensor, Loss]:
     """`torch.nn.functional.soft_margin_loss`, ``log(1 + exp(-y z))``: ``l'' = y^2 p (1 - p)``."""
     refuse_trained("soft_margin_loss", target)
-    labels = outputs_last(target)
+    labels = outputs_of_rows(target)
     return _loss(
         "soft_margin_loss",
-        outputs_last(input),
+        outputs_of_rows(input),
         input.shape,
         lambda z: F.softplus(-labels * z),
         lambda z: labels.square() * z.sigmoid() * (-z).sigmoid(),
@@ -283,14 +304,14 @@ def poisson_nll_loss(
     """`torch.nn.functional.poisson_nll_loss`: ``l'' = exp(z)``, or ``y / (z + eps)^2`` with ``log_input=False``."""
     refuse_trained("poisson_nll_loss", target)
     input, target = torch.broadcast_tensors(input, target)
-    labels = outputs_last(target)
+    labels = outputs_of_rows(target)
 
     def function(z: Tensor) -> Tensor:
         return F.poisson_nll_loss(z, labels, log_input=log_input, full=full, eps=eps, reduction="none")
 
     return _loss(
         "poisson_nll_loss",
-        outputs_last(input),
+        outputs_of_rows(input),
         input.shape,
         function,
         (lambda z: z.exp()) if log_input else (lambda z: labels / (z + eps).square()),
@@ -328,23 +349,24 @@ def gaussian_nll_loss(
         return 0.5 * (bounded.log() + (mean - labels).square() / bounded) + constant
 
     if not variance.requires_grad:
-        fixed, labels = outputs_last(variance), outputs_last(target)
+        fixed, labels = outputs_of_rows(variance), outputs_of_rows(target)
         return _loss(
             "gaussian_nll_loss",
-            outputs_last(mean),
+            outputs_of_rows(mean),
             checked.shape,
             lambda z: element(z, fixed, labels),
             lambda z: 1 / fixed.clamp_min(eps).expand_as(z),
             reduction,
         )
-    labels = target.reshape(-1)
-    outputs = torch.stack([mean.reshape(-1), variance.reshape(-1)], -1)
+    labels = outputs_of_rows(target)
+    outputs = torch.cat([outputs_of_rows(mean), outputs_of_rows(variance)], -1)
 
     def function(z: Tensor) -> Tensor:
-        return element(z[:, 0], z[:, 1], labels)
+        return element(*z.chunk(2, -1), labels)
 
     elements = function(outputs).reshape(checked.shape)
-    loss = HessianLoss("gaussian_nll_loss with a trained variance", outputs, elements, function)
+    name = "gaussian_nll_loss with a trained variance"
+    loss = MeanAndVarianceLoss(name, outputs, elements, function, of_means(reduction))
     return reduced(elements, reduction, float(max(elements.numel(), 1))), loss
 
 
