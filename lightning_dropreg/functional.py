@@ -63,6 +63,12 @@ def explicit_penalty(
             section 5.2, or ``"full"``: half the second derivative of the loss in the noise, (4.2) with the term that
             (4.3) drops. That needs no recognized loss, for `estimator="antithetic"` a third pass, and is not bounded
             below: see `lightning_dropreg.ExplicitPenalty`.
+            The ablations speak of *examples* and *outputs*: an example is a row of what the loss function was
+            given (an entry of its first dimension), or a token where the function has one element for each, as
+            ``cross_entropy`` has; an output is a logit, or another number compared with the target, and for
+            ``nll_loss`` and ``kl_div`` the logit behind ``log_softmax``. ``"identity"`` takes the mean over the outputs
+            of an example, ``"loss_jacobian"`` squares the derivative of the example's loss; each example counts as it
+            does in the loss. How the loss is spelled makes no difference.
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``.
         step_size: Step of the antithetic pair, relative to the size of the noise; errors fall as its square. In
             bfloat16 a wider one is taken where drop probabilities are small, see

@@ -2,7 +2,9 @@
 
 Let ``M_t`` be the ``(C, C)`` matrix of one example and ``w_t = dL/dl_t`` the weight with which the user's own
 reduction counts it. The explicit penalty is ``R = 1/2 sum_t E[u_t^T w_t M_t u_t]`` over the random directional
-derivatives ``u`` of the outputs. The curvatures are
+derivatives ``u`` of the outputs. An *example* is a row of what the loss function was given, or a token where the loss
+has one element for each; an *output* is a logit; however the loss is spelled (`lightning_dropreg.losses.base`). The
+curvatures are
 
 | name              | ``M_t``                       | paper                 |
 |-------------------|-------------------------------|-----------------------|
@@ -37,6 +39,7 @@ __all__ = [
     "FULL",
     "OF_OUTPUTS",
     "UNBOUNDED",
+    "differentiated_outputs",
     "element_weights",
     "factor",
     "matrix",
@@ -142,8 +145,33 @@ def pair_quadratic_form(curvature: str, plus: Loss, minus: Loss, weights: Tensor
     if curvature == "loss_hessian":
         return plus.pair_hessian_form(plus.outputs, minus.outputs, weights, step)
     if curvature == "identity":
-        return _identity_form(plus, midpoint_and_slope(plus.outputs, minus.outputs, step)[1], weights)
+        ends = differentiated_outputs(curvature, plus), differentiated_outputs(curvature, minus)
+        return _identity_form(plus, midpoint_and_slope(*ends, step)[1], weights)
     return _jacobian_form(plus, plus.per_element(plus.elements - minus.elements) / (2 * step), weights)
+
+
+def differentiated_outputs(curvature: str, loss: Loss) -> Tensor:
+    """Return the outputs ``(T, C)`` that a curvature speaks of.
+
+    Args:
+        curvature: One of `CURVATURES`.
+        loss: The loss.
+
+    Returns:
+        The outputs of the loss; for ``identity`` the logits behind them, if these are log-probabilities.
+
+    Raises:
+        LossNotRecognizedError: If those are not known.
+    """
+    if curvature != "identity":
+        return loss.outputs
+    if loss.logits is None:
+        raise LossNotRecognizedError(
+            f"{loss.name} was given log-probabilities that are not the result of log_softmax in this step, so the "
+            "logits behind them, whose changes curvature='identity' averages, are unknown. Make them with "
+            "torch.nn.functional.log_softmax inside the step, or use cross_entropy, or another curvature."
+        )
+    return loss.logits
 
 
 def _identity_form(loss: Loss, u: Tensor, weights: Tensor) -> Tensor:
@@ -167,7 +195,8 @@ def factor(curvature: str, loss: Loss, weights: Tensor, generator: torch.Generat
     Returns:
         Tensor ``(T, C)``, differentiable in the outputs.
     """
-    z = loss.outputs.to(noise_dtype(loss.outputs.dtype))
+    outputs = differentiated_outputs(curvature, loss)
+    z = outputs.to(noise_dtype(outputs.dtype))
     signs = random_signs(z.shape, z.dtype, generator)
     if curvature == "loss_hessian":
         return loss.hessian_factor(z, weights, signs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.base import Estimate, inactive
-from lightning_dropreg.estimators.curvature import FULL, element_weights, factor
+from lightning_dropreg.estimators.curvature import FULL, differentiated_outputs, element_weights, factor
 from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
 from lightning_dropreg.passes import Closure, Directions, Pass, Tap, TappedTangent, run_pass
 
@@ -54,7 +54,7 @@ def _penalty(curvature: str, done: Pass, tap: Tap, key: int) -> Tensor:
         factor(curvature, loss, weights, generators.on(loss.outputs.device))
         for loss, weights in zip(done.losses, element_weights(done.loss, done.losses), strict=True)
     ]
-    outputs = [loss.outputs for loss in done.losses]
+    outputs = [differentiated_outputs(curvature, loss) for loss in done.losses]
     vectors = [v.to(z.dtype) for v, z in zip(vectors, outputs, strict=True)]
     gradients = tap_gradients(outputs, tap, vectors)
     penalty = done.loss.new_zeros(())

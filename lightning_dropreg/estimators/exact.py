@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.estimators.base import Estimate, inactive
-from lightning_dropreg.estimators.curvature import FULL, element_weights, matrix
+from lightning_dropreg.estimators.curvature import FULL, differentiated_outputs, element_weights, matrix
 from lightning_dropreg.estimators.double_backward import check_twice_differentiable, noise_scalar, tap_gradients
 from lightning_dropreg.passes import Closure, Directions, Pass, Tap, run_pass
 
@@ -42,10 +42,10 @@ def exact(closure: Closure, *, curvature: str | None, noise: bool, step_size: fl
 def _penalty(curvature: str, done: Pass, tap: Tap) -> Tensor:
     penalty = done.loss.new_zeros(())
     for loss, weights in zip(done.losses, element_weights(done.loss, done.losses), strict=True):
-        examples, outputs = loss.outputs.shape
+        outputs = differentiated_outputs(curvature, loss)
         curvatures = matrix(curvature, loss, weights)
-        for site, jacobian in zip(tap.sites, _jacobians(loss.outputs, tap), strict=True):
-            j = jacobian.reshape(examples, outputs, -1)
+        for site, jacobian in zip(tap.sites, _jacobians(outputs, tap), strict=True):
+            j = jacobian.reshape(*outputs.shape, -1)
             penalty = penalty + site.variance / 2 * torch.einsum("tcm,tcd,tdm->", j, curvatures, j)
     return penalty
 

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.base import Estimate, inactive
-from lightning_dropreg.estimators.curvature import FULL, element_weights, quadratic_form
+from lightning_dropreg.estimators.curvature import FULL, differentiated_outputs, element_weights, quadratic_form
 from lightning_dropreg.estimators.double_backward import directional_derivative
 from lightning_dropreg.numerics.dtypes import noise_dtype
 from lightning_dropreg.passes import Closure, Directions, Tangent, TappedTangent, run_pass
@@ -51,7 +51,7 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
         elif curvature is not None:
             penalty = loss.new_zeros(())
             for recorded, weights in zip(done.losses, element_weights(done.loss, done.losses), strict=True):
-                z, u = _split(recorded.outputs)
+                z, u = _split(differentiated_outputs(curvature, recorded))
                 _, elements_slope = _split(recorded.elements)
                 penalty = penalty + quadratic_form(
                     curvature, recorded, _wide(z), _wide(u), recorded.per_element(elements_slope), _split(weights)[0]

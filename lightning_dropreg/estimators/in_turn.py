@@ -207,15 +207,22 @@ def _cut(done: Pass) -> tuple[Pass, _Ends]:
     loss = ends.cut(done.loss)
     losses = [copy(recorded) for recorded in done.losses]
     for recorded in losses:
+        same = recorded.logits is recorded.outputs
         recorded.outputs = ends.cut(recorded.outputs)
+        if same:
+            recorded.logits = recorded.outputs
     for recorded in losses:
         recorded.elements = ends.cut(recorded.elements)
+    for recorded in losses:
+        if recorded.logits is not None and recorded.logits is not recorded.outputs:
+            recorded.logits = ends.cut(recorded.logits)
     return Pass(loss, losses, done.sites), ends
 
 
 def _values(done: Pass) -> list[Tensor]:
     """Everything that an estimate is computed from, in the order of `_cut`."""
-    return [done.loss, *(loss.outputs for loss in done.losses), *(loss.elements for loss in done.losses)]
+    behind = [loss.logits for loss in done.losses if loss.logits is not None and loss.logits is not loss.outputs]
+    return [done.loss, *(loss.outputs for loss in done.losses), *(loss.elements for loss in done.losses), *behind]
 
 
 def _leaves(values: Sequence[Tensor]) -> list[Tensor]:

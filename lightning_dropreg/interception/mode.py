@@ -25,6 +25,7 @@ from lightning_dropreg.interception.naming import name_caller
 from lightning_dropreg.interception.sites import RepeatableRule, Rule, Site
 from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
 from lightning_dropreg.losses.custom import describe, is_registered
+from lightning_dropreg.losses.logits import LogitsTrail
 from lightning_dropreg.numerics.dtypes import is_in_bfloat16
 
 __all__ = ["Interception", "constants_marked"]
@@ -96,6 +97,7 @@ class Interception(TorchFunctionMode):
         self.sites: list[Site] = []
         self.site_nodes: list[Any] = []
         self.losses: list[Loss] = []
+        self._logits = LogitsTrail()
         self.inactive = 0
         self.in_bfloat16 = False
         self.reads_gradients = False
@@ -115,9 +117,12 @@ class Interception(TorchFunctionMode):
             if self.record_losses:
                 loss = RECOGNIZED.get(func)
                 if loss is not None:
-                    return self._record(*loss(*args, **kwargs))
+                    return self._record(*loss(*args, **kwargs), args[0] if args else kwargs.get("input"))
                 if func in REFUSED:
                     self.refused.append(f"{func.__name__} was called, but {REFUSED[func]}")
+                result = self.plain(func, *args, **kwargs)
+                self._logits.follow(func, result, args, kwargs)
+                return result
             return self.plain(func, *args, **kwargs)
         except (UnsupportedSiteError, InvalidArgumentError, LossNotRecognizedError) as problem:
             if self.problems is None:
@@ -186,8 +191,11 @@ class Interception(TorchFunctionMode):
             self.record_losses = record
         return self._record(*result)
 
-    def _record(self, reduced: Tensor, loss: Loss) -> Tensor:
+    def _record(self, reduced: Tensor, loss: Loss, input: Any = None) -> Tensor:
         if loss.elements.requires_grad:
+            logits = self._logits.behind(input)
+            if logits is not None:
+                loss.take_logits(logits)
             self.losses.append(loss)
         return reduced
 

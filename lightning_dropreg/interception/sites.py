@@ -60,12 +60,14 @@ class Mode(Protocol):
     """What a handler may ask of the interception that called it; entered again, it sees what the handler calls.
 
     Attributes:
+        record_losses: Whether recognized losses are taken apart.
         written_out: Whether the pass will be differentiated twice or forward, so that fused kernels without formulas
             for that are to be avoided.
         ignores_attention: Whether dropout on attention probabilities is left out.
         inactive: How many dropouts were reached whose drop probability is 0 at the moment.
     """
 
+    record_losses: bool
     written_out: bool
     ignores_attention: bool
     inactive: int

@@ -1,9 +1,9 @@
 """What every recognized loss has, and what reading one takes.
 
 An *example* is what has a loss of its own: a row of what the loss function was given, that is one entry of its first
-dimension; a token (a pixel) where the function gives one element for each, as `cross_entropy` does. An *output* is a
-logit, or what else the loss function compares with the target; of log-probabilities, the logits behind `log_softmax`.
-The ablations need both words: `identity` averages over the outputs of an example, `loss_jacobian` squares the
+dimension; a token (a pixel) where the function gives one element for each, as ``cross_entropy`` does. An *output* is a
+logit, or what else the loss function compares with the target; of log-probabilities, the logits behind ``log_softmax``.
+The ablations need both words: ``identity`` averages over the outputs of an example, ``loss_jacobian`` squares the
 derivative of an example's loss.
 """
 
@@ -45,7 +45,7 @@ class Loss(ABC):
             any number of them. (A user's own reduction may divide by anything.)
         mass: What each element (`per_element`) counts in the denominator of the mean that the loss function took; None
             where all count 1, or the loss function took no mean.
-        logits: What `identity` averages over, ``(T, C)``: the outputs themselves, but the logits behind them where
+        logits: What ``identity`` averages over, ``(T, C)``: the outputs themselves, but the logits behind them where
             these are log-probabilities; None where those are not known.
     """
 
@@ -104,6 +104,9 @@ class Loss(ABC):
         other.elements = self.per_element(self.elements)[order].reshape(self.elements.shape)
         return other
 
+    def take_logits(self, logits: Tensor) -> None:  # noqa: B027
+        """Take note of the logits behind log-probabilities, in the shape in which the loss was given these."""
+
     def check(self) -> None:  # noqa: B027
         """Raise if the values are not what the curvature supposes; reads values, so the device is waited for."""
 
@@ -137,6 +140,9 @@ class PerOutputLoss(Loss):
         weights must tell which it is. With ``n`` examples of ``c`` outputs, a weight of ``1/n`` or 1 is that of
         sums over the outputs, one of ``1/(n c)`` or ``1/c`` that of means, whatever the loss function was asked for;
         with any other weight that decides, and where it was asked for neither, the nearer of the two.
+
+        Returns:
+            The weights.
         """
         counts = weights != 0
         per_example = counts.sum(-1)

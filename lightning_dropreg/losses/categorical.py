@@ -106,13 +106,22 @@ class CategoricalLoss(Loss):
 
     def parts(self, split: Callable[[Tensor], Sequence[Tensor]]) -> list[Loss]:
         """See `Loss`."""
+        # what is split twice is differentiated twice
+        behind = None if self.logits is self.outputs else self.logits
         tensors = (self.outputs, self.per_element(self.elements), self.scale, self.counted)
+        logits = None if behind is None else split(behind)
         parts: list[Loss] = []
-        for outputs, elements, scale, counted in zip(*map(split, tensors), strict=True):
+        for number, (outputs, elements, scale, counted) in enumerate(zip(*map(split, tensors), strict=True)):
             part = copy.copy(self)
             part.outputs, part.elements, part.scale, part.counted = outputs, elements, scale, counted
+            if self.logits is not None:
+                part.logits = outputs if logits is None else logits[number]
             parts.append(part)
         return parts
+
+    def take_logits(self, logits: Tensor) -> None:
+        """See `Loss`."""
+        self.logits = classes_last(logits, self.outputs.shape[-1])
 
     def check(self) -> None:
         """See `Loss`."""
@@ -142,7 +151,7 @@ class DivergenceLoss(PerOutputLoss):
         elements: Tensor,
         function: Callable[[Tensor], Tensor],
         labels: Tensor,
-        mean: bool,
+        mean: bool | None,
     ) -> None:
         super().__init__(name, outputs, elements, function, mean)
         self.labels = labels
@@ -158,6 +167,10 @@ class DivergenceLoss(PerOutputLoss):
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
         """See `Loss`."""
         return softmax_factor(self.name, z, (weights * self.labels).sum(-1), signs)
+
+    def take_logits(self, logits: Tensor) -> None:
+        """See `Loss`."""
+        self.logits = outputs_last(logits.expand(self.elements.shape))
 
     def check(self) -> None:
         """See `Loss`."""
@@ -212,6 +225,8 @@ def _categorical(
     elements = (of_log_probabilities if log_probabilities else function)(outputs).reshape(shape)
     loss = CategoricalLoss(name, outputs, elements, function, scale, counted)
     loss.mass, loss.is_mean = mass, reduction == "mean"
+    if log_probabilities:
+        loss.logits = None
     return reduced(elements, reduction, denominator), loss
 
 
@@ -269,9 +284,9 @@ def kl_div(
         elements,
         lambda z: divergence(log_softmax(z, -1)),
         probabilities,
-        reduction not in {"sum", "batchmean"},  # both add up an example's elements
+        {"mean": True, "none": None}.get(reduction, False),  # the others add up an example's elements
     )
-    loss.is_mean = reduction in {"mean", "batchmean"}
+    loss.logits, loss.is_mean = None, reduction in {"mean", "batchmean"}
     if outputs.device.type == "cpu":
         loss.check()
     if reduction == "batchmean":

@@ -53,7 +53,13 @@ class ElementwiseLoss(PerOutputLoss):
     """
 
     def __init__(
-        self, name: str, outputs: Tensor, elements: Tensor, function: Function, second_derivative: Function, mean: bool | None
+        self,
+        name: str,
+        outputs: Tensor,
+        elements: Tensor,
+        function: Function,
+        second_derivative: Function,
+        mean: bool | None,
     ) -> None:
         super().__init__(name, outputs, elements, function, mean)
         self.second_derivative = second_derivative
@@ -362,7 +368,8 @@ def gaussian_nll_loss(
     outputs = torch.cat([outputs_of_rows(mean), outputs_of_rows(variance)], -1)
 
     def function(z: Tensor) -> Tensor:
-        return element(*z.chunk(2, -1), labels)
+        mean, variance = z.chunk(2, -1)
+        return element(mean, variance, labels)
 
     elements = function(outputs).reshape(checked.shape)
     name = "gaussian_nll_loss with a trained variance"

@@ -47,6 +47,21 @@ def weight_norm(mode: Mode, func: Callable[..., Tensor], v: Tensor, g: Tensor, d
     return v * (g / torch.norm_except_dim(v, 2, dim)) if mode.written_out else func(v, g, dim)
 
 
+def linear_cross_entropy(
+    mode: Mode, func: Callable[..., Tensor], *args: Any, options: Any = None, **kwargs: Any
+) -> Tensor:
+    """`F.linear_cross_entropy` (torch 2.13): a linear layer and `cross_entropy`, where that is to be seen.
+
+    In chunks (``options``) it has no logits to look at, and derivatives of first order only.
+
+    Returns:
+        The loss.
+    """
+    if mode.record_losses or mode.written_out:
+        return open_up(mode, func, *args, **kwargs)  # type: ignore[no-any-return]
+    return func(*args, options=options, **kwargs)
+
+
 # attention is in attention.py; the others hold a softmax or a norm, which a pass with dual numbers replaces
 HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.gumbel_softmax: open_up,
@@ -54,3 +69,5 @@ HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.normalize: open_up,
     **dict.fromkeys(FUSED_WEIGHT_NORM, weight_norm),
 }
+if hasattr(F, "linear_cross_entropy"):
+    HANDLERS[F.linear_cross_entropy] = linear_cross_entropy
