@@ -13,15 +13,30 @@ from lightning_dropreg.errors import InvalidArgumentError
 __all__ = [
     "below_floor",
     "check_count",
+    "check_draws",
     "check_flags",
     "check_instance",
     "check_integer",
     "check_path",
+    "check_strength",
     "is_integer",
     "is_number",
     "is_one_of",
     "is_probability",
 ]
+
+
+def check_draws(k: object, antithetic: object) -> None:
+    """Refuse a number of draws below 1, and pairs of an odd number.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    check_count("k", k)
+    if not isinstance(antithetic, bool):
+        raise InvalidArgumentError(f"antithetic={antithetic!r} must be True or False.")
+    if antithetic and k % 2:  # type: ignore[operator]
+        raise InvalidArgumentError(f"k={k} with antithetic=True: the draws come in pairs, so k must be even.")
 
 
 def check_instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
@@ -79,6 +94,22 @@ def check_path(name: str, value: object) -> Path:
     """
     check_instance(name, value, (str, os.PathLike), "a path (a string or a pathlib.Path)")
     return Path(value)  # type: ignore[arg-type]
+
+
+def check_strength(strength: float, name: str = "strength") -> float:
+    """Refuse a negative or non-finite strength.
+
+    Returns:
+        The strength.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
+        raise InvalidArgumentError(
+            f"{name}={strength!r} must be a finite number of at least 0; 1 is the value of the paper's definition."
+        )
+    return float(strength)
 
 
 def is_integer(value: object, floor: int) -> bool:

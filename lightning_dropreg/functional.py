@@ -3,13 +3,12 @@
 Example:
     >>> import torch
     >>> from torch import nn
-    >>> from lightning_dropreg.functional import explicit_penalty, implicit_noise
+    >>> from lightning_dropreg.functional import regularize
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 2))
     >>> x, y = torch.randn(16, 3), torch.randint(2, (16,))
     >>> closure = lambda: nn.functional.cross_entropy(net(x), y)
-    >>> loss = plain_loss(closure) + explicit_penalty(closure) + implicit_noise(closure)  # Algorithm 2
-    >>> loss.backward()
+    >>> regularize(closure).total.backward()  # Algorithm 2, from two passes
 
 The closure is called once or several times per call, always with the same global random state; site noise does not
 touch that state beyond one number drawn for each call. A `module` given along has its batch-norm statistics, hidden
@@ -18,26 +17,136 @@ states and metrics advanced once.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import check_count, check_instance, is_one_of
+from lightning_dropreg.checks import (
+    check_count,
+    check_draws,
+    check_flags,
+    check_instance,
+    check_strength,
+    is_number,
+    is_one_of,
+)
 from lightning_dropreg.errors import InvalidArgumentError, UnboundedPenaltyWarning
-from lightning_dropreg.estimators import ESTIMATORS, Estimate, antithetic
-from lightning_dropreg.estimators.curvature import CURVATURES, FULL, OF_OUTPUTS, UNBOUNDED
+from lightning_dropreg.estimators import ESTIMATORS
+from lightning_dropreg.estimators.curvature import CURVATURES, FULL, UNBOUNDED
 from lightning_dropreg.inspection.support import find_support
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.numerics.noise import draw_key, of_this_rank
 from lightning_dropreg.passes import Closure, Off, draws_of_dropout, run_pass
 from lightning_dropreg.passes.isolation import Isolation
+from lightning_dropreg.step.closures import ClosureRunner, OnRows
+from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan, StepResult
 
-__all__ = ["dropout_loss", "explicit_penalty", "find_sites", "find_support", "implicit_noise", "plain_loss"]
+__all__ = [
+    "Regularized",
+    "dropout_loss",
+    "explicit_penalty",
+    "find_sites",
+    "find_support",
+    "implicit_noise",
+    "plain_loss",
+    "regularize",
+]
 
 MASKS = ("as_model", "elementwise")
+
+
+class Regularized(NamedTuple):
+    """What `regularize` found in one batch: scalars with an autograd graph.
+
+    Attributes:
+        loss: The loss without dropout (from an antithetic pair up to ``O(step_size**2)``).
+        penalty: The explicit penalty, without its strength; None if there is none.
+        noise: The scaled scalar whose gradient is ``xi_approx``, as it is in `total`; None if there is none.
+        total: ``loss + strength * penalty + noise``, to be differentiated.
+    """
+
+    loss: Tensor
+    penalty: Tensor | None
+    noise: Tensor | None
+    total: Tensor
+
+
+def regularize(
+    closure: Closure,
+    *,
+    penalty: bool = True,
+    noise: bool = True,
+    strength: float = 1.0,
+    noise_strength: float = 1.0,
+    curvature: str = "loss_hessian",
+    estimator: str = "antithetic",
+    step_size: float = 0.1,
+    mask: str = "as_model",
+    batch_fraction: float | None = None,
+    rows: OnRows | None = None,
+    batch_size: int | None = None,
+    generator: torch.Generator | None = None,
+    module: nn.Module | None = None,
+) -> Regularized:
+    """Compute loss, penalty and noise of one batch from one set of passes: Algorithm 2 for a loop of your own.
+
+    By default the closure runs twice.
+
+    Args:
+        closure: Runs forward and loss with the model in training mode; returns the scalar loss.
+        penalty: Whether the explicit penalty is wanted.
+        noise: Whether the implicit noise is wanted.
+        strength: Factor of the penalty, at least 0; 1 is the second-order value.
+        noise_strength: Factor of the noise's standard deviation, at least 0.
+        curvature: See `explicit_penalty`, as for the next three; ``"full"`` takes a third pass.
+        estimator: See there.
+        step_size: See there.
+        mask: See there.
+        batch_fraction: Fraction ``f`` of the rows, drawn afresh every time, on which penalty and noise are estimated,
+            in ``(0, 1]``: one pass over the batch and two over these rows. The loss must be a mean over the rows, and
+            for the noise no mask may be shared between rows. None for all rows.
+        rows: What runs forward and loss on some rows, given their numbers: ``lambda i: loss(net(x[i]), y[i])``.
+        batch_size: Number of rows; needed with `batch_fraction`, as is `rows`.
+        generator: Source of the seed of the noise; the global one by default. Processes of one group draw different
+            noise from equal generators.
+        module: A module whose state must advance once although the closure is called several times.
+
+    Returns:
+        Loss, penalty, noise and their total.
+
+    Raises:
+        InvalidArgumentError: If an argument is out of range or unknown, or the closure returns no scalar loss.
+        NoDropoutSiteError: If nothing was dropped.
+        LossNotRecognizedError: If the curvature of the loss is unknown.
+        UnsupportedSiteError: If there is a kind of dropout that the package does not understand.
+        UnsupportedOperationError: If the model has an operation that the estimator cannot differentiate.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 2))
+        >>> x, y = torch.randn(16, 3), torch.randint(2, (16,))
+        >>> found = regularize(lambda: nn.functional.cross_entropy(net(x), y), strength=2.0, module=net)
+        >>> torch.equal(found.total, found.loss + 2.0 * found.penalty + found.noise)
+        True
+    """
+    check_flags(penalty=penalty, noise=noise)
+    if batch_fraction is not None:
+        check_count("batch_size", batch_size)
+        if rows is None or not is_number(batch_fraction) or not 0 < batch_fraction <= 1:
+            raise InvalidArgumentError(
+                f"batch_fraction={batch_fraction!r} must be a number in (0, 1], and needs rows=, what runs forward and "
+                "loss on the rows of given numbers: lambda i: loss(net(x[i]), y[i])."
+            )
+    how = _how(estimator, step_size, mask, batch_fraction)
+    plan = Plan(
+        penalty=_penalty(strength, curvature, how) if penalty else None,
+        noise=NoiseSettings(check_strength(noise_strength, "noise_strength"), "taylor", "loss", how) if noise else None,
+    )
+    found = _carry_out(plan, closure, generator, module, rows, batch_size)
+    return Regularized(found.loss, found.penalty, found.noise, found.total)
 
 
 def explicit_penalty(
@@ -97,10 +206,8 @@ def explicit_penalty(
         >>> round(explicit_penalty(closure).item(), 3)
         4.0
     """
-    check_curvature(curvature)
-    if curvature == FULL:
-        warnings.warn(UNBOUNDED, UnboundedPenaltyWarning, stacklevel=2)
-    penalty = _estimate(closure, curvature, False, estimator, step_size, mask, generator, module).penalty
+    plan = Plan(penalty=_penalty(1.0, curvature, _how(estimator, step_size, mask)))
+    penalty = _carry_out(plan, closure, generator, module).penalty
     assert penalty is not None
     return penalty
 
@@ -149,7 +256,8 @@ def implicit_noise(
         >>> round(w.grad.abs().item(), 3)  # sqrt(q/(1-q)) x
         1.0
     """
-    noise = _estimate(closure, None, True, estimator, step_size, mask, generator, module).noise
+    plan = Plan(noise=NoiseSettings(1.0, "taylor", "loss", _how(estimator, step_size, mask)))
+    noise = _carry_out(plan, closure, generator, module).noise
     assert noise is not None
     return noise
 
@@ -190,7 +298,7 @@ def dropout_loss(
     """
     check_draws(k, antithetic)
     _check_module(module)
-    rules = draws_of_dropout(draw_key(generator), k, antithetic)
+    rules = draws_of_dropout(of_this_rank(draw_key(generator)), k, antithetic)
     with Isolation(module) as isolation:
         losses = [isolation.run(lambda rule=rule: run_pass(closure, rule).loss) for rule in rules]  # type: ignore[misc]
     return torch.stack(losses).mean()
@@ -241,51 +349,34 @@ def find_sites(closure: Closure, *, module: nn.Module | None = None) -> list[Sit
         return isolation.run(look, trace=False).sites
 
 
-def _estimate(
+def _carry_out(
+    plan: Plan,
     closure: Closure,
-    curvature: str | None,
-    noise: bool,
-    estimator: str,
-    step_size: float,
-    mask: str,
     generator: torch.Generator | None,
     module: nn.Module | None,
-) -> Estimate:
-    check_estimation(estimator, step_size, mask)
+    rows: OnRows | None = None,
+    batch_size: int | None = None,
+) -> StepResult:
     _check_module(module)
-    key = draw_key(generator)  # before the random state is remembered, or the first pass would start from another one
+    key = of_this_rank(
+        draw_key(generator)
+    )  # before the random state is remembered, or the first pass would start from another one
+    runner = ClosureRunner(closure, module, rows, batch_size or 0)
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
-    with Isolation(module, mean=True) as isolation, constants_marked() if curvature in OF_OUTPUTS else nullcontext():
-        estimate = ESTIMATORS[estimator]
-        if estimate is antithetic:
-            estimate = functools.partial(antithetic, restart=isolation.restart)
-        return estimate(
-            lambda: isolation.run(closure),
-            curvature=curvature,
-            noise=noise,
-            step_size=step_size,
-            mask=mask,
-            key=key,
-        )
+    with runner.isolation, constants_marked() if plan.needs_losses else nullcontext():
+        return plan.run(runner, key, 0)
 
 
-def draw_key(generator: torch.Generator | None) -> int:
-    """Draw the seed of one batch's noise from `generator` (the global one if None)."""
-    device = generator.device if generator is not None else "cpu"
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+def _penalty(strength: float, curvature: str, how: Estimation) -> PenaltySettings:
+    check_curvature(curvature)
+    if curvature == FULL:
+        warnings.warn(UNBOUNDED, UnboundedPenaltyWarning, stacklevel=3)
+    return PenaltySettings(check_strength(strength), curvature, 1, how)
 
 
-def check_draws(k: object, antithetic: object) -> None:
-    """Refuse a number of draws below 1, and pairs of an odd number.
-
-    Raises:
-        InvalidArgumentError: If it is one.
-    """
-    check_count("k", k)
-    if not isinstance(antithetic, bool):
-        raise InvalidArgumentError(f"antithetic={antithetic!r} must be True or False.")
-    if antithetic and k % 2:  # type: ignore[operator]
-        raise InvalidArgumentError(f"k={k} with antithetic=True: the draws come in pairs, so k must be even.")
+def _how(estimator: str, step_size: float, mask: str, batch_fraction: float | None = None) -> Estimation:
+    check_estimation(estimator, step_size, mask)
+    return Estimation(estimator, float(step_size), mask, batch_fraction, 0)
 
 
 def _check_module(module: object) -> None:

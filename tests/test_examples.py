@@ -12,12 +12,22 @@ SCRIPTS = {
     "mixin": ["dropreg/explicit_penalty", "dropreg/noise_norm"],
     "lightning_cli": [],
     "ddp": ["2 replicas, equal"],
+    "plain_pytorch": ["penalty", "test accuracy"],
+    "fabric": ["2 replicas, equal"],
+    "accelerate_loop": ["penalty"],
+    "huggingface_trainer": ["training loss", "evaluation loss"],
     "huggingface_classifier": ["attention", "predictive entropy"],
     "vision": ["accuracy"],
     "disentangle": [],
     "mathematics": ["covariance of DROPOUT_4"],
 }
-NEEDS = {"huggingface_classifier": "transformers", "vision": "matplotlib", "disentangle": "matplotlib"}
+NEEDS = {
+    "huggingface_classifier": "transformers",
+    "huggingface_trainer": "transformers",
+    "accelerate_loop": "accelerate",
+    "vision": "matplotlib",
+    "disentangle": "matplotlib",
+}
 
 OWN_TEST = {"reproduce_paper"}  # test_reproduce_paper.py
 
@@ -26,6 +36,8 @@ OWN_TEST = {"reproduce_paper"}  # test_reproduce_paper.py
 def test_example(name, tmp_path, monkeypatch, capfd):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
+    if "accelerate" in sys.modules:  # which fixes the precision for the length of a process
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
     arguments = ["--fast"]
     if name == "lightning_cli":
         arguments = ["fit", "--config", str(EXAMPLES / "lightning_cli.yaml"), "--fast"]

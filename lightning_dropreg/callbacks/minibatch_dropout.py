@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_dropreg.checks import check_draws
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.functional import check_draws
 from lightning_dropreg.session.base import RegularizerCallback, check_flag
 
 __all__ = ["MiniBatchDropout"]

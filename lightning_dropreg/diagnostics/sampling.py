@@ -10,8 +10,7 @@ from torch import nn
 
 from lightning_dropreg.checks import check_count
 from lightning_dropreg.diagnostics.statistics import check_confidence
-from lightning_dropreg.functional import draw_key
-from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.numerics.noise import draw_key, fold_key
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.passes.isolation import Isolation
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["KeyedGenerators", "fold_key", "random_signs"]
+__all__ = ["KeyedGenerators", "draw_key", "fold_key", "of_this_rank", "random_signs"]
 
 _MASK64 = (1 << 64) - 1
 
@@ -33,6 +33,19 @@ def fold_key(*parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
         state ^= state >> 31
     return state >> 1
+
+
+def draw_key(generator: torch.Generator | None) -> int:
+    """Draw the seed of one batch's noise from `generator` (the global one if None)."""
+    device = generator.device if generator is not None else "cpu"
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+def of_this_rank(key: int) -> int:
+    """Make a key of this process's own, where several train together: most seed all of them alike."""
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if grouped else 0
+    return fold_key(key, rank) if rank else key
 
 
 class KeyedGenerators:

@@ -7,6 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_dropreg.checks import check_strength
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
 from lightning_dropreg.functional import check_estimation
 from lightning_dropreg.interception.handlers.attention import check_attention
@@ -185,22 +186,6 @@ def check_flag(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise InvalidArgumentError(f"{name}={value!r} must be True or False.")
-
-
-def check_strength(strength: float) -> float:
-    """Refuse a negative or non-finite strength.
-
-    Returns:
-        The strength.
-
-    Raises:
-        InvalidArgumentError: If it is one.
-    """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
-        raise InvalidArgumentError(
-            f"strength={strength!r} must be a finite number of at least 0; 1 is the value of the paper's definition."
-        )
-    return float(strength)
 
 
 def estimation(

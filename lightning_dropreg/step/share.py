@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
-from lightning_dropreg.estimators import ESTIMATORS, Estimate, Pairs, antithetic_in_turn, one_pass
+from lightning_dropreg.estimators import ESTIMATORS, Estimate, Pairs, antithetic, antithetic_in_turn, one_pass
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError
 from lightning_dropreg.numerics.noise import fold_key
@@ -134,7 +135,10 @@ class Share:
                 drop_stale_gradients=runner.drop_stale_gradients,
             )
         else:
-            estimate = ESTIMATORS[chosen.estimator](
+            estimator = ESTIMATORS[chosen.estimator]
+            if estimator is antithetic and self.has_loss:
+                estimator = functools.partial(antithetic, restart=runner.forget)
+            estimate = estimator(
                 closure,
                 curvature=self.curvature,
                 noise=spread != 0,
