@@ -29,7 +29,7 @@ NEEDS = {
     "disentangle": "matplotlib",
 }
 
-OWN_TEST = {"reproduce_paper"}  # test_reproduce_paper.py
+OWN_TEST = {"reproduce_paper", "claims"}  # test_reproduce_paper.py, examples/test_claims.py
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -1,0 +1,121 @@
+"""The figures of the evidence. Titles say what is shown, and nothing about how it came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .paired import Difference, Mean
+from .style import finish, label_of, new_figure, save, style_of
+
+__all__ = ["curves", "differences", "doses", "heat_map"]
+
+ERRORS = 2
+"""Half the length of an interval, in standard errors."""
+
+
+def differences(
+    rows: Sequence[tuple[str, dict[str, Any], Difference]], title: str, reference: str, path: Path, note: str = ""
+) -> None:
+    """Draw a dot and an interval for each method's paired difference to a reference.
+
+    Args:
+        rows: Method, its parameters, difference; from top to bottom.
+        title: Above the figure.
+        reference: What the differences are to, for the axis.
+        path: The file, without ending.
+        note: Appended to a method's label if its parameters are to be seen.
+    """
+    figure = new_figure(7, 0.8 + 0.32 * len(rows))
+    axes = figure.subplots()
+    axes.axvline(0, color="#000000", linewidth=0.8)
+    for height, (method, _, found) in enumerate(reversed(rows)):
+        style = style_of(method)
+        half = ERRORS * found.error if found.error else None
+        axes.errorbar(found.mean, height, xerr=half, color=style["color"], marker=style["marker"], markersize=6, lw=2)
+    labels = [f"{label_of(method, parameters)}{note}" for method, parameters, _ in reversed(rows)]
+    axes.set_yticks(range(len(rows)), labels)
+    seeds = rows[0][2].seeds
+    interval = f", mean and ± {ERRORS} standard errors over {seeds} seeds" if seeds > 1 else ", one seed"
+    axes.set_xlabel(f"test loss minus that of {reference}, same seed{interval}", fontsize=9)
+    axes.set_title(title, fontsize=10)
+    finish(axes)
+    save(figure, path)
+
+
+def doses(
+    series: Mapping[str, Sequence[tuple[float, Difference]]], title: str, xlabel: str, ylabel: str, path: Path
+) -> None:
+    """Draw paired differences against a dose, one line for each series.
+
+    Args:
+        series: By method: dose and difference.
+        title: Above the figure.
+        xlabel: The dose.
+        ylabel: The difference.
+        path: The file, without ending.
+    """
+    figure = new_figure(6, 3.8)
+    axes = figure.subplots()
+    axes.axhline(0, color="#000000", linewidth=0.8)
+    for method, points in series.items():
+        half = [ERRORS * (found.error or 0) for _, found in points]
+        values = [found.mean for _, found in points]
+        label = f"beside {label_of({'Algorithm 2': 'R', 'DROPOUT_k + xi': 'DROPOUT_k'}[method], {'k': 8})}"
+        axes.errorbar([dose for dose, _ in points], values, yerr=half, capsize=2, label=label, **style_of(method))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=9)
+    finish(axes)
+    save(figure, path)
+
+
+def heat_map(cells: Mapping[tuple[float, int], Difference], title: str, xlabel: str, ylabel: str, path: Path) -> None:
+    """Draw differences in standard errors as a coloured table.
+
+    Args:
+        cells: By column and row.
+        title: Above the figure.
+        xlabel: What the columns are.
+        ylabel: What the rows are.
+        path: The file, without ending.
+    """
+    columns, rows = sorted({column for column, _ in cells}), sorted({row for _, row in cells})
+    values = [[cells[c, r].in_errors if (c, r) in cells else float("nan") for c in columns] for r in rows]
+    figure = new_figure(6, 3.2)
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="PuOr_r", vmin=-8, vmax=8, aspect="auto", origin="lower")
+    for y, r in enumerate(rows):
+        for x, c in enumerate(columns):
+            if (c, r) in cells:
+                found = cells[c, r]
+                axes.text(x, y, f"{found.in_errors:+.1f}\n({found.mean:+.3f})", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
+    axes.set_yticks(range(len(rows)), [str(r) for r in rows])
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, label="standard errors")
+    save(figure, path)
+
+
+def curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw the mean test loss against the step.
+
+    Args:
+        records: One for each method.
+        title: Above the figure.
+        path: The file, without ending.
+    """
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for record in records:
+        label = f"{label_of(record['method'], record['parameters'])} ({Mean.of(record['test']).mean:.3f})"
+        axes.plot(record["steps"], record["mean_test"], label=label, markevery=4, **style_of(record["method"]))
+    axes.set(xlabel="step", ylabel="mean test loss")
+    low = min(min(record["mean_test"]) for record in records)
+    axes.set_ylim(0.97 * low, 1.8 * low)
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    finish(axes)
+    save(figure, path)

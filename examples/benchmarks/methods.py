@@ -1,0 +1,106 @@
+"""The methods by name, each as what it changes in the run of `benchmarks.training.train`.
+
+Whatever is the package's is a list of its callbacks in an ordinary Trainer. The baselines are those of
+``examples/baselines``, in their authors' form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+import lightning_dropreg as dr
+
+from ..baselines.label_smoothing import label_smoothing_loss
+from ..baselines.noise_stability import NoiseStability
+from ..baselines.r_drop import r_drop_loss
+from ..baselines.sam import SAM
+from .many_networks import Losses, ManyNetworks
+
+__all__ = ["METHODS", "Recipe", "recipe"]
+
+
+@dataclass
+class Recipe:
+    """What a method changes.
+
+    Attributes:
+        callbacks: Of the package.
+        dropout: Whether the model has dropout (that the callbacks may replace).
+        optimizer: Makes it from the parameters; SGD if None.
+        options: More arguments of the optimizer, besides the learning rate.
+        losses: The loss of every row; cross entropy if None.
+        passes: Forward and backward passes of the whole batch in one step: what equal budgets are counted in.
+    """
+
+    callbacks: list[L.Callback] = field(default_factory=list)
+    dropout: bool = True
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
+    options: dict[str, Any] = field(default_factory=dict)
+    losses: Losses | None = None
+    passes: float = 1
+
+
+def _smoothed(networks: ManyNetworks, x: Tensor, y: Tensor, amount: float) -> Tensor:
+    return label_smoothing_loss(networks(x).flatten(0, 1), y.flatten(), amount)
+
+
+def _r_drop(networks: ManyNetworks, x: Tensor, y: Tensor, alpha: float) -> Tensor:
+    return r_drop_loss(networks(x).flatten(0, 1), networks(x).flatten(0, 1), y.flatten(), alpha)
+
+
+def _averaged(k: int, noise: str | None = None, strength: float = 1.0) -> Recipe:
+    callbacks: list[L.Callback] = [dr.MiniBatchDropout(k)]
+    if noise is not None:
+        callbacks.append(dr.ImplicitNoise(strength, source=noise))
+    return Recipe(callbacks, passes=k + 2 * (noise == "taylor"))  # that of section 3.1 is made of the k
+
+
+def _penalty(strength: float = 1.0, noise: float | None = None, **options: Any) -> Recipe:
+    callbacks: list[L.Callback] = [dr.ExplicitPenalty(strength, **options)]
+    return Recipe(callbacks if noise is None else [*callbacks, dr.ImplicitNoise(noise)], passes=2)
+
+
+def _sam(rho: float, dropout: bool) -> Recipe:
+    return Recipe(dropout=dropout, optimizer=SAM, options={"rho": rho, "networks": True}, passes=2)
+
+
+METHODS: dict[str, Callable[..., Recipe]] = {
+    "none": lambda: Recipe(dropout=False),
+    "dropout": Recipe,
+    "DROPOUT_k": _averaged,
+    "DROPOUT_k + 3.1": partial(_averaged, noise="dropout"),
+    "DROPOUT_k + xi": partial(_averaged, noise="taylor"),
+    "xi": lambda strength=1.0: Recipe([dr.ImplicitNoise(strength)], passes=2),
+    "R": _penalty,
+    "Algorithm 2": partial(_penalty, noise=1.0),
+    "R, quarter": lambda strength=1.0: Recipe(
+        [dr.ExplicitPenalty(strength, batch_fraction=0.25, batch_dim=1)], passes=1.5
+    ),
+    "identity": partial(_penalty, curvature="identity"),
+    "loss Jacobian": partial(_penalty, curvature="loss_jacobian"),
+    "l2": lambda strength: Recipe(dropout=False, options={"weight_decay": strength}),
+    "label smoothing": lambda amount: Recipe(dropout=False, losses=partial(_smoothed, amount=amount)),
+    "R-Drop": lambda alpha: Recipe(losses=partial(_r_drop, alpha=alpha), passes=2),
+    "SAM": partial(_sam, dropout=False),
+    "SAM with dropout": partial(_sam, dropout=True),
+    "noise stability": lambda sigma: Recipe(
+        dropout=False, optimizer=NoiseStability, options={"sigma": sigma}, passes=2
+    ),
+}
+
+
+def recipe(method: str, **parameters: Any) -> Recipe:
+    """Return the recipe of a method.
+
+    Args:
+        method: A key of `METHODS`.
+        parameters: Its parameters.
+    """
+    return METHODS[method](**parameters)

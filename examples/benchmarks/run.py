@@ -1,0 +1,84 @@
+"""Makes every study of PROTOCOL.md, with its tables and figures.
+
+python -m examples.benchmarks.run [STUDY ...] [--report]
+
+Studies: ablations claims dose map tuned40 tuned10 tuned0 negative. Run from the root of a clone, with one thread; all
+of them take about two hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a command
+that was stopped goes on. `--report` trains nothing and draws what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples import claims
+from examples.benchmarks import reports, studies
+from examples.benchmarks.records import Records, Run
+from examples.benchmarks.style import plain_label
+
+HERE = Path(__file__).parent
+TUNED = {"tuned40": 0.4, "tuned10": 0.1, "tuned0": 0.0}
+STUDIES = ["ablations", "claims", "dose", "map", *TUNED, "negative"]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", default=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--report", action="store_true", help="draw what is there, train nothing")
+    options = parser.parse_args(args)
+    claims.quiet()
+    for study in options.studies:
+        run_study(study, train=not options.report)
+
+
+def run_study(study: str, train: bool) -> None:
+    """Make what is missing of a study, then its tables and figures."""
+    made = Records(HERE / folder_of(study) / "runs.jsonl")
+
+    def make(runs: Sequence[Run]) -> None:
+        for number, run in enumerate(runs if train else []):
+            started = time.perf_counter()
+            known = made.find(run) is not None
+            record = made.make(run)
+            value = record.get("failed", f"{sum(record.get('test', [0])) / len(run.seeds):.4f}")
+            label = plain_label(run.method, run.parameters, strength=True)
+            spent = "kept" if known else f"{time.perf_counter() - started:.0f} s"
+            print(f"{study} {run.part} {number + 1}/{len(runs)}: {label}: {value} ({spent})", flush=True)
+
+    if study == "ablations":
+        make(studies.tuning_of_ablations())
+        reports.ablations(made)
+    elif study in {"claims", "dose"}:
+        make(studies.claims() + (studies.dose() if study == "dose" else []))
+        reports.claims(made)
+        if study == "dose":
+            reports.dose(made)
+    elif study == "map":
+        make([run for pair in studies.map_of_noise() for run in pair])
+        reports.map_of_noise(made)
+    elif study in TUNED:
+        grid = studies.tuned(TUNED[study])
+        make(grid)
+        make(studies.chosen(grid, made, studies.SEEDS["tuned"]))
+        reports.tuned(made, grid, TUNED[study], study)
+    elif study == "negative":
+        for problem in studies.PROBLEMS:
+            grid = studies.negative(problem)
+            make(grid)
+            make(studies.chosen(grid, made, studies.SEEDS["negative"]))
+        reports.negative(made)
+    else:
+        sys.exit(f"{study} is none of {', '.join(STUDIES)}")
+
+
+def folder_of(study: str) -> str:
+    """Return the folder of a study; the ablations' strengths and the doses belong to the claims."""
+    return {"ablations": "claims", "dose": "claims", **dict.fromkeys(TUNED, "tuned")}.get(study, study)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The studies of PROTOCOL.md: which runs each consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from .records import Records, Run
+from .training import Setting
+
+__all__ = ["ABLATIONS", "SEEDS", "A", "chosen", "claims", "dose", "map_of_noise", "negative", "tuned"]
+
+SEEDS = {
+    "tuning": list(range(100, 116)),
+    "claims": list(range(1000, 1032)),
+    "map": list(range(2000, 2016)),
+    "tuned": list(range(3000, 3032)),
+    "negative": list(range(4000, 4032)),
+}
+A = Setting()
+"""Full batch, 40 % random labels: no noise but dropout's."""
+
+ABLATIONS = {
+    "identity": [0.03, 0.1, 0.3, 1.0],
+    "loss Jacobian": [0.3, 1.0, 3.0, 10.0],
+    "l2": [0.001, 0.002, 0.004, 0.008],
+}
+ARMS: list[tuple[str, dict[str, Any]]] = [
+    ("none", {}),
+    ("dropout", {}),
+    ("DROPOUT_k", {"k": 8}),
+    ("DROPOUT_k + 3.1", {"k": 8}),
+    ("DROPOUT_k + xi", {"k": 8}),
+    ("R", {}),
+    ("Algorithm 2", {}),
+]
+TUNED_STRENGTHS = {"identity": 0.1, "loss Jacobian": 1.0, "l2": 0.004}
+"""Of setting A, see `tuning_of_ablations`."""
+
+
+def tuning_of_ablations() -> list[Run]:
+    """The four strengths of each ablation, on the tuning seeds."""
+    return [
+        Run(method, {"strength": strength}, A, SEEDS["tuning"], "tuning")
+        for method, strengths in ABLATIONS.items()
+        for strength in strengths
+    ]
+
+
+def claims(setting: Setting = A, seeds: list[int] | None = None) -> list[Run]:
+    """All arms on fresh seeds."""
+    arms = [*ARMS, *((method, {"strength": strength}) for method, strength in TUNED_STRENGTHS.items())]
+    return [Run(method, parameters, setting, seeds or SEEDS["claims"]) for method, parameters in arms]
+
+
+def dose() -> list[Run]:
+    """More and less noise than dropout's own, beside the penalty and beside averaged dropout."""
+    beside_r = [Run("Algorithm 2", {"noise": s}, A, SEEDS["claims"]) for s in (0.5, 1.5, 2.0, 3.0, 4.0)]
+    beside_k = [Run("DROPOUT_k + xi", {"k": 8, "strength": s}, A, SEEDS["claims"]) for s in (2.0, 3.0)]
+    return beside_r + beside_k
+
+
+def map_of_noise() -> Iterator[tuple[Run, Run]]:
+    """For every rate and batch size DROPOUT_8 and dropout, the cheap ones first."""
+    for rows in (10, 40, 200):
+        for rate in (0.8, 0.4, 0.2, 0.1):
+            setting = replace(A, batch_size=rows, rate=rate, passes=round(400 / rate))
+            seeds = SEEDS["map"]
+            yield Run("DROPOUT_k", {"k": 8}, setting, seeds), Run("dropout", {}, setting, seeds)
+
+
+RATES = (0.4, 0.8)
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "dropout": [{"q": q} for q in (0.35, 0.45, 0.55, 0.65)],
+    "R": [{"strength": s} for s in (0.7, 1.2, 2.0, 3.5)],
+    "R, quarter": [{"strength": s} for s in (0.7, 1.2, 2.0, 3.5)],
+    "Algorithm 2": [{"strength": r, "noise": s} for r, s in ((0.8, 1.0), (1.3, 1.5), (2.0, 1.0), (2.0, 2.0))],
+    "R-Drop": [{"q": q, "alpha": a} for q, a in ((0.25, 0.25), (0.4, 0.25), (0.4, 0.5), (0.5, 0.1))],
+    "SAM": [{"rho": rho} for rho in (0.2, 0.4, 0.8, 1.6)],
+    "SAM with dropout": [{"rho": rho, "q": q} for rho, q in ((0.2, 0.35), (0.2, 0.5), (0.5, 0.35), (0.5, 0.5))],
+    "noise stability": [{"sigma": sigma} for sigma in (0.03, 0.06, 0.12, 0.24)],
+    "l2": [{"strength": s} for s in (0.001, 0.003, 0.006, 0.012)],
+    "label smoothing": [{"amount": a} for a in (0.01, 0.05, 0.1, 0.2)],
+}
+NO_DROPOUT = [{"rate": rate} for rate in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)]
+
+
+def tuned(label_noise: float) -> list[Run]:
+    """Eight configurations for each method, on the tuning seeds."""
+    setting = replace(A, label_noise=label_noise, batch_size=50, passes=2400, count_steps=False)
+    grids = {"none": NO_DROPOUT, **{m: [{**own, "rate": r} for r in RATES for own in g] for m, g in GRIDS.items()}}
+    return [
+        Run(method, parameters, setting, SEEDS["tuning"], "tuning")
+        for method, grid in grids.items()
+        for parameters in grid
+    ]
+
+
+REGRESSION = Setting(
+    drop_probs=(0.0, 0.1, 0.1), batch_size=20, rate=0.002, adam=True, silu=True, label_noise=0.0, count_steps=True
+)
+PROBLEMS = {
+    "friedman 800": replace(REGRESSION, data="friedman", passes=800),
+    "friedman 2500": replace(REGRESSION, data="friedman", passes=2500),
+    "diabetes": replace(REGRESSION, data="diabetes", passes=500),
+}
+
+
+def negative(problem: str) -> list[Run]:
+    """Four values for each method, on the tuning seeds."""
+    small = problem != "diabetes"
+    grids: dict[str, list[dict[str, Any]]] = {
+        "none": [{}],
+        "dropout": [{"q": q} for q in ((0.05, 0.1, 0.2, 0.3) if small else (0.1, 0.2, 0.4, 0.6))],
+        "DROPOUT_k": [{"k": 8}],
+        "R": [{"strength": s} for s in ((0.3, 1.0, 2.0, 4.0) if small else (1.0, 3.0, 10.0, 20.0))],
+        "Algorithm 2": [{"strength": s} for s in ((0.3, 1.0, 2.0, 4.0) if small else (1.0, 3.0, 10.0, 20.0))],
+        "l2": [{"strength": s} for s in ((0.0001, 0.0004, 0.001, 0.002) if small else (0.001, 0.004, 0.01, 0.02))],
+    }
+    return [
+        Run(method, parameters, PROBLEMS[problem], SEEDS["tuning"], "tuning")
+        for method, grid in grids.items()
+        for parameters in grid
+    ]
+
+
+def chosen(runs: list[Run], records: Records, seeds: list[int]) -> list[Run]:
+    """For every method the run with the least mean held-out loss, on other seeds.
+
+    Args:
+        runs: Runs on tuning seeds.
+        records: Where they are recorded; those that are not count as not made.
+        seeds: The fresh seeds.
+
+    Returns:
+        One run for each method with a finite one.
+    """
+    best: dict[str, tuple[float, Run]] = {}
+    for run in runs:
+        record = records.find(run)
+        if record is not None and "failed" not in record:
+            loss = sum(record["held_out"]) / len(record["held_out"])
+            if run.method not in best or loss < best[run.method][0]:
+                best[run.method] = loss, run
+    return [replace(run, seeds=seeds, part="fresh") for _, run in best.values()]

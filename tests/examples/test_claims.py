@@ -1,0 +1,122 @@
+"""The claims' command, the records and the statistics, at a size of seconds."""
+
+import json
+import math
+from dataclasses import replace
+from statistics import stdev
+
+import pytest
+
+from examples import claims
+from examples.benchmarks import figures, methods, run, studies, style
+from examples.benchmarks.paired import Difference, Mean, difference
+from examples.benchmarks.records import Records, Run
+from examples.benchmarks.reports import edges
+from examples.benchmarks.training import train
+
+pytest.importorskip("sklearn")
+TINY = replace(studies.A, passes=4, evaluations=2)
+SMALL = {"widths": (4, 4)}
+
+
+def test_claims_are_made_once_and_reported(tmp_path, capsys):
+    claims.main(["--fast", "--seeds", "2", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == len(studies.claims()) == 10
+    assert all(json.loads(line)["provenance"]["torch"] for line in lines)
+    assert "DROPOUT_8 - DROPOUT_1" in printed
+    assert "±" in printed
+    assert (tmp_path / "claims.png").stat().st_size > 10_000
+    claims.main(["--fast", "--seeds", "2", "--out", str(tmp_path)])
+    assert (tmp_path / "runs.jsonl").read_text().splitlines() == lines
+
+
+def test_one_seed_has_no_spread(tmp_path, capsys):
+    claims.main(["--fast", "--seeds", "1", "--out", str(tmp_path)])
+    assert "±" not in capsys.readouterr().out
+
+
+def test_paired_difference():
+    first, second = {"seeds": [1, 2, 3], "test": [1.0, 2.0, 4.0]}, {"seeds": [1, 2, 3], "test": [2.0, 2.5, 3.0]}
+    found = difference(first, second)
+    assert found.mean == pytest.approx(-1 / 6)
+    assert found.error == pytest.approx(stdev([-1.0, -0.5, 1.0]) / math.sqrt(3))
+    assert (found.wins, found.seeds) == (2, 3)
+    with pytest.raises(ValueError, match="not the same seeds"):
+        difference(first, {"seeds": [1, 2, 4], "test": [2.0, 2.5, 3.0]})
+    assert Mean.of([2.0]).text() == "2.0000"
+    assert math.isnan(Difference(1.0, None, 0, 1).in_errors)
+
+
+def test_the_best_point_is_that_of_the_held_out_rows():
+    record = train(TINY, "dropout", {}, [1, 2], **SMALL)
+    longer = train(replace(TINY, passes=2, evaluations=1), "dropout", {}, [1, 2], **SMALL)
+    assert record["steps"] == [2, 4]
+    for seed in range(2):
+        at = record["steps"].index(record["best_step"][seed])
+        assert record["test"][seed] == (longer["test"][seed] if at == 0 else record["last_test"][seed])
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_trains_as_many_steps_as_its_passes_allow(method):
+    parameters = {
+        "DROPOUT_k": {"k": 2},
+        "DROPOUT_k + 3.1": {"k": 2},
+        "DROPOUT_k + xi": {"k": 2},
+        "l2": {"strength": 0.1},
+    }
+    parameters |= {"label smoothing": {"amount": 0.1}, "R-Drop": {"alpha": 0.5}, "noise stability": {"sigma": 0.1}}
+    parameters |= {"SAM": {"rho": 0.1}, "SAM with dropout": {"rho": 0.1, "q": 0.3}}
+    chosen = parameters.get(method, {})
+    steps = []
+    setting = replace(TINY, passes=12, batch_size=50, count_steps=False)
+    record = train(setting, method, chosen, [1, 2], lambda: steps.append(1), **SMALL)
+    passes = methods.recipe(method, **{k: v for k, v in chosen.items() if k != "q"}).passes
+    assert len(steps) == int(12 / passes)
+    assert len(record["test"]) == 2
+    assert style.style_of(method)
+
+
+def test_same_split_and_start_for_every_method():
+    first = train(replace(TINY, rate=0.0), "dropout", {}, [5, 6], **SMALL)
+    second = train(replace(TINY, rate=0.0), "R", {}, [6, 5], **SMALL)
+    assert first["test"] == second["test"][::-1]
+
+
+def test_regression_and_classification_settings_run():
+    for setting in studies.PROBLEMS.values():
+        record = train(replace(setting, passes=4, evaluations=2), "Algorithm 2", {"q": 0.2}, [1], **SMALL)
+        assert "accuracy" not in record
+        assert record["test"][0] > 0
+
+
+def test_the_least_held_out_loss_is_chosen_and_edges_are_marked(tmp_path):
+    records = Records(tmp_path / "runs.jsonl")
+    grid = [Run("l2", {"strength": s}, TINY, [1, 2], "tuning", SMALL) for s in (0.0, 30.0, 1e-3)]
+    made = [records.make(one) for one in grid]
+    losses = [sum(m["held_out"]) if "failed" not in m else math.inf for m in made]
+    (chosen,) = studies.chosen(grid, records, [7])
+    assert chosen.parameters == grid[losses.index(min(losses))].parameters
+    assert (list(chosen.seeds), chosen.part) == ([7], "fresh")
+    assert edges({"a": 1, "b": 2}, [{"a": 1, "b": 1}, {"a": 2, "b": 2}, {"a": 3, "b": 3}]) == {"a"}
+
+
+def test_eight_configurations_for_each_and_tuning_seeds_are_no_others():
+    grid = studies.tuned(0.4)
+    assert {sum(one.method == method for one in grid) for method in {one.method for one in grid}} == {8}
+    seeds = [seed for block in studies.SEEDS.values() for seed in block]
+    assert len(seeds) == len(set(seeds))
+    assert all(list(one.seeds) == studies.SEEDS["tuning"] for one in grid)
+
+
+def test_titles_and_a_map_are_drawn(tmp_path):
+    cells = {(0.1, 10): Difference(0.1, 0.02, 3, 16), (0.2, 10): Difference(-0.1, 0.02, 13, 16)}
+    figures.heat_map(cells, "title", "x", "y", tmp_path / "map")
+    assert (tmp_path / "map.png").is_file()
+
+
+def test_report_of_nothing_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    run.main(["--report"])
+    assert not list(tmp_path.rglob("*.md"))
