@@ -1,9 +1,9 @@
 """One LightningModule that trains many networks at once, one for every seed.
 
 On a small network most of the time of a step is overhead, so 32 networks take far less than 32 times as long as one.
-Every parameter has a leading dimension, one entry for each network, and the networks never meet but in the loss, which is
-summed over them: the gradient that a network gets is the one that it would get alone. So is what the callbacks add,
-because penalty and noise of a sum are the sums of penalties and noises, and every row of every network has noise of its own.
+Every parameter has a leading dimension, one entry for each network, and the networks never meet but in the loss, which
+is summed over them: the gradient that a network gets is the one that it would get alone. So is what the callbacks add:
+penalty and noise of a sum are the sums of penalties and noises, and every row of every network has noise of its own.
 """
 
 from __future__ import annotations
