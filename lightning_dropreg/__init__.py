@@ -21,6 +21,7 @@ if (
         MaxNorm,
         MiniBatchDropout,
         MonteCarloDropout,
+        RDrop,
     )
     from lightning_dropreg.interception.handlers.attention import attention_dropout
     from lightning_dropreg.interception.handlers.custom import drop
@@ -40,6 +41,7 @@ __all__ = [
     "MiniBatchDropout",
     "MiniBatchDropoutMixin",
     "MonteCarloDropout",
+    "RDrop",
     "attention_dropout",
     "drop",
     "errors",

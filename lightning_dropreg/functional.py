@@ -31,11 +31,10 @@ from lightning_dropreg.checks import (
     check_instance,
     check_strength,
     is_number,
-    is_one_of,
 )
 from lightning_dropreg.errors import InvalidArgumentError, UnboundedPenaltyWarning
-from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.estimators.curvature import CURVATURES, FULL, UNBOUNDED
+from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
+from lightning_dropreg.estimators.r_drop import RDropped, r_drop
 from lightning_dropreg.inspection.support import find_support
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.interception.sites import Site
@@ -44,8 +43,10 @@ from lightning_dropreg.passes import Closure, Off, draws_of_dropout, run_pass
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.step.closures import ClosureRunner, OnRows
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan, StepResult
+from lightning_dropreg.step.settings import check_curvature, check_estimation
 
 __all__ = [
+    "RDropped",
     "Regularized",
     "dropout_loss",
     "explicit_penalty",
@@ -53,10 +54,9 @@ __all__ = [
     "find_support",
     "implicit_noise",
     "plain_loss",
+    "r_drop",
     "regularize",
 ]
-
-MASKS = ("as_model", "elementwise")
 
 
 class Regularized(NamedTuple):
@@ -381,29 +381,3 @@ def _how(estimator: str, step_size: float, mask: str, batch_fraction: float | No
 
 def _check_module(module: object) -> None:
     check_instance("module", module, (nn.Module, type(None)), "an nn.Module or None")
-
-
-def check_curvature(curvature: str) -> None:
-    """Refuse an unknown name.
-
-    Raises:
-        InvalidArgumentError: If it is one.
-    """
-    if not is_one_of(curvature, CURVATURES):
-        raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
-
-
-def check_estimation(estimator: str, step_size: float, mask: str) -> None:
-    """Refuse unknown names and impossible steps.
-
-    Raises:
-        InvalidArgumentError: If an argument is out of range or unknown.
-    """
-    if not is_one_of(estimator, ESTIMATORS):
-        raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}.")
-    if mask not in MASKS:
-        raise InvalidArgumentError(f"mask={mask!r} is unknown; choose one of {', '.join(MASKS)}.")
-    if not isinstance(step_size, (int, float)) or isinstance(step_size, bool) or not 0 < step_size <= 1:
-        raise InvalidArgumentError(
-            f"step_size={step_size!r} must be a number in (0, 1]; 0.1 keeps the error of the penalty below about 1 %."
-        )

@@ -8,6 +8,7 @@ from lightning_dropreg.callbacks.implicit_noise import ImplicitNoise
 from lightning_dropreg.callbacks.max_norm import MaxNorm
 from lightning_dropreg.callbacks.minibatch_dropout import MiniBatchDropout
 from lightning_dropreg.callbacks.monte_carlo import MonteCarloDropout, MonteCarloPrediction
+from lightning_dropreg.callbacks.r_drop import RDrop
 
 __all__ = [
     "DivergenceDetector",
@@ -19,4 +20,5 @@ __all__ = [
     "MiniBatchDropout",
     "MonteCarloDropout",
     "MonteCarloPrediction",
+    "RDrop",
 ]

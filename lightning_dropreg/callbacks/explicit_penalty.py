@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lightning_dropreg.checks import check_count
-from lightning_dropreg.functional import check_curvature
 from lightning_dropreg.session.base import RegularizerCallback, check_flag, check_strength, estimation
 from lightning_dropreg.step.plan import PenaltySettings
+from lightning_dropreg.step.settings import check_curvature
 
 __all__ = ["ExplicitPenalty"]
 

@@ -29,9 +29,9 @@ from lightning_dropreg.diagnostics.sampling import OnDraw, Probe, measure_draws
 from lightning_dropreg.diagnostics.sketch import SKETCH_WIDTH, sketch
 from lightning_dropreg.diagnostics.statistics import Interval, jackknife_interval, mean_interval
 from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.functional import check_estimation
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure, Drop, run_pass
+from lightning_dropreg.step.settings import check_estimation
 
 __all__ = ["NoiseReport", "measure_noise"]
 

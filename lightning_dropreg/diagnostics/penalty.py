@@ -14,8 +14,8 @@ from lightning_dropreg.diagnostics.statistics import Interval, mean_interval
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.estimators.curvature import CURVATURES
-from lightning_dropreg.functional import check_estimation
 from lightning_dropreg.passes import Closure
+from lightning_dropreg.step.settings import check_estimation
 
 __all__ = ["PenaltyReport", "measure_penalty"]
 

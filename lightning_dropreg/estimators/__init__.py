@@ -8,7 +8,7 @@
 | `exact`                    | the full Jacobian                         | small problems; the oracle of the rest |
 
 `antithetic_in_turn` is the first with one graph alive at a time, `one_pass` the first for some rows of the batch within
-the pass over all of them.
+the pass over all of them. `r_drop` compares two draws of dropout itself.
 """
 
 from lightning_dropreg.estimators.antithetic import antithetic
@@ -18,18 +18,21 @@ from lightning_dropreg.estimators.exact import exact
 from lightning_dropreg.estimators.forward import forward
 from lightning_dropreg.estimators.in_turn import antithetic_in_turn
 from lightning_dropreg.estimators.one_pass import Pairs, one_pass
+from lightning_dropreg.estimators.r_drop import TwoDraws, two_draws
 
 __all__ = [
     "ESTIMATORS",
     "Estimate",
     "Estimator",
     "Pairs",
+    "TwoDraws",
     "antithetic",
     "antithetic_in_turn",
     "double_backward",
     "exact",
     "forward",
     "one_pass",
+    "two_draws",
 ]
 
 ESTIMATORS: dict[str, Estimator] = {

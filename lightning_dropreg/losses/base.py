@@ -84,6 +84,22 @@ class Loss(ABC):
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
         """Return ``v`` of shape ``(T, C)`` with ``E[v_t v_t^T] = w_t H_t(z_t)`` over random `signs` ``(T, C)``."""
 
+    def symmetric_divergence(self, other: Loss, weights: Tensor) -> Tensor:
+        """Return ``sum_t w_t (KL_t + KL'_t) / 2`` between the predictions of two passes, a scalar.
+
+        Args:
+            other: The same loss in the other pass.
+            weights: Weights of the elements (`per_element`).
+
+        Raises:
+            LossNotRecognizedError: If this is no loss between distributions over classes.
+        """
+        raise LossNotRecognizedError(
+            f"R-Drop compares the predictions of two draws as distributions over classes, and {self.name} is no loss "
+            "between such (cross_entropy, nll_loss, kl_div and binary_cross_entropy are). Use ExplicitPenalty(strength="
+            "1 + 2 * alpha), which is the same to second order and knows this loss."
+        )
+
     def parts(self, split: Callable[[Tensor], Sequence[Tensor]]) -> list[Loss] | None:
         """Return the losses of parts of its examples, to compare with one another in `pair_hessian_form`.
 

@@ -23,7 +23,7 @@ from lightning_dropreg.losses.base import (
     refuse_trained,
     root,
 )
-from lightning_dropreg.losses.softmax import pair_variance, variance
+from lightning_dropreg.losses.softmax import pair_variance, symmetric_divergence, variance
 from lightning_dropreg.numerics.dtypes import noise_dtype
 from lightning_dropreg.numerics.dual import log_softmax
 
@@ -104,6 +104,10 @@ class CategoricalLoss(Loss):
         """See `Loss`."""
         return softmax_factor(self.name, z, weights * self.scale, signs)
 
+    def symmetric_divergence(self, other: Loss, weights: Tensor) -> Tensor:
+        """See `Loss`."""
+        return symmetric_divergence(self.outputs, other.outputs, weights * self.scale)
+
     def parts(self, split: Callable[[Tensor], Sequence[Tensor]]) -> list[Loss]:
         """See `Loss`."""
         # what is split twice is differentiated twice
@@ -167,6 +171,10 @@ class DivergenceLoss(PerOutputLoss):
     def hessian_factor(self, z: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
         """See `Loss`."""
         return softmax_factor(self.name, z, (weights * self.labels).sum(-1), signs)
+
+    def symmetric_divergence(self, other: Loss, weights: Tensor) -> Tensor:
+        """See `Loss`."""
+        return symmetric_divergence(self.outputs, other.outputs, (weights * self.labels).sum(-1))
 
     def take_logits(self, logits: Tensor) -> None:
         """See `Loss`."""

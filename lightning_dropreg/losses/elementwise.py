@@ -23,6 +23,7 @@ from lightning_dropreg.losses.base import (
     root,
 )
 from lightning_dropreg.losses.custom import DifferentiatedLoss
+from lightning_dropreg.numerics.dtypes import noise_dtype
 
 __all__ = [
     "ElementwiseLoss",
@@ -81,6 +82,16 @@ class MeanAndVarianceLoss(DifferentiatedLoss, PerOutputLoss):
         return values.reshape(len(self.outputs), -1)
 
 
+class BernoulliLoss(ElementwiseLoss):
+    """Binary cross entropy of logits, one distribution for every output."""
+
+    def symmetric_divergence(self, other: Loss, weights: Tensor) -> Tensor:
+        """See `Loss`: ``(p - q) (z_p - z_q) / 2`` for every output."""
+        one, two = (loss.outputs.to(noise_dtype(loss.outputs.dtype)) for loss in (self, other))
+        scale = 4 * self.second_derivative(torch.zeros_like(one))  # class weights: p (1 - p) is 1/4 there
+        return (weights * scale * (one.sigmoid() - two.sigmoid()) * (one - two)).sum() / 2
+
+
 def of_means(reduction: str) -> bool | None:
     """Whether an example's loss is the mean of its elements; None if the user says."""
     return None if reduction == "none" else reduction != "sum"
@@ -94,10 +105,11 @@ def _loss(
     second_derivative: Function,
     reduction: str,
     mass: Tensor | None = None,
+    kind: type[ElementwiseLoss] = ElementwiseLoss,
 ) -> tuple[Tensor, Loss]:
     """Compute and describe a loss whose elements have `shape`, reduced by `reduction`; `mass` as in `Loss`."""
     elements = function(outputs).reshape(shape)
-    loss = ElementwiseLoss(name, outputs, elements, function, second_derivative, of_means(reduction))
+    loss = kind(name, outputs, elements, function, second_derivative, of_means(reduction))
     loss.mass, loss.is_mean = (mass if reduction == "mean" else None), reduction == "mean"
     count = float(max(elements.numel(), 1)) if mass is None else mass.sum()
     return reduced(elements, reduction, count), loss
@@ -274,7 +286,7 @@ def _bernoulli(
             value = value * (positive * labels + 1 - labels)
         return value if weights is None else value * weights
 
-    return _loss(name, outputs, shape, function, second_derivative, reduction)
+    return _loss(name, outputs, shape, function, second_derivative, reduction, kind=BernoulliLoss)
 
 
 def soft_margin_loss(

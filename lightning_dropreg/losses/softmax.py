@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_dropreg.numerics.dtypes import noise_dtype
 
-__all__ = ["pair_variance", "variance"]
+__all__ = ["pair_variance", "symmetric_divergence", "variance"]
 
 _ON_CPU = 1 << 18  # elements at a time: 1 MiB of float32 for each intermediate result
 _ON_DEVICE = 1 << 24
@@ -50,6 +50,27 @@ def pair_variance(plus: Tensor, minus: Tensor, scale: Tensor, step: float) -> Te
     """
     value: Tensor = _Variance.apply(plus, minus, scale, step)  # type: ignore[no-untyped-call]
     return value
+
+
+def symmetric_divergence(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """Return ``sum_t s_t (KL(p_t || q_t) + KL(q_t || p_t)) / 2`` with ``p = softmax(one)`` and ``q = softmax(other)``.
+
+    Args:
+        one: Logits, ``(T, C)``.
+        other: Logits, ``(T, C)``.
+        scale: ``s``, ``(T,)``.
+
+    Returns:
+        Scalar, differentiable in all three; float32 at least.
+
+    Example:
+        >>> z = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> round(symmetric_divergence(*z, torch.ones(1)).item(), 4)  # (p - q) (difference of the logits) / 2
+        0.1155
+    """
+    dtype = noise_dtype(one.dtype)
+    log_p, log_q = one.to(dtype).log_softmax(-1), other.to(dtype).log_softmax(-1)
+    return (scale * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)).sum() / 2
 
 
 class _Variance(torch.autograd.Function):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_dropreg.checks import check_count, check_flags, check_integer
-from lightning_dropreg.functional import check_curvature, check_estimation
 from lightning_dropreg.metrics.functional import Effects, dropout_effects
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure
+from lightning_dropreg.step.settings import check_curvature, check_estimation
 
 __all__ = ["MeanExplicitPenalty", "NoiseScale"]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_dropreg.checks import check_count, check_flags, check_instance, check_integer
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError
 from lightning_dropreg.estimators import ESTIMATORS
-from lightning_dropreg.functional import check_curvature, check_estimation
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.isolation import Isolation
+from lightning_dropreg.step.settings import check_curvature, check_estimation
 from lightning_dropreg.uncertainty.mode import dropout_mode
 
 __all__ = [

@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 
 from lightning_dropreg.checks import check_strength
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
-from lightning_dropreg.functional import check_estimation
 from lightning_dropreg.interception.handlers.attention import check_attention
 from lightning_dropreg.session.resume import STATE_VERSION, check_resumable, settings_of
 from lightning_dropreg.session.session import Session
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
+from lightning_dropreg.step.settings import check_estimation
 
 __all__ = ["RegularizerCallback", "check_flag", "check_strength", "estimation"]
 
@@ -27,6 +27,7 @@ class RegularizerCallback(Callback):
     attention = "site"
     low_memory = True
     antithetic = False
+    alpha: float | None = None
     accept_checkpoint_settings = False
     from_mixin = False
 
@@ -134,11 +135,16 @@ class RegularizerCallback(Callback):
         drawing = [callback for callback in companions if callback.k is not None]
         penalties = [callback.penalty for callback in companions if callback.penalty is not None]
         noises = [callback.noise for callback in companions if callback.noise is not None]
+        if len(drawing) > 1:
+            raise CompositionError(
+                f"{' and '.join(type(callback).__name__ for callback in drawing)} are both in the Trainer, and each "
+                "says how often dropout is drawn. Keep one."
+            )
         if drawing and penalties:
             raise CompositionError(
-                "MiniBatchDropout and ExplicitPenalty are both in the Trainer: dropout has the explicit effect, and "
-                "the penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), or "
-                "ExplicitPenalty with ImplicitNoise (Algorithm 2)."
+                f"{type(drawing[0]).__name__} and ExplicitPenalty are both in the Trainer: dropout has the explicit "
+                "effect, and the penalty would add it once more. Use MiniBatchDropout with ImplicitNoise (Algorithm "
+                "4), or ExplicitPenalty with ImplicitNoise (Algorithm 2)."
             )
         if noises and any(callback.antithetic for callback in drawing):
             raise CompositionError(
@@ -157,6 +163,7 @@ class RegularizerCallback(Callback):
             k=drawing[0].k if drawing else None,
             low_memory=all(callback.low_memory for callback in drawing),
             antithetic=any(callback.antithetic for callback in drawing),
+            alpha=drawing[0].alpha if drawing else None,
             penalty=penalties[0] if penalties else None,
             noise=noises[0] if noises else None,
             attention=treatments.pop() if treatments else "site",

@@ -22,6 +22,7 @@ class Regularizer(Protocol):
     noise: NoiseSettings | None
     k: int | None
     antithetic: bool
+    alpha: float | None
     attention: str
     accept_checkpoint_settings: bool
 
@@ -41,6 +42,8 @@ def settings_of(callback: Regularizer) -> dict[str, Any]:
         3
     """
     settings: dict[str, Any] = {} if callback.k is None else {"k": callback.k}
+    if callback.alpha is not None:
+        settings["alpha"] = callback.alpha
     if callback.antithetic:
         settings["antithetic"] = True
     for part in (callback.penalty, callback.noise):

@@ -101,7 +101,7 @@ class Session:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._detectors = [callback for callback in callbacks if isinstance(callback, Watcher)]
         self._gradient_norm: Tensor | None = None
-        penalized = plan.penalty is not None and plan.penalty.strength > 0
+        penalized = plan.strength_at(0) > 0
         self.values = Values(trainer, module, ["loss", "explicit_penalty"] if penalized else ["loss"])
         # what FSDP2 shards has gradients only in the one backward of the whole
         self._whole_parameters = has_whole_parameters(trainer.strategy)
@@ -285,10 +285,10 @@ class Session:
     def _show(self, result: StepResult) -> None:
         """Let the detectors see penalty, loss, noise and gradient of a step that they check."""
         detectors = self._due()
-        penalty = self.plan.penalty_at(self.trainer.global_step)
-        if penalty is not None and result.penalty is not None:
+        strength = self.plan.strength_at(self.trainer.global_step)
+        if strength and result.penalty is not None:
             for detector in detectors:
-                detector.see_penalty(penalty.strength * penalty.every_n_steps * result.penalty, result.loss)
+                detector.see_penalty(strength * result.penalty, result.loss)
         if not detectors or not self.plan.noise_scale or not self._whole_parameters:
             return
         # the noise that comes after the backward will be seen there

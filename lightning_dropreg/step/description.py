@@ -48,7 +48,10 @@ def describe(plan: Plan) -> list[str]:
         return ["Every step stays exactly as it is."]
     sentences = [] if plan.attention == "site" else ["Dropout on attention probabilities is left out."]
     terms = ["loss"]
-    if plan.k is not None:
+    if plan.alpha is not None:
+        sentences.append("2 forward passes with fresh dropout masks, for their losses and how they disagree (R-Drop).")
+        terms = ["mean of the 2 losses", f"{plan.alpha:g} (KL_12 + KL_21)/2"]
+    elif plan.k is not None:
         how = "each differentiated before the next" if plan.low_memory else "one backward of all"
         sentences.append(f"{plan.k} forward passes with fresh dropout masks (DROPOUT_{plan.k}), {how}.")
         terms = [f"mean of the {plan.k} losses"]

@@ -6,6 +6,7 @@
 | ``k``, noise from ``"dropout"`` | section 3.1: ``+ sqrt(1/2 (1 - 1/k)) (grad l(eta_1) - grad l(eta_2))`` |
 | ``k``, noise from ``"taylor"``  | Algorithm 4: ``+ sqrt(1 - 1/k) xi_approx``                             |
 | noise alone                     | loss without dropout, ``+ xi_approx`` (or the true noise over sqrt 2)  |
+| ``alpha``                       | R-Drop: two draws, and ``alpha`` times their symmetric divergence      |
 | penalty                         | ``R_approx`` or an ablation of it, dropout off                         |
 | penalty and noise               | Algorithm 2: dropout replaced altogether                               |
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_dropreg.estimators import two_draws
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
@@ -41,6 +43,7 @@ class Plan:
         low_memory: Whether each of the k draws is differentiated before the next one is made.
         attention: What becomes of dropout on attention probabilities: ``"site"`` or ``"ignore"``.
         antithetic: Whether the draws come in antithetic pairs.
+        alpha: Factor of the divergence between two draws (R-Drop), or None.
     """
 
     k: int | None = None
@@ -49,6 +52,7 @@ class Plan:
     low_memory: bool = True
     attention: str = "site"
     antithetic: bool = False
+    alpha: float | None = None
 
     def penalty_at(self, step: int) -> PenaltySettings | None:
         """Return the penalty if it acts in optimizer step `step`."""
@@ -64,7 +68,12 @@ class Plan:
     @property
     def needs_losses(self) -> bool:
         """Whether the losses of a step must be recognized."""
-        return self.curvature is not None and self.curvature != FULL
+        return self.alpha is not None or (self.curvature is not None and self.curvature != FULL)
+
+    def strength_at(self, step: int) -> float:
+        """Factor with which a penalty (or a divergence) enters the total of optimizer step `step`."""
+        penalty = self.penalty_at(step)
+        return self.alpha or 0.0 if penalty is None else penalty.strength * penalty.every_n_steps
 
     @property
     def noise_scale(self) -> float:
@@ -162,6 +171,8 @@ class Plan:
             return self._run(runner, key, step, measure_noise)
 
     def _run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool) -> StepResult:
+        if self.alpha is not None:
+            return self._r_drop(runner, key, self.alpha)
         if self.k is not None:
             return self._dropout_k(runner, key, self.k, measure_noise)
         shares = self._shares(step)
@@ -244,6 +255,16 @@ class Plan:
             return StepResult(total.scalar(), loss, noise=difference.scalar() if reused else None)
         noise = self.extra(runner, key)
         return StepResult(total.scalar() + noise, loss, noise=noise)
+
+    def _r_drop(self, runner: BatchRunner, key: int, alpha: float) -> StepResult:
+        draws = two_draws(runner.whole, key=key)
+        loss = (draws.first + draws.second) / 2
+        total, noise = loss + alpha * draws.divergence, None
+        if self.noise_in_loss and self.noise is not None:
+            own = self.noise.source == "dropout"
+            noise = self.noise_scale * (draws.first - draws.second) if own else self.extra(runner, key)
+            total = total + noise
+        return StepResult(total, loss, penalty=draws.divergence, noise=noise)
 
     def _add(self, runner: BatchRunner, draw: Tensor, parts: Sequence[tuple[_Sum, float]]) -> None:
         """Add one draw to sums; it is differentiated and its graph freed, if that is wanted and possible."""

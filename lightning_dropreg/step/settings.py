@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Estimation", "NoiseSettings", "PenaltySettings"]
+from lightning_dropreg.checks import is_one_of
+from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.estimators import ESTIMATORS
+from lightning_dropreg.estimators.curvature import CURVATURES
+
+__all__ = ["Estimation", "NoiseSettings", "PenaltySettings", "check_curvature", "check_estimation"]
+
+MASKS = ("as_model", "elementwise")
 
 
 @dataclass(frozen=True)
@@ -46,3 +53,29 @@ class NoiseSettings:
     source: str
     injection: str
     estimation: Estimation
+
+
+def check_curvature(curvature: str) -> None:
+    """Refuse an unknown name.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    if not is_one_of(curvature, CURVATURES):
+        raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
+
+
+def check_estimation(estimator: str, step_size: float, mask: str) -> None:
+    """Refuse unknown names and impossible steps.
+
+    Raises:
+        InvalidArgumentError: If an argument is out of range or unknown.
+    """
+    if not is_one_of(estimator, ESTIMATORS):
+        raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}.")
+    if mask not in MASKS:
+        raise InvalidArgumentError(f"mask={mask!r} is unknown; choose one of {', '.join(MASKS)}.")
+    if not isinstance(step_size, (int, float)) or isinstance(step_size, bool) or not 0 < step_size <= 1:
+        raise InvalidArgumentError(
+            f"step_size={step_size!r} must be a number in (0, 1]; 0.1 keeps the error of the penalty below about 1 %."
+        )
