@@ -1,7 +1,7 @@
 """Mixins give what the callbacks give."""
 
 import pytest
-from conftest import Classifier, same, train
+from fits import Classifier, same, train
 from lightning import Callback
 
 import lightning_dropreg as dr

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import train
-from test_callbacks import by_hand
+from by_hand import by_hand
+from fits import train
 
 import lightning_dropreg as dr
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError

@@ -5,7 +5,7 @@ from types import MappingProxyType
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, same, train
+from fits import Classifier, same, train
 
 import lightning_dropreg as dr
 

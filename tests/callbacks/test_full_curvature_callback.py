@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, make_loader, same, train
+from fits import Classifier, make_loader, same, train
 from torch import nn
 
 import lightning_dropreg as dr

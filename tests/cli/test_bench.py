@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
-from test_cli import BRIEF, CONFIGS, QUICKSTART, elsewhere, printed_json  # noqa: F401  (a fixture)
+import pytest
+from commands import BRIEF, CONFIGS, QUICKSTART, printed_json
 
 from lightning_dropreg.cli import main
 from lightning_dropreg.cli.bench import METHODS
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_bench_measures_every_method(capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, make_loader, make_trainer
+from fits import Classifier, make_loader, make_trainer
 from torch import nn
 
 import lightning_dropreg as dr

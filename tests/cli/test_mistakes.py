@@ -7,9 +7,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_cli import CONFIGS, elsewhere  # noqa: F401  (a fixture)
+from commands import CONFIGS
 
 from lightning_dropreg.cli import main
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 QUICKSTART = ["--config", str(CONFIGS / "quickstart.yaml")]
 SHORT = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--test_after_fit", "false"]
@@ -57,7 +59,7 @@ MISTAKES = {
 
 
 @pytest.fixture(autouse=True)
-def files(elsewhere):  # noqa: F811
+def files(elsewhere):
     for name, content in FILES.items():
         Path(name).write_bytes(content)
     with zipfile.ZipFile("zip.ckpt", "w") as archive:

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_table import LOSSES
 from networks import MLP, NETWORKS, flat_gradient
 
 from lightning_dropreg.functional import explicit_penalty
@@ -18,35 +19,6 @@ from lightning_dropreg.passes import Directions
 
 DRAWS = 100
 CURVATURES = ["loss_hessian", "identity", "loss_jacobian"]
-
-
-def _weights(*shape):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(5)) + 0.5
-
-
-LOSSES = {
-    "cross_entropy": lambda z: F.cross_entropy(z, torch.arange(len(z)) % 4),
-    "cross_entropy_sum": lambda z: F.cross_entropy(z, torch.arange(len(z)) % 4, reduction="sum"),
-    "cross_entropy_all_options": lambda z: F.cross_entropy(
-        z, torch.tensor([0, 1, -7, 3, 2]), weight=_weights(4), ignore_index=-7, label_smoothing=0.2
-    ),
-    "cross_entropy_soft_targets": lambda z: F.cross_entropy(
-        z, _weights(5, 4).softmax(-1), weight=_weights(4), label_smoothing=0.1
-    ),
-    "cross_entropy_masked": lambda z: (
-        (F.cross_entropy(z, torch.arange(len(z)) % 4, reduction="none") * torch.tensor([1.0, 0, 2, 1, 0])).sum() / 4
-    ),
-    "cross_entropy_spatial": lambda z: F.cross_entropy(z.T.reshape(1, 4, 5), torch.arange(5)[None] % 4),
-    "nll_loss": lambda z: F.nll_loss(z.log_softmax(-1), torch.arange(len(z)) % 4, weight=_weights(4)),
-    "bce_with_logits": lambda z: F.binary_cross_entropy_with_logits(
-        z, (_weights(5, 4) > 1).double(), weight=_weights(5, 1), pos_weight=_weights(4)
-    ),
-    "mse_loss": lambda z: F.mse_loss(z, _weights(5, 4)),
-    "mse_loss_sum": lambda z: F.mse_loss(z[:, 0], _weights(5), reduction="sum"),
-    "two_weighted_losses": lambda z: (
-        F.cross_entropy(z[:, :2], torch.arange(5) % 2) + 0.3 * F.mse_loss(z[:, 2:], _weights(5, 2))
-    ),
-}
 
 
 def problem(network=MLP, loss="cross_entropy"):

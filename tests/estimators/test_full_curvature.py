@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import gradients
+from loss_table import LOSSES as RECOGNIZED
 from networks import MLP, NETWORKS, flat_gradient, variances
-from test_estimators import LOSSES as RECOGNIZED
 from torch import nn
 
 from lightning_dropreg.errors import LossNotRecognizedError, UnboundedPenaltyWarning

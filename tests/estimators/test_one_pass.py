@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from conftest import Classifier, make_loader, make_trainer, train
+from fits import Classifier, make_loader, make_trainer, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_trainer
+from fits import make_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, train
+from fits import Classifier, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -244,7 +244,7 @@ def test_all_problems_at_once():
 
 def test_compiled_lightning_module():
     import lightning as L
-    from conftest import make_loader, make_trainer
+    from fits import make_loader, make_trainer
 
     L.seed_everything(0)
     model = torch.compile(Classifier())

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, make_loader, train
-from test_manual import GAN
+from fits import Classifier, make_loader, train
+from own_modules import GAN
 from torch import nn
 
 import lightning_dropreg as dr

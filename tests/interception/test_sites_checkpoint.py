@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as torch_checkpoint
 from agreement import gradients, run
-from conftest import Classifier, train
+from fits import Classifier, train
 from torch import nn
 from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint_by_another_door
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential

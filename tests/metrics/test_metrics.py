@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import Classifier, make_loader, make_trainer
+from fits import Classifier, make_loader, make_trainer
 from torch import nn
 
 from lightning_dropreg import errors

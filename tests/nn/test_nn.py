@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import check_agreement, check_pair, gradients
-from conftest import make_trainer
+from fits import make_trainer
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode

@@ -1,13 +1,14 @@
 """Every row of the paper's LSTM and QRNN experiments that ships, for two batches of a tiny model on a tiny text."""
 
-from pathlib import Path
-
 import pytest
 import yaml
-from test_cli import BRIEF, CONFIGS, elsewhere  # noqa: F401  (a fixture)
+from commands import BRIEF, CONFIGS, OPTIONS
+from texts import write_text
 
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.session.base import RegularizerCallback
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 ROWS = [
     row
@@ -18,21 +19,6 @@ ROWS = [
 # Files are a base and a row; these meet every base and every row. The rest is for  pytest -m slow.
 QUICK = [row for row in ROWS if row.parent.name == "small" or row.stem in {"ptb_dropout_16", "ptb_dropout_32"}]
 QUICK += [CONFIGS / "paper/wt2_r_approx_xi.yaml", CONFIGS / "paper/qrnn_dropout_1.yaml"]
-TINY = {
-    "trainer": {"accelerator": "cpu", "enable_progress_bar": "false", "logger": "false"},
-    "model": {"vocab_size": 30, "window": 12, "num_layers": 1},
-    "data": {
-        "vocab_size": 30, "window": 12, "train_fraction": 1, "batch_size": 2, "eval_batch_size": 1, "root": "text",
-    },
-}  # fmt: skip
-OPTIONS = [f"--{group}.{key}={value}" for group, options in TINY.items() for key, value in options.items()]
-
-
-def write_text(folder):
-    Path(folder).mkdir()
-    for split in ("train", "valid", "test"):
-        lines = (" ".join(f"w{(7 * i + j * j) % 25}" for j in range(9)) for i in range(20))
-        Path(f"{folder}/{split}.txt").write_text("\n".join(lines))
 
 
 @pytest.mark.parametrize(

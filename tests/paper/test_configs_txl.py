@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import CONFIGS, elsewhere  # noqa: F401
+from commands import CONFIGS
 
 from lightning_dropreg.cli import main
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 ROWS = {
     "none": (),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer
+from fits import make_trainer
 
 from lightning_dropreg.errors import (
     CorpusNotFoundError,

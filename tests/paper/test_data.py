@@ -1,33 +1,18 @@
 """The corpus, its encoding and its batches."""
 
 import sys
-from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 
 import pytest
 import torch
+from texts import Tiny, numbers
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
-from lightning_dropreg.paper.data import Corpus, LanguageModelingData, PythonManual, Split
+from lightning_dropreg.paper.data import LanguageModelingData, PythonManual, Split
 from lightning_dropreg.paper.data.encoding import EOS, UNK, MissingExtraError, TextEncoder
 from lightning_dropreg.paper.data.windows import StreamWindows
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-
-
-class Tiny(Corpus):
-    """A corpus of a few lines, split at white space."""
-
-    def __init__(self, **lines: list[str]) -> None:
-        self._lines: Mapping[str, list[str]] = lines
-
-    def lines(self, split: Split) -> Iterator[str]:
-        yield from self._lines.get(split, [])
-
-
-def numbers(count: int) -> Tiny:
-    words = [" ".join(f"w{i}" for i in range(start, start + 10)) for start in range(0, count, 10)]
-    return Tiny(train=words, validation=words[:3], test=words[3:6])
 
 
 @pytest.fixture(scope="module")

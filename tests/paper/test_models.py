@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from test_data import numbers
+from texts import numbers
 from torch.nn import functional as F
 
 from lightning_dropreg.errors import InvalidArgumentError

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from agreement import gradients
-from conftest import make_trainer
+from fits import make_trainer
 from lightning.pytorch import seed_everything
-from test_data import numbers
+from texts import numbers
 
 import lightning_dropreg as dr
 from lightning_dropreg.functional import find_sites

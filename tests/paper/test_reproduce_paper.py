@@ -5,11 +5,13 @@ import runpy
 from pathlib import Path
 
 import pytest
-from test_cli import BRIEF, elsewhere  # noqa: F401  (a fixture)
-from test_configs_lstm import OPTIONS, write_text
+from commands import BRIEF, OPTIONS
+from texts import write_text
 
 from lightning_dropreg.cli.comparison import Comparison, Run
 from lightning_dropreg.cli.summary import FitResult
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 pytest.importorskip("matplotlib")
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "reproduce_paper.py"))

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 from agreement import gradients, run
-from conftest import make_trainer
-from test_data import numbers
+from fits import make_trainer
+from texts import numbers
 from torch.utils.data import DataLoader
 
 import lightning_dropreg as dr

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_trainer
+from fits import make_trainer
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_data import numbers
+from texts import numbers
 
 import lightning_dropreg as dr
 from lightning_dropreg.errors import InvalidArgumentError

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, make_loader, train
+from fits import Classifier, make_loader, train
 
 import lightning_dropreg as dr
 

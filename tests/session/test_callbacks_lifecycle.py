@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import Classifier, make_loader, make_trainer, same, train
+from fits import Classifier, make_loader, make_trainer, same, train
 
 import lightning_dropreg as dr
 

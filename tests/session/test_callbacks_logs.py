@@ -3,7 +3,7 @@
 import lightning
 import pytest
 import torch
-from conftest import Classifier, train
+from fits import Classifier, train
 
 import lightning_dropreg as dr
 

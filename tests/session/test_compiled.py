@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, train
+from fits import Classifier, train
 from torch import nn
 
 import lightning_dropreg as dr

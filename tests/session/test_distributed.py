@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Classifier, make_loader, make_trainer
+from fits import Classifier, make_loader, make_trainer
 
 import lightning_dropreg as dr
 

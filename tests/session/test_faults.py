@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from conftest import Classifier, make_loader, make_trainer, train
+from fits import Classifier, make_loader, make_trainer, train
 
 import lightning_dropreg as dr
 from lightning_dropreg import errors
@@ -174,3 +174,14 @@ def test_a_skipped_step_is_not_taken():
     assert moved == [True] + [False] * 8  # the third check and all after it
     assert detector.state_dict() == {"streak": 10, "skipped": 8}
     assert model.trainer.callback_metrics["dropreg/skipped"] == 8
+
+
+def test_other_strategies_are_refused():
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+    from lightning_dropreg.session.ranks import unsupported_strategy
+    from lightning_dropreg.step.plan import Plan
+
+    for kind in (DeepSpeedStrategy, FSDPStrategy):
+        assert "DDPStrategy" in unsupported_strategy(kind.__new__(kind), Plan(k=2))[0]
+        assert not unsupported_strategy(kind.__new__(kind), Plan(k=1))

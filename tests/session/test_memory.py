@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, make_loader, make_trainer, train
+from fits import Classifier, make_loader, make_trainer, train
 from lightning import Callback
 
 import lightning_dropreg as dr

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from conftest import Classifier, make_loader, make_trainer
+from fits import Classifier, make_loader, make_trainer
 from lightning import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 

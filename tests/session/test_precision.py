@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, make_loader, make_trainer, train
+from fits import Classifier, make_loader, make_trainer, train
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 

@@ -6,10 +6,9 @@ import os
 import lightning as L
 import pytest
 import torch
-from conftest import Classifier, make_loader, make_trainer
+from fits import Classifier, make_loader, make_trainer
+from own_modules import GAN, Manual, Predicting
 from ranks import run_on_two_ranks
-from test_manual import GAN, Manual
-from test_uncertainty import Predicting
 
 import lightning_dropreg as dr
 
@@ -376,17 +375,6 @@ def test_fsdp2_gives_the_gradients_of_ddp_or_is_refused(ranks):
     for name, remedy in (("after backward", "injection='loss'"), ("double backward", "estimator='antithetic'")):
         assert ranks[1][0][f"fsdp2, {name}"].startswith("UnsupportedModuleError")
         assert remedy in ranks[1][0][f"fsdp2, {name}"]
-
-
-def test_other_strategies_are_refused():
-    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-
-    from lightning_dropreg.session.ranks import unsupported_strategy
-    from lightning_dropreg.step.plan import Plan
-
-    for kind in (DeepSpeedStrategy, FSDPStrategy):
-        assert "DDPStrategy" in unsupported_strategy(kind.__new__(kind), Plan(k=2))[0]
-        assert not unsupported_strategy(kind.__new__(kind), Plan(k=1))
 
 
 def test_the_seed_of_all_ranks_is_one(ranks):

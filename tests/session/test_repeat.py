@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from conftest import Classifier, make_loader, train
+from fits import Classifier, make_loader, train
 
 import lightning_dropreg as dr
 from lightning_dropreg.functional import dropout_loss, explicit_penalty, find_sites
@@ -312,7 +312,7 @@ def test_validation_step_may_call_the_training_step():
             self.log("val_loss", self.training_step(batch, batch_idx))
 
     import lightning as L
-    from conftest import make_trainer
+    from fits import make_trainer
 
     L.seed_everything(0)
     trainer = make_trainer([dr.ExplicitPenalty()])

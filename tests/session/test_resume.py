@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Classifier, make_loader, make_trainer, train
+from fits import Classifier, make_loader, make_trainer, train
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_dropreg as dr

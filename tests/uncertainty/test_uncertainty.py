@@ -9,7 +9,8 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, make_loader, make_trainer
+from fits import make_loader, make_trainer
+from own_modules import Predicting
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassCalibrationError
@@ -235,21 +236,6 @@ def test_moments_of_images():
     found, moved = moments(draws, class_dim=1), moments(draws.movedim(2, -1))
     torch.testing.assert_close(found.mean, moved.mean.movedim(-1, 1))
     torch.testing.assert_close(found.mutual_information, moved.mutual_information)
-
-
-class Predicting(Classifier):
-    """A user's module, with batch norm, metrics and a count of its own."""
-
-    def __init__(self, output=lambda z: z):
-        super().__init__(norm=True)
-        self.calibration = MulticlassCalibrationError(3)
-        self.seen, self.output = 0, output
-
-    def predict_step(self, batch, batch_idx, dataloader_idx=0):
-        self.seen += 1
-        self.calibration.update(self.net(batch[0]), batch[1])
-        torch.rand(())
-        return self.output(self.net(batch[0]))
 
 
 def traces(model):
