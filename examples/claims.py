@@ -123,7 +123,8 @@ def report(found: dict[str, dict[str, Any]], name: str, folder: Path) -> None:
         for method, record in found.items()
         if method != K1
     ]
-    title = f"Digits, 40 % random training labels, setting {name}: test NLL by method"
+    noise = found[K1]["setting"]["label_noise"]
+    title = f"Digits, {100 * noise:g} % random training labels, setting {name}: test NLL by method"
     differences(rows, title, "DROPOUT_1", folder / "claims")
     print(f"{seeds} seeds; written to {folder}: claims.md, claims.png, runs.jsonl")
 

@@ -15,9 +15,7 @@ ERRORS = 2
 """Half the length of an interval, in standard errors."""
 
 
-def differences(
-    rows: Sequence[tuple[str, dict[str, Any], Difference]], title: str, reference: str, path: Path, note: str = ""
-) -> None:
+def differences(rows: Sequence[tuple[str, dict[str, Any], Difference]], title: str, reference: str, path: Path) -> None:
     """Draw a dot and an interval for each method's paired difference to a reference.
 
     Args:
@@ -25,7 +23,6 @@ def differences(
         title: Above the figure.
         reference: What the differences are to, for the axis.
         path: The file, without ending.
-        note: Appended to a method's label if its parameters are to be seen.
     """
     figure = new_figure(7, 0.8 + 0.32 * len(rows))
     axes = figure.subplots()
@@ -34,10 +31,10 @@ def differences(
         style = style_of(method)
         half = ERRORS * found.error if found.error else None
         axes.errorbar(found.mean, height, xerr=half, color=style["color"], marker=style["marker"], markersize=6, lw=2)
-    labels = [f"{label_of(method, parameters)}{note}" for method, parameters, _ in reversed(rows)]
+    labels = [label_of(method, parameters) for method, parameters, _ in reversed(rows)]
     axes.set_yticks(range(len(rows)), labels)
     seeds = rows[0][2].seeds
-    interval = f", mean and ± {ERRORS} standard errors over {seeds} seeds" if seeds > 1 else ", one seed"
+    interval = f"\nmean and ± {ERRORS} standard errors over {seeds} seeds" if seeds > 1 else "\none seed"
     axes.set_xlabel(f"test loss minus that of {reference}, same seed{interval}", fontsize=9)
     axes.set_title(title, fontsize=10)
     finish(axes)

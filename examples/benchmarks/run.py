@@ -2,7 +2,7 @@
 
 python -m examples.benchmarks.run [STUDY ...] [--report]
 
-Studies: ablations claims dose map tuned40 tuned10 tuned0 negative. Run from the root of a clone, with one thread; all
+Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative. Run from the root of a clone; all
 of them take about two hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a command
 that was stopped goes on. `--report` trains nothing and draws what is there.
 """
@@ -22,7 +22,7 @@ from examples.benchmarks.style import plain_label
 
 HERE = Path(__file__).parent
 TUNED = {"tuned40": 0.4, "tuned10": 0.1, "tuned0": 0.0}
-STUDIES = ["ablations", "claims", "dose", "map", *TUNED, "negative"]
+STUDIES = ["ablations", "claims", "dose", "dose8", "map", *TUNED, "negative"]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -52,18 +52,20 @@ def run_study(study: str, train: bool) -> None:
     if study == "ablations":
         make(studies.tuning_of_ablations())
         reports.ablations(made)
-    elif study in {"claims", "dose"}:
-        make(studies.claims() + (studies.dose() if study == "dose" else []))
+    elif study == "claims":
+        make(studies.claims())
         reports.claims(made)
-        if study == "dose":
-            reports.dose(made)
+    elif study in {"dose", "dose8"}:
+        make(studies.beside_penalty() if study == "dose" else studies.beside_dropout())
+        reports.dose(made)
     elif study == "map":
         make([run for pair in studies.map_of_noise() for run in pair])
         reports.map_of_noise(made)
     elif study in TUNED:
         grid = studies.tuned(TUNED[study])
-        make(grid)
-        make(studies.chosen(grid, made, studies.SEEDS["tuned"]))
+        for method in dict.fromkeys(run.method for run in grid):  # what is stopped has finished methods to show
+            make([run for run in grid if run.method == method])
+            make(studies.chosen([run for run in grid if run.method == method], made, studies.SEEDS["tuned"]))
         reports.tuned(made, grid, TUNED[study], study)
     elif study == "negative":
         for problem in studies.PROBLEMS:
@@ -77,7 +79,9 @@ def run_study(study: str, train: bool) -> None:
 
 def folder_of(study: str) -> str:
     """Return the folder of a study; the ablations' strengths and the doses belong to the claims."""
-    return {"ablations": "claims", "dose": "claims", **dict.fromkeys(TUNED, "tuned")}.get(study, study)
+    return {"ablations": "claims", "dose": "claims", "dose8": "claims", **dict.fromkeys(TUNED, "tuned")}.get(
+        study, study
+    )
 
 
 if __name__ == "__main__":
