@@ -35,7 +35,7 @@ ARMS: list[tuple[str, dict[str, Any]]] = [
     ("R", {}),
     ("Algorithm 2", {}),
 ]
-TUNED_STRENGTHS = {"identity": 0.1, "loss Jacobian": 1.0, "l2": 0.004}
+TUNED_STRENGTHS = {"identity": 0.3, "loss Jacobian": 1.0, "l2": 0.008}
 """Of setting A, see `tuning_of_ablations`."""
 
 
