@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from rich import get_console
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from lightning_dropreg.checks import check_count, check_flags, check_path
 from lightning_dropreg.diagnostics import (
@@ -34,6 +33,7 @@ from lightning_dropreg.diagnostics.statistics import check_confidence
 from lightning_dropreg.diagnostics.storage import from_plain, to_plain
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.passes.batches import fresh_batch
 from lightning_dropreg.session.configured import configured
 from lightning_dropreg.session.logs import LogCollector
 from lightning_dropreg.session.session import Session, own_step
@@ -202,7 +202,7 @@ class DropoutDiagnostics(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure if it is time."""
         if self._held is None or self.batch == "current":
-            self._held = (tree_map(_clone, batch) if self.batch == "first" else batch), batch_idx
+            self._held = (fresh_batch(batch, tensors=True) if self.batch == "first" else batch), batch_idx
             self._portable = self.batch == "first" and self._alone and _size(batch) <= LARGEST_HELD
         if self._is_due(trainer):
             self._measure(trainer, pl_module)
@@ -298,7 +298,7 @@ def _closure(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: i
     named = is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
     def closure() -> Tensor:
-        copy = tree_map(_clone, batch)
+        copy = fresh_batch(batch, tensors=True)
         with logs.run(keep=False), trainer.precision_plugin.train_step_context():
             output = step(copy, batch_idx) if named else step(copy)
         if output is None:
@@ -329,7 +329,3 @@ def _size(batch: Any) -> float:
     if type(batch) in (list, tuple, dict):
         return sum(map(_size, batch.values() if isinstance(batch, dict) else batch))
     return 0 if batch is None or type(batch) in (bool, int, float, str) else float("inf")
-
-
-def _clone(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

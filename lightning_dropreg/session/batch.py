@@ -12,7 +12,7 @@ import torch
 from lightning import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from lightning_dropreg.errors import (
     DropregError,
@@ -23,8 +23,10 @@ from lightning_dropreg.estimators import Pairs
 from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError
 from lightning_dropreg.estimators.rows import draw_rows, select_rows
 from lightning_dropreg.passes import Closure
+from lightning_dropreg.passes.batches import batch_tensors
 from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.isolation import Isolation
+from lightning_dropreg.session.arguments import Arguments
 from lightning_dropreg.session.logs import LogCollector
 
 __all__ = ["Batch", "Pairable", "SkippedError", "loss_of", "structure", "with_loss"]
@@ -76,16 +78,14 @@ class Batch:
         stale: Callable[[], None] | None = None,
     ) -> None:
         self.original = original
-        self.args = args
-        self.kwargs = kwargs
+        self.arguments = Arguments(args, kwargs, copies, f"training_step of {type(module).__name__}")
         self.module = module
         self.key = key
-        self.copies = copies
         self.releases = releases
         self.scaler = scaler
         self.pairable = pairable
         self.stale = stale
-        self.modified = False
+        self.modified: list[str] = []
         self.lasting = True
         self.isolation = Isolation(module, mean=mean)
         self.logs = LogCollector(module)
@@ -96,15 +96,15 @@ class Batch:
 
     def whole(self) -> Tensor:
         """See `lightning_dropreg.step.share.BatchRunner`."""
-        return self._run(self.original, self.args, trace=self.lasting)
+        return self._run(self.original, trace=self.lasting)
 
     def aside(self) -> Tensor:
         """See `lightning_dropreg.step.share.BatchRunner`."""
-        return self._run(self.original, self.args, trace=False)
+        return self._run(self.original, trace=False)
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
         """See `lightning_dropreg.step.share.BatchRunner`."""
-        rows = draw_rows(self.args[0], fraction, dim, key)
+        rows = draw_rows(self.arguments.batch, fraction, dim, key)
         count = self.row_count(dim)
         return self._on_rows(rows, dim, count), len(rows) / count
 
@@ -142,7 +142,7 @@ class Batch:
             runs that it stands for.
         """
         count = self.row_count(dim)
-        rows = draw_rows(self.args[0], fraction, dim, key)
+        rows = draw_rows(self.arguments.batch, fraction, dim, key)
         alone = torch.ones(count, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
         single = torch.cat([alone, rows]) if clean else alone
         pairs = Pairs(len(single), len(rows), clean)
@@ -185,19 +185,18 @@ class Batch:
         count = self.row_count(dim)
         if count < 2:
             return None
-        rows = draw_rows(self.args[0], 0.5, dim, self.key)
+        rows = draw_rows(self.arguments.batch, 0.5, dim, self.key)
         others = torch.tensor(sorted(set(range(count)) - set(rows.tolist())))
         return self._on_rows(rows, dim, count), self._on_rows(others, dim, count), len(rows) / count
 
     def row_count(self, dim: int) -> int:
         """Return how many rows the batch has along `dim`; 0 if nothing in it has that dimension."""
-        return next((leaf.shape[dim] for leaf in _tensors(self.args[0]) if leaf.ndim > dim), 0)
+        return next((leaf.shape[dim] for leaf in batch_tensors(self.arguments.batch) if leaf.ndim > dim), 0)
 
     def _on_rows(
         self, rows: Tensor, dim: int, count: int, trace: bool = False, cuts: Sequence[Callable[[], None]] = ()
     ) -> Closure:
-        batch = self.args[0]
-        args = (select_rows(batch, rows, dim, count), *self.args[1:])
+        batch = select_rows(self.arguments.batch, rows, dim, count)
 
         def on_rows(*args: Any, **kwargs: Any) -> Any:
             hook = getattr(self.module, "select_rows", None)
@@ -217,7 +216,7 @@ class Batch:
                     "batch_fraction=None."
                 ) from error
 
-        return lambda: self._run(on_rows, args, trace, cuts)
+        return lambda: self._run(on_rows, trace, cuts, batch)
 
     def instead(self, step: Callable[..., Any]) -> Batch:
         """Return the same batch for another step; no run of it leaves a trace."""
@@ -227,12 +226,12 @@ class Batch:
 
     def call(self, step: Callable[..., Any], trace: bool) -> Any:
         """Run `step` in the place of the user's and return its whole output."""
-        return self._output(step, self.args, trace)
+        return self._output(step, trace)
 
     def _run(
-        self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool, cuts: Sequence[Callable[[], None]] = ()
+        self, step: Callable[..., Any], trace: bool, cuts: Sequence[Callable[[], None]] = (), batch: Any = None
     ) -> Tensor:
-        output = self._output(step, args, trace, cuts)
+        output = self._output(step, trace, cuts, batch)
         loss = loss_of(output)
         self.loss = loss.detach()
         self.returned = with_loss(apply_to_collection(output, Tensor, Tensor.detach), self.loss)
@@ -242,27 +241,16 @@ class Batch:
         return loss
 
     def _output(
-        self, step: Callable[..., Any], args: tuple[Any, ...], trace: bool, cuts: Sequence[Callable[[], None]] = ()
+        self, step: Callable[..., Any], trace: bool, cuts: Sequence[Callable[[], None]] = (), batch: Any = None
     ) -> Any:
-        # every run gets containers of its own, and tensors where the step was seen to change them
-        args, kwargs = tree_map(lambda leaf: leaf, (args, self.kwargs))
-        if self.copies:
-            args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        tensors = _tensors((args, kwargs))
-        versions = [tensor._version for tensor in tensors]
-
         def collecting() -> Any:
             # inside the isolation, which would otherwise keep the collector as the module's attribute
             with self.logs.run(keep=trace):
-                return step(*args, **kwargs)
+                return self.arguments.call(step, original=trace and batch is None, batch=batch)
 
-        output = self.isolation.run(collecting, trace, cuts)
-        self.modified = self.modified or any(t._version != v for t, v in zip(tensors, versions, strict=True))
+        output, changed = self.isolation.run(collecting, trace, cuts)
+        self.modified += [place for place in changed if place not in self.modified]
         return output
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
 
 
 def structure(returned: Any) -> str:

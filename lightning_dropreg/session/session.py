@@ -329,7 +329,7 @@ class Session:
             return  # nothing to see in this batch; look at the next one
         self._inspected = True
         self.kinks = seen.kinks
-        self._copies = batch.modified
+        self._copies = bool(batch.modified)
         if not self.plan.untouched:
             problems += changed_parameters(self.module, before)
         if problems:

@@ -1,0 +1,118 @@
+"""What the user's step is called with: whole again in every run over a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dropreg.errors import NotRepeatableError
+from lightning_dropreg.passes.batches import fresh_batch, walk_batch
+
+__all__ = ["Arguments"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Arguments:
+    """The arguments of one call of ``training_step``, for as many calls as it takes.
+
+    Every run gets containers and arrays of its own, so that what it assigns, pops or appends is not there in the next.
+    The run that counts first gets the very objects that the Trainer passed, so that other callbacks find in the batch
+    what the step left there.
+
+    Args:
+        args: The positional arguments, the batch first.
+        kwargs: The others.
+        copies: Whether tensors are copied for every run, too.
+        name: Of the step, for messages.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], copies: bool, name: str) -> None:
+        self.copies = copies
+        self._name = name
+        self._original: Call | None = (args, kwargs)
+        self._kept: Call = fresh_batch((args, kwargs), tensors=copies)
+        self._tensors = _tensors(self._kept)
+        self._marks = [] if copies else [_mark(tensor) for _, tensor in self._tensors]
+
+    @property
+    def batch(self) -> Any:
+        """The batch as it was."""
+        return self._kept[0][0]
+
+    def call(self, step: Callable[..., Any], original: bool = False, batch: Any = None) -> tuple[Any, list[str]]:
+        """Call a step.
+
+        Args:
+            step: The step.
+            original: Whether it gets the Trainer's own objects, if nothing got them before.
+            batch: Another batch in the place of the batch.
+
+        Returns:
+            What it returned, and which tensors it changed in place, if these were copies.
+
+        Raises:
+            NotRepeatableError: If an earlier run has changed a tensor in place that was not copied.
+        """
+        self._check()
+        if original and self._original is not None:
+            (args, kwargs), self._original = self._original, None
+            return step(*args, **kwargs), []
+        args, kwargs = self._kept if batch is None else ((batch, *self._kept[0][1:]), self._kept[1])
+        args, kwargs = fresh_batch((args, kwargs), tensors=self.copies)
+        given = _tensors((args, kwargs)) if self.copies and batch is None else []
+        marks = [_mark(tensor) for _, tensor in given]
+        output = step(*args, **kwargs)
+        return output, [
+            place
+            for (place, tensor), mark, (_, kept) in zip(given, marks, self._tensors, strict=False)
+            if _mark(tensor) != mark or not _equal(tensor, kept)
+        ]
+
+    def _check(self) -> None:
+        if self.copies:
+            return
+        changed = [
+            place for (place, tensor), mark in zip(self._tensors, self._marks, strict=True) if _mark(tensor) != mark
+        ]
+        if changed:
+            raise NotRepeatableError(
+                f"{self._name} has changed {', '.join(changed)} in place, and it runs several times for a batch, so "
+                "that the next run would get another batch. In the first batch it did not, or every run would have "
+                "got a copy. Change a copy: x = x.clone() before, or x = x * 2 instead of x.mul_(2)."
+            )
+
+
+def _tensors(call: Call) -> list[tuple[str, Tensor]]:
+    return [(_place(path), leaf) for path, leaf in walk_batch(call) if isinstance(leaf, Tensor)]
+
+
+def _place(path: str) -> str:
+    for prefix, name in (("[0][0]", "batch"), ("[1]['batch']", "batch"), ("[0]", "arguments"), ("[1]", "arguments")):
+        if path.startswith(prefix):
+            return name + path[len(prefix) :]
+    return path
+
+
+def _mark(tensor: Tensor) -> tuple[object, ...]:
+    """What shows that a tensor was changed in place, or that it got other data."""
+    if tensor.is_inference():  # without a version
+        return (tensor.shape,)
+    version = tensor._version
+    if tensor.layout is not torch.strided or tensor.is_nested or type(tensor) is not Tensor:
+        return version, tensor.layout
+    return version, tensor.data_ptr(), tensor.shape
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether the contents are the same: what is written past autograd (``.data``, ``numpy()``) leaves no mark."""
+    try:
+        a, b = a.detach(), b.detach()
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        return bool(torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()))
+    except (RuntimeError, NotImplementedError, TypeError):  # of a kind that cannot be compared
+        return True
