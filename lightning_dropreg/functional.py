@@ -35,6 +35,8 @@ from lightning_dropreg.checks import (
 from lightning_dropreg.errors import InvalidArgumentError, UnboundedPenaltyWarning
 from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.estimators.r_drop import RDropped, r_drop
+from lightning_dropreg.inspection.choice import choose_estimator
+from lightning_dropreg.inspection.first_step import inspect_step
 from lightning_dropreg.inspection.support import find_support
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.interception.sites import Site
@@ -178,7 +180,9 @@ def explicit_penalty(
             ``nll_loss`` and ``kl_div`` the logit behind ``log_softmax``. ``"identity"`` takes the mean over the outputs
             of an example, ``"loss_jacobian"`` squares the derivative of the example's loss; each example counts as it
             does in the loss. How the loss is spelled makes no difference.
-        estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``.
+        estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; ``"auto"`` looks at the step
+            (one more pass in every call, two where there are kinks) and takes one of the first two, see
+            `lightning_dropreg.inspection.choice`.
         step_size: Step of the antithetic pair, relative to the size of the noise; errors fall as its square. In
             bfloat16 a wider one is taken where drop probabilities are small, see
             `lightning_dropreg.estimators.precision.bfloat16_step_size`.
@@ -358,9 +362,10 @@ def _carry_out(
     batch_size: int | None = None,
 ) -> StepResult:
     _check_module(module)
-    key = of_this_rank(
-        draw_key(generator)
-    )  # before the random state is remembered, or the first pass would start from another one
+    if plan.has_choice:
+        plan = plan.choosing(chosen_estimator(closure, module))
+    # drawn before the random state is remembered, or the first pass would start from another one
+    key = of_this_rank(draw_key(generator))
     runner = ClosureRunner(closure, module, rows, batch_size or 0)
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
     with runner.isolation, constants_marked() if plan.needs_losses else nullcontext():
@@ -372,6 +377,25 @@ def _penalty(strength: float, curvature: str, how: Estimation) -> PenaltySetting
     if curvature == FULL:
         warnings.warn(UNBOUNDED, UnboundedPenaltyWarning, stacklevel=3)
     return PenaltySettings(check_strength(strength), curvature, 1, how)
+
+
+def chosen_estimator(closure: Closure, module: nn.Module | None = None) -> str:
+    """Return the name of the estimator that ``estimator="auto"`` stands for on a step.
+
+    Args:
+        closure: Runs forward and loss with the model in training mode; returns the scalar loss.
+        module: A module whose state must not advance.
+
+    Returns:
+        ``"antithetic"`` or ``"forward"``.
+    """
+    with Isolation(module) as isolation:
+
+        def run() -> Tensor:
+            return isolation.run(closure, trace=False)
+
+        seen, _ = inspect_step(run, need_losses=False, quiet=True)
+        return choose_estimator(run, seen.kinks).estimator
 
 
 def _how(estimator: str, step_size: float, mask: str, batch_fraction: float | None = None) -> Estimation:

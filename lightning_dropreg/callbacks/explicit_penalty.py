@@ -29,7 +29,9 @@ class ExplicitPenalty(RegularizerCallback):
             range of good strengths (around 1) narrow; with few wrong labels it was no better. Training warns unless a
             `DivergenceDetector` watches it.
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``, see
-            `lightning_dropreg.estimators`.
+            `lightning_dropreg.estimators`; ``"auto"`` takes the first, or the second where there are kinks (ReLU)
+            behind the dropout and the model allows it. What it took, and why, is logged when the fit starts, shown by
+            ``dropreg inspect``, and kept in checkpoints.
         step_size: Step of the antithetic pair, in ``(0, 1]``.
         batch_fraction: Fraction ``f`` of the batch's rows, drawn afresh every step, on which the penalty is estimated,
             in ``(0, 1]``; None for the whole batch, without an extra pass. The loss must be a mean over the rows. Where
@@ -65,7 +67,7 @@ class ExplicitPenalty(RegularizerCallback):
         self,
         strength: float = 1.0,
         curvature: str = "loss_hessian",
-        estimator: str = "antithetic",
+        estimator: str = "auto",
         step_size: float = 0.1,
         batch_fraction: float | None = None,
         batch_dim: int = 0,

@@ -27,7 +27,8 @@ class ImplicitNoise(RegularizerCallback):
         injection: ``"after_backward"`` computes the noise and adds it to the gradients in ``on_after_backward``;
             ``"loss"`` adds a scalar with that gradient to the loss; ``"auto"`` takes the cheaper. The gradient is the
             same.
-        estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``; for ``source="taylor"``.
+        estimator: ``"auto"``, ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``, see
+            `ExplicitPenalty`; for ``source="taylor"``.
         step_size: Step of the antithetic pair, in ``(0, 1]``.
         batch_fraction: Fraction of the rows on which the noise is drawn, see `ExplicitPenalty`; it is scaled so that
             its covariance stays that of the whole batch. Refused where all rows share a mask (DropConnect, position
@@ -59,7 +60,7 @@ class ImplicitNoise(RegularizerCallback):
         strength: float = 1.0,
         source: str = "taylor",
         injection: str = "auto",
-        estimator: str = "antithetic",
+        estimator: str = "auto",
         step_size: float = 0.1,
         batch_fraction: float | None = None,
         batch_dim: int = 0,

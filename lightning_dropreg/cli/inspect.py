@@ -89,7 +89,8 @@ def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapp
     try:
         plan = callbacks[0].plan(cast(Trainer, SimpleNamespace(callbacks=callbacks)))
         outlook.plan = describe(plan)
-        outlook.values = rehearse(first.trainer, first.model, plan, first.step, first.args)
+        outlook.values, plan, choice = rehearse(first.trainer, first.model, plan, first.step, first.args)
+        outlook.plan = [*([f"{str(choice).capitalize()}."] if choice else []), *describe(plan)]
         excess = outlook.values.get(NOISE_EXCESS, 1.0)
         if excess > EXCESS:
             found = ", ".join(kinks) or "in a custom function, perhaps"

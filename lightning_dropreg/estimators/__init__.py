@@ -12,7 +12,7 @@ the pass over all of them. `r_drop` compares two draws of dropout itself.
 """
 
 from lightning_dropreg.estimators.antithetic import antithetic
-from lightning_dropreg.estimators.base import Estimate, Estimator
+from lightning_dropreg.estimators.base import AUTO, Estimate, Estimator
 from lightning_dropreg.estimators.double_backward import double_backward
 from lightning_dropreg.estimators.exact import exact
 from lightning_dropreg.estimators.forward import forward
@@ -21,6 +21,7 @@ from lightning_dropreg.estimators.one_pass import Pairs, one_pass
 from lightning_dropreg.estimators.r_drop import TwoDraws, two_draws
 
 __all__ = [
+    "AUTO",
     "ESTIMATORS",
     "Estimate",
     "Estimator",

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from lightning_dropreg.passes import Closure
 
-__all__ = ["Estimate", "Estimator", "inactive"]
+__all__ = ["AUTO", "Estimate", "Estimator", "inactive"]
+
+AUTO = "auto"
+"""The name of no estimator, but of leaving the choice to `lightning_dropreg.inspection.choice`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lightning_dropreg.passes import Closure, Directions, Off, Pass, Tap, is_dor
 __all__ = ["all_at_once", "check_finite", "check_masks_of_rows", "inspect_step"]
 
 
-def inspect_step(closure: Closure, need_losses: bool) -> tuple[Pass, list[DropregError]]:
+def inspect_step(closure: Closure, need_losses: bool, quiet: bool = False) -> tuple[Pass, list[DropregError]]:
     """Run a step once and find everything that would keep it from being regularized.
 
     Taps at the sites make every way from a site to the loss visible, also from sites on inputs that need no gradient.
@@ -28,6 +28,7 @@ def inspect_step(closure: Closure, need_losses: bool) -> tuple[Pass, list[Dropre
     Args:
         closure: Runs forward and loss and returns the scalar loss.
         need_losses: Whether its losses must be recognized (for the penalty).
+        quiet: Whether to keep silent about what is worth a warning.
 
     Returns:
         The pass, its sites named and its kinks counted, and what was found wrong.
@@ -52,6 +53,8 @@ def inspect_step(closure: Closure, need_losses: bool) -> tuple[Pass, list[Dropre
             element_weights(done.loss, [loss])
         except DropregError as problem:
             problems.append(problem)
+    if quiet:
+        return done, problems
     if not done.sites and not problems and not is_dormant():
         warnings.warn(
             "Every dropout that the step reached has drop probability 0, so nothing is regularized until that changes. "

@@ -19,7 +19,7 @@ from lightning_dropreg.losses import Loss
 from lightning_dropreg.passes import Closure, Pass, focus
 from lightning_dropreg.passes.isolation import Isolation
 
-__all__ = ["LossSupport", "SiteSupport", "Support", "find_support"]
+__all__ = ["LossSupport", "SiteSupport", "Support", "failure", "find_support"]
 
 _CURVATURE, _STEP = "loss_hessian", 0.1
 _LARGE = 2000  # outputs of a batch: `exact` takes a backward pass for each
@@ -107,6 +107,24 @@ def _sites(run: Closure, sites: Sequence[Site], problems: Sequence[DropregError]
             if reason:
                 reasons[name] = reason
     return [SiteSupport(site, reasons) for site, reasons in zip(sites, refused, strict=True)]
+
+
+def failure(closure: Closure, estimator: str) -> str:
+    """Say why an estimator cannot take a step.
+
+    Args:
+        closure: Runs forward and loss and returns the scalar loss, leaving no trace.
+        estimator: Its name.
+
+    Returns:
+        The reason; empty if it can.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.25))
+        >>> failure(lambda: net(torch.ones(5, 2)).sum(), "forward")
+        ''
+    """
+    return _reason(_noise, closure, estimator)
 
 
 def _noise(run: Closure, estimator: str) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_dropreg.checks import check_strength
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
+from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.interception.handlers.attention import check_attention
 from lightning_dropreg.session.resume import STATE_VERSION, check_resumable, settings_of
 from lightning_dropreg.session.session import Session
@@ -213,6 +214,8 @@ def estimation(
         raise InvalidArgumentError(f"batch_fraction={batch_fraction!r} must be None or a number in (0, 1].")
     if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
         raise InvalidArgumentError(f"batch_dim={batch_dim!r} must be an integer of at least 0.")
+    if low_memory is True and estimator == AUTO:
+        estimator = "antithetic"
     if not isinstance(low_memory, bool) or (low_memory and estimator != "antithetic"):
         raise InvalidArgumentError(
             f"low_memory={low_memory!r} with estimator={estimator!r}: it must be True or False, and True is for "

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_dropreg.errors import UnsupportedModuleError
+from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.torch_private import hidden_from_modes, is_compiled_wrapper, keeping_donated_buffers
 from lightning_dropreg.step.plan import Plan
@@ -39,7 +40,7 @@ def compiled_problems(module: nn.Module, sites: Sequence[Site], plan: Plan) -> l
         One error for each part.
     """
     found = []
-    others = plan.estimators - {"antithetic"}
+    others = plan.estimators - {"antithetic", AUTO}
     for name, part in compiled_parts(module).items():
         called = name or "The module itself"
         prefix = name.removesuffix("._orig_mod")

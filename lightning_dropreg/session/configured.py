@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.precision import bfloat16_step_size
-from lightning_dropreg.functional import find_sites
+from lightning_dropreg.functional import chosen_estimator, find_sites
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.session.base import RegularizerCallback
 from lightning_dropreg.session.problems import in_bfloat16
@@ -52,7 +53,8 @@ def configured(callbacks: Iterable[object], trainer: Trainer, module: LightningM
 
     def options(chosen: Estimation) -> dict[str, Any]:
         step = chosen.step_size if sites is None else bfloat16_step_size(chosen.step_size, sites)
-        return {"estimator": chosen.estimator, "step_size": step, "mask": chosen.mask}
+        estimator = chosen.estimator if chosen.estimator != AUTO else chosen_estimator(closure, module)
+        return {"estimator": estimator, "step_size": step, "mask": chosen.mask}
 
     return Configured(
         None

@@ -8,6 +8,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
+from lightning_dropreg.inspection.choice import Choice
 from lightning_dropreg.inspection.kinks import noise_excess
 from lightning_dropreg.inspection.support import Support, find_support, gradient_norm
 from lightning_dropreg.interception.handlers.attention import attention_dropout
@@ -53,7 +54,7 @@ def look(
 
 def rehearse(
     trainer: Trainer, module: LightningModule, plan: Plan, step: Callable[..., Any], args: tuple[Any, ...]
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Plan, Choice | None]:
     """Carry out a plan on a batch up to the gradient, leaving no trace.
 
     Args:
@@ -65,12 +66,12 @@ def rehearse(
 
     Returns:
         Loss, penalty and norm of the gradient; for noise of finite steps, how many times the norm of ``xi_approx`` it
-        has, where that can be measured.
+        has, where that can be measured. The plan with what was chosen for this step, and the choice.
     """
     session = Session(trainer, module, plan, seed=0)
     session.inspect(step, args, {})
     if plan.untouched:
-        return {}
+        return {}, plan, None
     batch = session.to_look_at(step, args, {})
     batch.lasting = False
     with as_compiled(session.compiled), batch.isolation:
@@ -89,4 +90,4 @@ def rehearse(
                 trained = [p for p in module.parameters() if p.requires_grad]
                 excess = noise_excess(batch.aside, trained, step_size=estimation.step_size, mask=estimation.mask)
             values |= {} if excess is None else {NOISE_EXCESS: excess}
-    return values
+    return values, session.plan, session.choice

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import Tensor, nn
 
+from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.step.plan import Plan
 
 __all__ = ["has_whole_parameters", "mean_over_ranks", "unsupported_strategy"]
@@ -90,7 +91,7 @@ def unsupported_strategy(strategy: Strategy, plan: Plan) -> list[str]:
             f"its strategy is {name}, with which gradients cannot be changed after the backward pass. Use "
             "ImplicitNoise(injection='loss')."
         )
-    others = plan.estimators - {"antithetic"}
+    others = plan.estimators - {"antithetic", AUTO}
     if others:
         problems.append(
             f"its strategy is {name}, whose hooks allow one backward of the whole and no estimator='{min(others)}'. "

@@ -12,12 +12,13 @@ import os
 import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,15 +27,17 @@ from lightning_dropreg.errors import (
     KinkedNetworkWarning,
     UnboundedPenaltyWarning,
 )
+from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.estimators.reduction import check_mean_over_rows
+from lightning_dropreg.inspection.choice import Choice, choose_estimator
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite, check_masks_of_rows, inspect_step
-from lightning_dropreg.inspection.kinks import REMEDY, WIDE_STEP
+from lightning_dropreg.inspection.kinks import EXCESS, REMEDY, WIDE_STEP
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.noise import fold_key
-from lightning_dropreg.passes import Off, dormant_sites, is_dormant, run_pass
+from lightning_dropreg.passes import Off, Pass, dormant_sites, is_dormant, run_pass
 from lightning_dropreg.session.batch import Batch, Pairable, SkippedError, loss_of, with_loss
 from lightning_dropreg.session.compiled import (
     as_compiled,
@@ -56,10 +59,12 @@ from lightning_dropreg.session.problems import (
 from lightning_dropreg.session.ranks import has_whole_parameters
 from lightning_dropreg.session.stale import StaleGradients
 from lightning_dropreg.session.values import Values, norm_of
-from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
+from lightning_dropreg.step.plan import BatchRunner, Estimation, Plan, StepResult
 
 __all__ = ["Session", "own_step"]
 
+_CHOSEN = "estimator"
+"""Under this name stands, in what was found, the estimator that was chosen."""
 _KINDS = 8
 """So many shapes of a batch are looked at; in batches of all others, drawn rows get passes of their own."""
 _REFUSED = " cannot be trained with this package's callbacks and"
@@ -198,7 +203,8 @@ class Session:
         )
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant():
-                result = self.plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
+                plan = self.plan.choosing("antithetic")  # which is open yet in a batch that the user's step skips
+                result = plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
                 self._check_finite(batch, result)
         except SkippedError:
             batch.logs.replay()
@@ -334,8 +340,41 @@ class Session:
             problems += changed_parameters(self.module, before)
         if problems:
             raise all_at_once(problems, name)
+        if self.plan.has_choice:
+            self._choose(batch, seen)
         if seen.in_bfloat16:
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
+
+    def _choose(self, batch: Batch, seen: Pass) -> None:
+        """Take an estimator where the choice was left to the model; a resumed run takes that of its checkpoint."""
+        if _CHOSEN not in self.found:
+            measured = self.plan.choosing("antithetic").noise_of_finite_steps
+            estimation = measured or Estimation(AUTO, 0.1, "as_model", None, 0)
+
+            def refused(estimator: str) -> list[DropregError]:
+                plan = self.plan.choosing(estimator)
+                return [
+                    *module_problems(self.trainer, self.module, plan),
+                    *compiled_problems(self.module, seen.sites, plan),
+                ]
+
+            with as_compiled(self.compiled), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
+                choice = choose_estimator(
+                    batch.aside,
+                    seen.kinks,
+                    refused=refused,
+                    noise_of=[] if measured is None else [p for p in self.module.parameters() if p.requires_grad],
+                    step_size=estimation.step_size,
+                    mask=estimation.mask,
+                )
+            self.found[_CHOSEN] = asdict(choice)
+        self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
+        rank_zero_info(f"lightning_dropreg: {self.choice}.")
+
+    @property
+    def choice(self) -> Choice | None:
+        """The estimator that was chosen for ``estimator="auto"``, and why; None before that, and where none was."""
+        return Choice(**self.found[_CHOSEN]) if _CHOSEN in self.found else None
 
     def _pairable(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -366,11 +405,20 @@ class Session:
         if not self.kinks or estimation is None or estimation.step_size >= WIDE_STEP:
             return
         found = ", ".join(f"{name} ({count})" for name, count in self.kinks.items())
+        excess = None if self.choice is None else self.choice.excess
+        if excess is not None and excess <= EXCESS:
+            return
+        size = (
+            "can be larger than xi_approx (1.4 to 3.7 times in ReLU networks, with step_size=0.1 and drop "
+            "probabilities from 0.5 down to 0.1)"
+            if excess is None
+            else f"is {excess:.2f} times as large as xi_approx on the first batch"
+        )
+        remedy = REMEDY if self.choice is None else f"({self.choice}.) A larger step_size (0.5 or 1) makes it smaller."
         rank_zero_warn(
             f"{type(self.module).__name__} has kinks behind its dropout: {found}. There the noise of "
-            f"ImplicitNoise(estimator='antithetic', step_size={estimation.step_size:g}) can be larger than xi_approx "
-            "(1.4 to 3.7 times in ReLU networks, with step_size=0.1 and drop probabilities from 0.5 down to 0.1). "
-            f"{REMEDY} `dropreg inspect` measures it on your model.",
+            f"ImplicitNoise(estimator='antithetic', step_size={estimation.step_size:g}) {size}. "
+            f"{remedy} `dropreg inspect` measures it on your model.",
             category=KinkedNetworkWarning,
         )
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.step.plan import Estimation, Plan
 
 __all__ = ["describe"]
 
 _PASSES = {
+    AUTO: "2 forward passes or 1 with dual numbers (chosen with the first batch)",
     "antithetic": "2 forward passes, with site factors 1 + {0:g} r and 1 - {0:g} r",
     "forward": "1 forward pass with dual numbers",
     "double_backward": "1 forward pass, back-propagated to the sites and then again",
     "exact": "1 forward pass, and a backward pass for every output",
 }
 _FULL = {
+    AUTO: "3 forward passes or 1 with dual numbers (chosen with the first batch)",
     "antithetic": "3 forward passes, one without noise and two with site factors 1 + {0:g} r and 1 - {0:g} r",
     "forward": "1 forward pass with dual numbers, back-propagated to the sites and then again",
     "double_backward": "1 forward pass, back-propagated to the sites twice and then again",

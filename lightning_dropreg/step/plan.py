@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_dropreg.estimators import two_draws
+from lightning_dropreg.estimators import AUTO, two_draws
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
@@ -140,14 +140,24 @@ class Plan:
 
     def with_step_size(self, change: Callable[[float], float]) -> Plan:
         """Return the plan with all step sizes changed by `change`."""
+        return self._changed(lambda chosen: replace(chosen, step_size=change(chosen.step_size)))
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether an estimator is to be chosen yet."""
+        return AUTO in self.estimators
+
+    def choosing(self, estimator: str) -> Plan:
+        """Return the plan with `estimator` wherever the choice was left open."""
+        return self._changed(lambda e: replace(e, estimator=estimator) if e.estimator == AUTO else e)
+
+    def _changed(self, change: Callable[[Estimation], Estimation]) -> Plan:
         penalty, noise = self.penalty, self.noise
-        if penalty is not None:
-            wider = replace(penalty.estimation, step_size=change(penalty.estimation.step_size))
-            penalty = replace(penalty, estimation=wider)
-        if noise is not None:
-            wider = replace(noise.estimation, step_size=change(noise.estimation.step_size))
-            noise = replace(noise, estimation=wider)
-        return replace(self, penalty=penalty, noise=noise)
+        return replace(
+            self,
+            penalty=penalty and replace(penalty, estimation=change(penalty.estimation)),
+            noise=noise and replace(noise, estimation=change(noise.estimation)),
+        )
 
     def _estimations(self) -> list[Estimation]:
         found = [] if self.penalty is None else [self.penalty.estimation]

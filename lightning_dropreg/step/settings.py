@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning_dropreg.checks import is_one_of
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.estimators import ESTIMATORS
+from lightning_dropreg.estimators import AUTO, ESTIMATORS
 from lightning_dropreg.estimators.curvature import CURVATURES
 
 __all__ = ["Estimation", "NoiseSettings", "PenaltySettings", "check_curvature", "check_estimation"]
@@ -71,8 +71,9 @@ def check_estimation(estimator: str, step_size: float, mask: str) -> None:
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
     """
-    if not is_one_of(estimator, ESTIMATORS):
-        raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}.")
+    if not is_one_of(estimator, (AUTO, *ESTIMATORS)):
+        names = ", ".join((AUTO, *ESTIMATORS))
+        raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {names}.")
     if mask not in MASKS:
         raise InvalidArgumentError(f"mask={mask!r} is unknown; choose one of {', '.join(MASKS)}.")
     if not isinstance(step_size, (int, float)) or isinstance(step_size, bool) or not 0 < step_size <= 1:

@@ -242,7 +242,7 @@ def test_a_resumed_run_does_what_the_first_one_found(tmp_path):
     train([dr.ExplicitPenalty(batch_fraction=0.5)], max_steps=2).trainer.save_checkpoint(path)
     checkpoint = torch.load(path, weights_only=True)
     found = checkpoint["lightning_dropreg"]["ExplicitPenalty"]["found"]
-    (kind,) = found
+    (kind,) = set(found) - {"estimator"}
     assert Layout.of(found[kind]["layout"]) == Layout((RowAxis(0, True, 1),), (RowAxis(0, True, 1),))
     found[kind] = None
     torch.save(checkpoint, path)

@@ -88,10 +88,10 @@ def warned(callbacks, make=Kinked, **options):
 @pytest.mark.parametrize(
     "callbacks",
     [
-        lambda: [dr.ImplicitNoise()],
-        lambda: [dr.ImplicitNoise(injection="after_backward")],
-        lambda: [dr.ExplicitPenalty(), dr.ImplicitNoise()],
-        lambda: [dr.MiniBatchDropout(2), dr.ImplicitNoise()],
+        lambda: [dr.ImplicitNoise(estimator="antithetic")],
+        lambda: [dr.ImplicitNoise(estimator="antithetic", injection="after_backward")],
+        lambda: [dr.ExplicitPenalty(estimator="antithetic"), dr.ImplicitNoise(estimator="antithetic")],
+        lambda: [dr.MiniBatchDropout(2), dr.ImplicitNoise(estimator="antithetic")],
         lambda: [dr.ImplicitNoise(low_memory=True)],
     ],
 )
@@ -109,7 +109,7 @@ def test_manual_optimization_warns_too():
             self.d[1] = nn.ReLU()
             self.float()
 
-    [message] = warned([dr.ImplicitNoise()], make=ReLUs)
+    [message] = warned([dr.ImplicitNoise(estimator="antithetic")], make=ReLUs)
     assert "relu" in message
 
 
@@ -133,6 +133,7 @@ def test_nothing_is_said_where_nothing_is_wrong(callbacks, options):
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_inspect_measures_the_excess(activation, capsys):
     model = ["--model=test_kinks.Kinked", f"--model.activation={activation}", "--trainer.accelerator=cpu"]
+    model += ["--trainer.callbacks=lightning_dropreg.ImplicitNoise", "--trainer.callbacks.estimator=antithetic"]
     assert main(["inspect", *model, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kinks"] == ({"relu": 1} if activation == "relu" else {})

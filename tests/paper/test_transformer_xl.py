@@ -177,7 +177,8 @@ def test_the_memory_is_that_of_the_pass_without_dropout_to_second_order():
     clean = after_one_batch([], drop_prob=0.0)
 
     def distance(step_size: float) -> list[float]:
-        noisy = after_one_batch([dr.ExplicitPenalty(step_size=step_size), dr.ImplicitNoise(step_size=step_size)])
+        pair = {"estimator": "antithetic", "step_size": step_size}
+        noisy = after_one_batch([dr.ExplicitPenalty(**pair), dr.ImplicitNoise(**pair)])
         return [(a - b).norm().item() for a, b in zip(noisy, clean, strict=True)]
 
     coarse, fine = distance(0.1), distance(0.05)

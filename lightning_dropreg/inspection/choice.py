@@ -1,0 +1,86 @@
+"""Which estimator ``estimator="auto"`` is, on the step at hand.
+
+Antithetic where the network is smooth behind its dropout: two ordinary passes, for anything that has a backward. Where
+there are kinks (ReLU, max-pooling), the noise of a finite step is larger than ``xi_approx`` (`inspection.kinks`);
+forward mode follows the definition there, at about the same cost, if the operations of the model have its formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_dropreg.errors import DropregError
+from lightning_dropreg.inspection.kinks import noise_excess
+from lightning_dropreg.inspection.support import failure
+from lightning_dropreg.passes import Closure
+
+__all__ = ["Choice", "choose_estimator"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An estimator and why it is that.
+
+    Attributes:
+        estimator: ``"antithetic"`` or ``"forward"``.
+        reason: Half a sentence.
+        excess: Where there are kinks and it is ``"antithetic"`` all the same: how many times as large as ``xi_approx``
+            its noise is; None if that was not asked for or cannot be measured.
+    """
+
+    estimator: str
+    reason: str
+    excess: float | None = None
+
+    def __str__(self) -> str:
+        """Return both as people read it."""
+        return f"estimator {self.estimator}: {self.reason}"
+
+
+def choose_estimator(
+    closure: Closure,
+    kinks: Mapping[str, int],
+    *,
+    refused: Callable[[str], Sequence[DropregError]] = lambda _: (),
+    noise_of: Sequence[nn.Parameter] = (),
+    step_size: float = 0.1,
+    mask: str = "as_model",
+) -> Choice:
+    """Choose between two passes with finite steps and one with dual numbers.
+
+    Args:
+        closure: Runs forward and loss and returns the scalar loss, leaving no trace.
+        kinks: Operations with a kink behind a dropout site and how often they were found, see
+            `lightning_dropreg.inspection.kinks.find_kinks`.
+        refused: Says what else speaks against an estimator, by its name.
+        noise_of: Parameters in which the excess of the noise is measured, if it is to be.
+        step_size: Step of the antithetic pair, for that.
+        mask: Mask of the noise, for that.
+
+    Returns:
+        The choice, the same for the same model.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> print(choose_estimator(lambda: net(torch.ones(4, 3)).square().mean(), {"relu": 1}))
+        estimator forward: there are kinks behind the dropout (relu)
+        >>> print(choose_estimator(lambda: net(torch.ones(4, 3)).square().mean(), {}))
+        estimator antithetic: the network is smooth behind its dropout
+    """
+    if not kinks:
+        return Choice("antithetic", "the network is smooth behind its dropout")
+    found = f"there are kinks behind the dropout ({', '.join(kinks)})"
+    against = next(map(str, refused("forward")), "") or failure(closure, "forward")
+    if not against:
+        return Choice("forward", found)
+    excess = noise_excess(closure, noise_of, step_size=step_size, mask=mask) if noise_of else None
+    return Choice("antithetic", f"{found}, but forward mode is not possible: {_short(against)}", excess)
+
+
+def _short(reason: str) -> str:
+    """What was found, without the advice that follows."""
+    return reason.partition(" Use ")[0].rstrip(".")
