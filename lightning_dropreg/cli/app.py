@@ -119,7 +119,8 @@ class DropregCLI(LightningCLI):
             The trainer, with our progress bar unless it has another or none.
         """
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        callbacks: list[Callback] = list(config.get("callbacks") or [])
+        given = config.get("callbacks") or []
+        callbacks: list[Callback] = [given] if isinstance(given, Callback) else list(given)
         bar = config.get("enable_progress_bar") is not False and not config.get("barebones")
         if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(FitProgress())

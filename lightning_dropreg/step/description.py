@@ -41,7 +41,7 @@ def describe(plan: Plan) -> list[str]:
 
     Example:
         >>> from lightning_dropreg import ExplicitPenalty
-        >>> for sentence in describe(Plan(penalty=ExplicitPenalty(strength=2).penalty)):
+        >>> for sentence in describe(Plan(penalty=ExplicitPenalty(strength=2, estimator="antithetic").penalty)):
         ...     print(sentence)
         Dropout drops nothing.
         2 forward passes, with site factors 1 + 0.1 r and 1 - 0.1 r, for loss and penalty.

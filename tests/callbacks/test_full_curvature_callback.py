@@ -62,7 +62,11 @@ def test_low_memory_differentiates_every_pass_at_once_and_gives_the_same():
         low = train(penalty(low_memory=True) + more, make=Counting, max_steps=2)
         looks = len(calls) - 2 * 3
         calls.clear()
-        high = train(penalty() + [dr.ImplicitNoise(estimator="antithetic") for _ in more], make=Counting, max_steps=2)
+        high = train(
+            penalty(estimator="antithetic") + [dr.ImplicitNoise(estimator="antithetic") for _ in more],
+            make=Counting,
+            max_steps=2,
+        )
         assert len(calls) - 2 * 3 == looks  # no repetition of a pass
         torch.testing.assert_close(torch.stack(low.gradients), torch.stack(high.gradients), rtol=1e-9, atol=1e-12)
 
