@@ -21,6 +21,9 @@ class Net(Classifier):
         ).double()
         self.last = (lambda z: z) if last == "Identity" else globals()[last].apply
 
+    def train_dataloader(self):
+        return make_loader()
+
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.last(self.net(batch[0])), batch[1])
 
