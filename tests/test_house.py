@@ -21,3 +21,34 @@ def test_no_test_imports_another(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_is_longer_than_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+def names_in(path):
+    """The functions, classes, methods and tables that a file defines."""
+    tree, found = ast.parse(path.read_text()), set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_what_the_architecture_names_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)`:\s+`([\w.]+)`", text)
+    assert len(named) > 30
+    missing = [(path, name) for path, name in named if name not in names_in(ROOT / "lightning_dropreg" / path)]
+    assert not missing
+
+
+def test_what_contributing_names_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`((?:lightning_dropreg|tests)/[\w/]+\.py)`", text)
+    assert len(paths) > 10
+    assert not [path for path in paths if not (ROOT / path).is_file()]
+    named = re.findall(r"`([A-Za-z]+)` in `([\w/]+\.py)`", text)
+    assert len(named) >= 5
+    assert not [(name, path) for name, path in named if name not in names_in(ROOT / path)]
