@@ -25,12 +25,11 @@ from lightning_dropreg.diagnostics import (
     show,
     trusted,
 )
-from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance
+from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance, from_plain, to_plain
 from lightning_dropreg.diagnostics.figures import draw, need_matplotlib
 from lightning_dropreg.diagnostics.numbers import with_margin
 from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
 from lightning_dropreg.diagnostics.statistics import check_confidence
-from lightning_dropreg.diagnostics.storage import from_plain, to_plain
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes.batches import fresh_batch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.checks import check_count
-from lightning_dropreg.session.base import RegularizerCallback, check_flag, check_strength, estimation
+from lightning_dropreg.checks import check_count, check_strength
+from lightning_dropreg.session.base import RegularizerCallback, estimation
 from lightning_dropreg.step.plan import PenaltySettings
 from lightning_dropreg.step.settings import check_curvature
 
@@ -78,9 +78,7 @@ class ExplicitPenalty(RegularizerCallback):
         *,
         accept_checkpoint_settings: bool = False,
     ) -> None:
-        super().__init__(attention)
-        check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
-        self.accept_checkpoint_settings = accept_checkpoint_settings
+        super().__init__(attention, accept_checkpoint_settings)
         check_curvature(curvature)
         check_count("every_n_steps", every_n_steps)
         self.penalty = PenaltySettings(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_dropreg.checks import check_strength
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.session.base import RegularizerCallback, check_flag, check_strength, estimation
+from lightning_dropreg.session.base import RegularizerCallback, estimation
 from lightning_dropreg.step.plan import NoiseSettings
 
 __all__ = ["ImplicitNoise"]
@@ -70,9 +71,7 @@ class ImplicitNoise(RegularizerCallback):
         *,
         accept_checkpoint_settings: bool = False,
     ) -> None:
-        super().__init__(attention)
-        check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
-        self.accept_checkpoint_settings = accept_checkpoint_settings
+        super().__init__(attention, accept_checkpoint_settings)
         if source not in SOURCES:
             raise InvalidArgumentError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}.")
         if injection not in INJECTIONS:

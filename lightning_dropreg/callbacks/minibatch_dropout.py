@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_dropreg.checks import check_draws
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.session.base import RegularizerCallback, check_flag
+from lightning_dropreg.session.base import RegularizerCallback
 
 __all__ = ["MiniBatchDropout"]
 
@@ -49,9 +49,7 @@ class MiniBatchDropout(RegularizerCallback):
         *,
         accept_checkpoint_settings: bool = False,
     ) -> None:
-        super().__init__(attention)
-        check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
-        self.accept_checkpoint_settings = accept_checkpoint_settings
+        super().__init__(attention, accept_checkpoint_settings)
         check_draws(k, antithetic)
         if not isinstance(low_memory, bool):
             raise InvalidArgumentError(f"low_memory={low_memory!r} must be True or False.")

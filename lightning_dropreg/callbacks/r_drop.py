@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_dropreg.checks import check_strength
-from lightning_dropreg.session.base import RegularizerCallback, check_flag
+from lightning_dropreg.session.base import RegularizerCallback
 
 __all__ = ["RDrop"]
 
@@ -44,8 +44,6 @@ class RDrop(RegularizerCallback):
     def __init__(
         self, alpha: float = 1.0, attention: str = "site", *, accept_checkpoint_settings: bool = False
     ) -> None:
-        super().__init__(attention)
-        check_flag("accept_checkpoint_settings", accept_checkpoint_settings)
-        self.accept_checkpoint_settings = accept_checkpoint_settings
+        super().__init__(attention, accept_checkpoint_settings)
         self.alpha = check_strength(alpha, "alpha")
         self.k = 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_dropreg.diagnostics.effect import EffectReport
@@ -11,8 +12,9 @@ from lightning_dropreg.diagnostics.penalty import PenaltyReport
 from lightning_dropreg.diagnostics.statistics import Interval
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators.curvature import OF_OUTPUTS
+from lightning_dropreg.interception.sites import Site
 
-__all__ = ["TOLERANCE", "Diagnosis", "check_tolerance", "trusted"]
+__all__ = ["TOLERANCE", "Diagnosis", "check_tolerance", "from_plain", "to_plain", "trusted"]
 
 TOLERANCE = 0.2
 """How far ``R_approx`` may be from ``R_drop``, as a fraction of it, for the expansion to be trusted."""
@@ -190,3 +192,40 @@ def _plain(interval: Interval) -> dict[str, float] | None:
     if interval.value != interval.value:
         return None
     return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+
+def to_plain(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Take a diagnosis apart into plain data, for checkpoints that load with ``weights_only=True``.
+
+    Args:
+        diagnosis: What was measured.
+
+    Returns:
+        What `from_plain` takes.
+    """
+    return asdict(diagnosis)
+
+
+def from_plain(state: Mapping[str, Any]) -> Diagnosis:
+    """Put together what `to_plain` took apart.
+
+    Args:
+        state: The plain data.
+
+    Returns:
+        The diagnosis.
+    """
+    noise, penalty = state["noise"], state["penalty"]
+    return Diagnosis(
+        **{
+            **state,
+            "effect": _effect(state["effect"]),
+            "noise": None if noise is None else NoiseReport(**noise),
+            "sweep": tuple((drop_prob, _effect(effect)) for drop_prob, effect in state["sweep"]),
+            "penalty": None if penalty is None else PenaltyReport(**penalty),
+        }
+    )
+
+
+def _effect(state: Mapping[str, Any]) -> EffectReport:
+    return EffectReport(**{**state, "sites": tuple(Site(**site) for site in state["sites"])})

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lightning_dropreg.checks import check_strength
+from lightning_dropreg.checks import check_flags
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
 from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.interception.handlers.attention import check_attention
@@ -16,7 +16,7 @@ from lightning_dropreg.session.session import Session
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
 from lightning_dropreg.step.settings import check_estimation
 
-__all__ = ["RegularizerCallback", "check_flag", "check_strength", "estimation"]
+__all__ = ["RegularizerCallback", "estimation"]
 
 
 class RegularizerCallback(Callback):
@@ -32,9 +32,11 @@ class RegularizerCallback(Callback):
     accept_checkpoint_settings = False
     from_mixin = False
 
-    def __init__(self, attention: str = "site") -> None:
+    def __init__(self, attention: str = "site", accept_checkpoint_settings: bool = False) -> None:
         check_attention(attention)
+        check_flags(accept_checkpoint_settings=accept_checkpoint_settings)
         self.attention = attention
+        self.accept_checkpoint_settings = accept_checkpoint_settings
         self._session: Session | None = None
         self._loaded: dict[str, Any] | None = None
         self._used_seed: int | None = None
@@ -184,16 +186,6 @@ class RegularizerCallback(Callback):
             self._found = self._session.found
             self._session.remove()
             self._session = None
-
-
-def check_flag(name: str, value: object) -> None:
-    """Refuse what is neither True nor False.
-
-    Raises:
-        InvalidArgumentError: If it is.
-    """
-    if not isinstance(value, bool):
-        raise InvalidArgumentError(f"{name}={value!r} must be True or False.")
 
 
 def estimation(

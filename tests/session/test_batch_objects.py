@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, same, train
+from fits import Classifier, same, train
 from torch.utils.data import DataLoader
 
 import lightning_dropreg as dr

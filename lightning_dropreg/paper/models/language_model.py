@@ -210,6 +210,8 @@ class LanguageModel(LightningModule):
 class RecurrentLanguageModel(LanguageModel):
     """Base of recurrent language models, trained by truncated back-propagation through time.
 
+    A model makes an `embedding`, `layers` that take and return a state, and one dropout more than layers.
+
     Args:
         vocab_size: Number of words.
         window: Length of the batches that take a full step: others take one with the learning rate times
@@ -220,6 +222,10 @@ class RecurrentLanguageModel(LanguageModel):
     Raises:
         InvalidArgumentError: If `window` is less than 1.
     """
+
+    embedding: nn.Embedding
+    layers: nn.ModuleList
+    dropouts: nn.ModuleList
 
     def __init__(
         self,
@@ -246,18 +252,26 @@ class RecurrentLanguageModel(LanguageModel):
             Logits, of shape ``(batch, time, vocab_size)``, and the state after the last word.
         """
 
-    def cross_entropy(self, text: Tensor, target: Tensor, state: Any, reduction: Reduction) -> tuple[Tensor, Any]:
-        """Compute the cross entropy of the logits.
+    def hidden(self, text: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Run the embedding and the layers, with dropout before and after every layer.
 
         Args:
-            text: Word numbers, ``(batch, time)``.
-            target: The words after them, ``(batch, time)``.
+            text: Word numbers, of shape ``(batch, time)``.
             state: What a call for the words before returned; None at the start of a text.
-            reduction: ``"mean"`` over all words, or ``"none"``.
 
         Returns:
-            The cross entropy, a scalar or of shape ``(batch, time)``, and the state after the last word.
+            The output of the last layer, ``(batch, time, width)``, and the state of every layer after the last word.
         """
+        hidden = self.dropouts[0](self.embedding(text))
+        new_state = []
+        for index, layer in enumerate(self.layers):
+            output, layer_state = layer(hidden, None if state is None else state[index])
+            hidden = self.dropouts[index + 1](output)
+            new_state.append(layer_state)
+        return hidden, new_state
+
+    def cross_entropy(self, text: Tensor, target: Tensor, state: Any, reduction: Reduction) -> tuple[Tensor, Any]:
+        """See `LanguageModel.cross_entropy`."""
         logits, state = self(text, state)
         return cross_entropy(logits, target, reduction), state
 

@@ -112,10 +112,5 @@ class LSTMLanguageModel(RecurrentLanguageModel):
         Returns:
             Logits, of shape ``(batch, time, vocab_size)``, and the state after the last word.
         """
-        hidden = self.dropouts[0](self.embedding(text))
-        new_state: State = []
-        for index, layer in enumerate(self.layers):
-            output, layer_state = layer(hidden, None if state is None else state[index])
-            hidden = self.dropouts[index + 1](output)
-            new_state.append(layer_state)
-        return self.decoder(hidden), new_state
+        hidden, state = self.hidden(text, state)
+        return self.decoder(hidden), state

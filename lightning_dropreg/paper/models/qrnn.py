@@ -98,7 +98,7 @@ class QRNNLanguageModel(RecurrentLanguageModel):
             Logits, of shape ``(batch, time, vocab_size)``, log-probabilities with `cutoffs`, and the state after the
             last word.
         """
-        hidden, state = self._hidden(text, state)
+        hidden, state = self.hidden(text, state)
         if isinstance(self.decoder, nn.Linear):
             return self.decoder(hidden), state
         return self.decoder.log_prob(hidden), state
@@ -106,28 +106,9 @@ class QRNNLanguageModel(RecurrentLanguageModel):
     def cross_entropy(
         self, text: Tensor, target: Tensor, state: State | None, reduction: Reduction
     ) -> tuple[Tensor, State]:
-        """Compute the cross entropy, with `cutoffs` from the clusters that the targets lie in.
-
-        Args:
-            text: Word numbers, ``(batch, time)``.
-            target: The words after them, ``(batch, time)``.
-            state: What a call for the words before returned; None at the start of a text.
-            reduction: ``"mean"`` over all words, or ``"none"``.
-
-        Returns:
-            The cross entropy, a scalar or of shape ``(batch, time)``, and the state after the last word.
-        """
+        """See `RecurrentLanguageModel.cross_entropy`; with `cutoffs` it takes the clusters that the targets lie in."""
         if isinstance(self.decoder, nn.Linear):
             return super().cross_entropy(text, target, state, reduction)
-        hidden, state = self._hidden(text, state)
+        hidden, state = self.hidden(text, state)
         losses = self.decoder(hidden, target)
         return losses.mean() if reduction == "mean" else losses, state
-
-    def _hidden(self, text: Tensor, state: State | None) -> tuple[Tensor, State]:
-        hidden = self.dropouts[0](self.embedding(text))
-        new_state: State = []
-        for index, layer in enumerate(self.layers):
-            output, layer_state = layer(hidden, None if state is None else state[index])
-            hidden = self.dropouts[index + 1](output)
-            new_state.append(layer_state)
-        return hidden, new_state

@@ -93,15 +93,5 @@ class TransformerLanguageModel(LanguageModel):
         return logits
 
     def cross_entropy(self, text: Tensor, target: Tensor, state: Any, reduction: Reduction) -> tuple[Tensor, None]:
-        """Compute the cross entropy of the logits.
-
-        Args:
-            text: Word numbers, ``(batch, time)``.
-            target: The words after them, ``(batch, time)``.
-            state: Unused: windows are independent.
-            reduction: ``"mean"`` over all words, or ``"none"``.
-
-        Returns:
-            The cross entropy, a scalar or of shape ``(batch, time)``, and no state.
-        """
+        """See `LanguageModel.cross_entropy`; windows are independent, so that there is no state."""
         return cross_entropy(self(text), target, reduction), None

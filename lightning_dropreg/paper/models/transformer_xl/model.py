@@ -110,16 +110,6 @@ class TransformerXLLanguageModel(LanguageModel):
     def cross_entropy(
         self, text: Tensor, target: Tensor, state: Memory | None, reduction: Reduction
     ) -> tuple[Tensor, Memory]:
-        """Compute the cross entropy of one window.
-
-        Args:
-            text: Word numbers, ``(batch, time)``.
-            target: The words after them, ``(batch, time)``.
-            state: The memory that the last window left; None at the beginning of a text.
-            reduction: ``"mean"`` over all words, or ``"none"``.
-
-        Returns:
-            The cross entropy, a scalar or of shape ``(batch, time)``, and the memory for the next window.
-        """
+        """See `LanguageModel.cross_entropy`; the state is the memory."""
         losses, memory = self(text, target, state)
         return losses.mean() if reduction == "mean" else losses, memory
