@@ -18,6 +18,7 @@ __all__ = [
     "check_instance",
     "check_integer",
     "check_path",
+    "check_sites",
     "check_strength",
     "is_integer",
     "is_number",
@@ -37,6 +38,16 @@ def check_draws(k: object, antithetic: object) -> None:
         raise InvalidArgumentError(f"antithetic={antithetic!r} must be True or False.")
     if antithetic and k % 2:  # type: ignore[operator]
         raise InvalidArgumentError(f"k={k} with antithetic=True: the draws come in pairs, so k must be even.")
+
+
+def check_sites(sites: object) -> None:
+    """Refuse what is no choice of sites.
+
+    Raises:
+        InvalidArgumentError: If it is none.
+    """
+    if not is_one_of(sites, ("all", "last")):
+        raise InvalidArgumentError(f"sites={sites!r} is unknown; choose 'all' or 'last'.")
 
 
 def check_instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:

@@ -29,6 +29,7 @@ from lightning_dropreg.checks import (
     check_draws,
     check_flags,
     check_instance,
+    check_sites,
     check_strength,
     is_number,
 )
@@ -41,7 +42,7 @@ from lightning_dropreg.inspection.support import find_support
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.noise import draw_key, of_this_rank
-from lightning_dropreg.passes import Closure, Off, draws_of_dropout, run_pass
+from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.step.closures import ClosureRunner, OnRows
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan, StepResult
@@ -271,6 +272,7 @@ def dropout_loss(
     *,
     k: int = 1,
     antithetic: bool = False,
+    sites: str = "all",
     generator: torch.Generator | None = None,
     module: nn.Module | None = None,
 ) -> Tensor:
@@ -283,6 +285,8 @@ def dropout_loss(
         closure: Runs forward and loss with the model in training mode; returns the scalar loss.
         k: Number of draws, at least 1.
         antithetic: Whether the draws come in pairs with opposite masks, see `lightning_dropreg.MiniBatchDropout`.
+        sites: ``"all"``, or ``"last"``: the draws differ at the last dropout site only (multi-sample dropout), and what
+            comes before it runs once.
         generator: See `explicit_penalty`.
         module: See `explicit_penalty`.
 
@@ -301,11 +305,8 @@ def dropout_loss(
         True
     """
     check_draws(k, antithetic)
-    _check_module(module)
-    rules = draws_of_dropout(of_this_rank(draw_key(generator)), k, antithetic)
-    with Isolation(module) as isolation:
-        losses = [isolation.run(lambda rule=rule: run_pass(closure, rule).loss) for rule in rules]  # type: ignore[misc]
-    return torch.stack(losses).mean()
+    check_sites(sites)
+    return _carry_out(Plan(k=k, antithetic=antithetic, sites=sites), closure, generator, module, mean=False).total
 
 
 def plain_loss(closure: Closure) -> Tensor:
@@ -360,13 +361,14 @@ def _carry_out(
     module: nn.Module | None,
     rows: OnRows | None = None,
     batch_size: int | None = None,
+    mean: bool = True,
 ) -> StepResult:
     _check_module(module)
     if plan.has_choice:
         plan = plan.choosing(chosen_estimator(closure, module))
     # drawn before the random state is remembered, or the first pass would start from another one
     key = of_this_rank(draw_key(generator))
-    runner = ClosureRunner(closure, module, rows, batch_size or 0)
+    runner = ClosureRunner(closure, module, rows, batch_size or 0, mean)
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
     with runner.isolation, constants_marked() if plan.needs_losses else nullcontext():
         return plan.run(runner, key, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.checks import check_draws
+from lightning_dropreg.checks import check_draws, check_sites
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.session.base import RegularizerCallback
 
@@ -29,6 +29,14 @@ class MiniBatchDropout(RegularizerCallback):
         attention: What becomes of dropout on attention probabilities: ``"site"``, with attention written out, or
             ``"ignore"``: it is left out, for ``k=1`` too, and fused kernels stay. The same for all callbacks of a
             Trainer; see `lightning_dropreg.attention_dropout`.
+        sites: ``"all"``, or ``"last"``: the draws differ at the last dropout site only, the earlier sites share one
+            mask of each example: multi-sample dropout (Inoue, 2019), the average of k heads' losses. What comes before
+            that site then runs once, forward and backward, and the rest k times. The gradient is that of k whole passes
+            with the earlier masks repeated, and that is what is done where the body cannot be shared, which is tried
+            with the first batch: under checkpointing, manual optimization or FSDP, and where the step writes into the
+            body's tensors in place behind it (``nn.Dropout(inplace=True)`` does). Everything that the body computes
+            stays in memory until the last draw, and `low_memory` has no effect. `ImplicitNoise(source="dropout")`
+            beside it restores the covariance of one draw; other noise would restore what was never taken.
         accept_checkpoint_settings: Whether a run may resume from a checkpoint that was written with other settings, or
             without this callback; refused otherwise.
 
@@ -46,13 +54,16 @@ class MiniBatchDropout(RegularizerCallback):
         low_memory: bool = True,
         attention: str = "site",
         antithetic: bool = False,
+        sites: str = "all",
         *,
         accept_checkpoint_settings: bool = False,
     ) -> None:
         super().__init__(attention, accept_checkpoint_settings)
         check_draws(k, antithetic)
+        check_sites(sites)
         if not isinstance(low_memory, bool):
             raise InvalidArgumentError(f"low_memory={low_memory!r} must be True or False.")
         self.k = k
         self.antithetic = antithetic
+        self.sites = sites
         self.low_memory = low_memory

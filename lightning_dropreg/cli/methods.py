@@ -39,6 +39,7 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
     "noise only": lambda: [ImplicitNoise()],
     "MiniBatchDropout(k=2, antithetic)": lambda: [MiniBatchDropout(k=2, antithetic=True)],
     "MiniBatchDropout(k=4)": lambda: [MiniBatchDropout(k=4)],
+    "MiniBatchDropout(k=8, last site)": lambda: [MiniBatchDropout(k=8, sites="last")],
     "MiniBatchDropout(k=16)": lambda: [MiniBatchDropout(k=16)],
     "Algorithm 2, forward": lambda: [ExplicitPenalty(estimator="forward"), ImplicitNoise(estimator="forward")],
     "R_approx, double_backward": lambda: [ExplicitPenalty(estimator="double_backward")],

@@ -25,7 +25,7 @@ from lightning_dropreg.interception.naming import name_caller
 from lightning_dropreg.interception.sites import RepeatableRule, Site
 from lightning_dropreg.numerics.torch_private import checkpoint_entrances, in_checkpoint, watching_saved_tensors
 
-__all__ = ["Repeating", "Replay", "check_recomputation", "enter", "leave"]
+__all__ = ["Repeating", "Replay", "check_recomputation", "enter", "in_checkpointed_region", "leave"]
 
 
 class Repeating(Protocol):
@@ -90,6 +90,11 @@ def leave() -> None:
             _watching.close()
             for kind, name in _ENTRANCES.items():
                 setattr(torch_checkpoint, name, _torchs_own[kind])
+
+
+def in_checkpointed_region() -> bool:
+    """Whether the running code will be run again in the backward."""
+    return bool(_active.modes) and _active.modes[-1].checkpoints > 0
 
 
 class Replay:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Isolation"]
+__all__ = ["Isolation", "RandomState"]
 
 T = TypeVar("T")
 
@@ -59,16 +59,16 @@ class Isolation:
         self._mean = mean
         self._original: list[_ModuleState] = []
         self._start: list[_ModuleState] = []
-        self._start_random: _RandomState | None = None
+        self._start_random: RandomState | None = None
         self._ends: list[list[_ModuleState]] = []
-        self._end_random: _RandomState | None = None
+        self._end_random: RandomState | None = None
         self._untouched = True
 
     def __enter__(self) -> Isolation:
         """Remember the state in which every run starts."""
         self._original = self._current()
         self._start = _fresh(self._original)
-        self._start_random = _RandomState()
+        self._start_random = RandomState()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -99,7 +99,7 @@ class Isolation:
             raise
         finally:
             if trace:
-                self._end_random = self._end_random or _RandomState()
+                self._end_random = self._end_random or RandomState()
                 self._ends += self._cut(cuts) if cuts else [self._current()]
         return result
 
@@ -160,7 +160,7 @@ class Isolation:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Run further steps (with ``trace=False``) after `settle` and put everything back as it is now."""
-        current, current_random = self._current(), _RandomState()
+        current, current_random = self._current(), RandomState()
         try:
             yield
         finally:
@@ -354,7 +354,7 @@ def _mean_of_distinct(values: list[Any], memo: dict[tuple[int, ...], Any]) -> An
     return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
 
 
-class _RandomState:
+class RandomState:
     """The global random states of torch, Python and numpy at the moment of creation."""
 
     def __init__(self) -> None:
@@ -365,7 +365,7 @@ class _RandomState:
 
     def is_current(self) -> bool:
         """Whether nothing was drawn since."""
-        now = _RandomState()
+        now = RandomState()
         if now.numpy is not None and self.numpy is not None and repr(now.numpy[2:]) != repr(self.numpy[2:]):
             return False
         return _equal(self.torch, now.torch) and _equal(self.cuda, now.cuda) and self.python == now.python

@@ -28,6 +28,7 @@ class RegularizerCallback(Callback):
     attention = "site"
     low_memory = True
     antithetic = False
+    sites = "all"
     alpha: float | None = None
     accept_checkpoint_settings = False
     from_mixin = False
@@ -155,6 +156,13 @@ class RegularizerCallback(Callback):
                 "noise of dropout away, the other to bring it. Use MiniBatchDropout with ImplicitNoise (Algorithm 4), "
                 "or MiniBatchDropout(antithetic=True) alone."
             )
+        of_draws = [noise for noise in noises if noise.source == "dropout" and noise.injection != "after_backward"]
+        if noises and not of_draws and any(callback.sites == "last" for callback in drawing):
+            raise CompositionError(
+                "MiniBatchDropout(sites='last') takes away noise of the last site only, and this ImplicitNoise would "
+                "bring that of all. Use ImplicitNoise(source='dropout') with injection='auto' or 'loss', which takes "
+                "it from the draws themselves, or MiniBatchDropout(sites='all')."
+            )
         treatments = {callback.attention for callback in companions}
         if len(treatments) > 1:
             raise CompositionError(
@@ -166,6 +174,7 @@ class RegularizerCallback(Callback):
             k=drawing[0].k if drawing else None,
             low_memory=all(callback.low_memory for callback in drawing),
             antithetic=any(callback.antithetic for callback in drawing),
+            sites=drawing[0].sites if drawing else "all",
             alpha=drawing[0].alpha if drawing else None,
             penalty=penalties[0] if penalties else None,
             noise=noises[0] if noises else None,

@@ -26,6 +26,7 @@ from lightning_dropreg.passes import Closure
 from lightning_dropreg.passes.batches import batch_tensors
 from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.isolation import Isolation
+from lightning_dropreg.passes.last_site import follow
 from lightning_dropreg.session.arguments import Arguments
 from lightning_dropreg.session.logs import LogCollector
 
@@ -86,6 +87,7 @@ class Batch:
         self.pairable = pairable
         self.stale = stale
         self.modified: list[str] = []
+        self.shares_body = False
         self.lasting = True
         self.isolation = Isolation(module, mean=mean)
         self.logs = LogCollector(module)
@@ -221,7 +223,7 @@ class Batch:
     def instead(self, step: Callable[..., Any]) -> Batch:
         """Return the same batch for another step; no run of it leaves a trace."""
         other = copy.copy(self)
-        other.original, other.lasting = step, False
+        other.original, other.lasting, other.shares_body = step, False, False
         return other
 
     def call(self, step: Callable[..., Any], trace: bool) -> Any:
@@ -246,7 +248,7 @@ class Batch:
         def collecting() -> Any:
             # inside the isolation, which would otherwise keep the collector as the module's attribute
             with self.logs.run(keep=trace):
-                return self.arguments.call(step, original=trace and batch is None, batch=batch)
+                return self.arguments.call(follow(step), original=trace and batch is None, batch=batch)
 
         output, changed = self.isolation.run(collecting, trace, cuts)
         self.modified += [place for place in changed if place not in self.modified]

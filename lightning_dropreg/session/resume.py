@@ -22,6 +22,7 @@ class Regularizer(Protocol):
     noise: NoiseSettings | None
     k: int | None
     antithetic: bool
+    sites: str
     alpha: float | None
     attention: str
     accept_checkpoint_settings: bool
@@ -44,6 +45,8 @@ def settings_of(callback: Regularizer) -> dict[str, Any]:
     settings: dict[str, Any] = {} if callback.k is None else {"k": callback.k}
     if callback.alpha is not None:
         settings["alpha"] = callback.alpha
+    if callback.sites != "all":
+        settings["sites"] = callback.sites
     if callback.antithetic:
         settings["antithetic"] = True
     for part in (callback.penalty, callback.noise):

@@ -38,6 +38,7 @@ from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Off, Pass, dormant_sites, is_dormant, run_pass
+from lightning_dropreg.passes.last_site import shares_body
 from lightning_dropreg.session.batch import Batch, Pairable, SkippedError, loss_of, with_loss
 from lightning_dropreg.session.compiled import (
     as_compiled,
@@ -92,7 +93,7 @@ class Session:
         self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self._inspected = False
         self.kinks: dict[str, int] = {}
-        self._copies = False
+        self._copies = self._shares_body = False
         self.compiled = list(compiled_parts(module).values())
         self._compiling = ExitStack()
         self._acted = False  # in the last step
@@ -201,6 +202,7 @@ class Session:
             pairable=pairable,
             stale=stale,
         )
+        batch.shares_body = self._shares_body
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant():
                 plan = self.plan.choosing("antithetic")  # which is open yet in a batch that the user's step skips
@@ -329,6 +331,7 @@ class Session:
                 problems += compiled_problems(self.module, seen.sites, self.plan) + found
                 if not problems:
                     self._check_rows(batch, seen.sites)
+                    self._find_shared_body(batch)
         except SkippedError:
             if problems:
                 raise all_at_once(problems, name) from None
@@ -399,6 +402,10 @@ class Session:
             self.found[kind] = None if found is None else found.plain()
         plain = self.found.get(kind)
         return kind, None if plain is None else Pairable.of(plain)
+
+    def _find_shared_body(self, batch: Batch) -> None:
+        can = self.module.automatic_optimization and self._whole_parameters and not batch.modified
+        self._shares_body = self.plan.sites == "last" and can and not is_dormant() and shares_body(batch.aside)
 
     def _warn_of_kinks(self) -> None:
         estimation = self.plan.noise_of_finite_steps

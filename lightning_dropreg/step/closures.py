@@ -13,6 +13,7 @@ from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.isolation import Isolation
+from lightning_dropreg.passes.last_site import follow
 
 __all__ = ["ClosureRunner", "OnRows"]
 
@@ -28,20 +29,24 @@ class ClosureRunner:
         module: The module whose state advances once; None if there is none to keep.
         rows: Runs on some of the rows; None if nothing is estimated on some.
         count: Number of rows in the batch.
+        mean: Whether floating-point state becomes the mean of all runs'.
     """
 
     releases = False
+    shares_body = True
     scaler: Scaler | None = None
 
-    def __init__(self, closure: Closure, module: nn.Module | None, rows: OnRows | None = None, count: int = 0) -> None:
-        self.isolation = Isolation(module, mean=True)
+    def __init__(
+        self, closure: Closure, module: nn.Module | None, rows: OnRows | None = None, count: int = 0, mean: bool = True
+    ) -> None:
+        self.isolation = Isolation(module, mean=mean)
         self._closure = closure
         self._rows = rows
         self._count = count
 
     def whole(self) -> Tensor:
         """See `lightning_dropreg.step.share.BatchRunner`."""
-        return self.isolation.run(self._closure)
+        return self.isolation.run(follow(self._closure))
 
     def aside(self) -> Tensor:
         """See `lightning_dropreg.step.share.BatchRunner`."""

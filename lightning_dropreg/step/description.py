@@ -54,6 +54,12 @@ def describe(plan: Plan) -> list[str]:
     if plan.alpha is not None:
         sentences.append("2 forward passes with fresh dropout masks, for their losses and how they disagree (R-Drop).")
         terms = ["mean of the 2 losses", f"{plan.alpha:g} (KL_12 + KL_21)/2"]
+    elif plan.k is not None and plan.sites == "last":
+        sentences.append(
+            f"1 forward pass up to the last dropout site, and {plan.k} with fresh masks from there on (whole passes "
+            "with the earlier masks repeated where what comes before cannot be shared)."
+        )
+        terms = [f"mean of the {plan.k} losses"]
     elif plan.k is not None:
         how = "each differentiated before the next" if plan.low_memory else "one backward of all"
         sentences.append(f"{plan.k} forward passes with fresh dropout masks (DROPOUT_{plan.k}), {how}.")

@@ -24,8 +24,9 @@ from lightning_dropreg.estimators import AUTO, two_draws
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
-from lightning_dropreg.passes import Drop, draws_of_dropout, run_pass
+from lightning_dropreg.passes import Drop, draws_of_dropout, is_dormant, run_pass
 from lightning_dropreg.passes.gradients import GradientSum, backpropagate, leaves_of
+from lightning_dropreg.passes.last_site import draws_at_last_site
 from lightning_dropreg.step.settings import Estimation, NoiseSettings, PenaltySettings
 from lightning_dropreg.step.share import BatchRunner, Share, StepResult, clean
 
@@ -43,6 +44,7 @@ class Plan:
         low_memory: Whether each of the k draws is differentiated before the next one is made.
         attention: What becomes of dropout on attention probabilities: ``"site"`` or ``"ignore"``.
         antithetic: Whether the draws come in antithetic pairs.
+        sites: Where the draws differ: ``"all"`` or ``"last"``.
         alpha: Factor of the divergence between two draws (R-Drop), or None.
     """
 
@@ -52,6 +54,7 @@ class Plan:
     low_memory: bool = True
     attention: str = "site"
     antithetic: bool = False
+    sites: str = "all"
     alpha: float | None = None
 
     def penalty_at(self, step: int) -> PenaltySettings | None:
@@ -183,6 +186,8 @@ class Plan:
     def _run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool) -> StepResult:
         if self.alpha is not None:
             return self._r_drop(runner, key, self.alpha)
+        if self.k is not None and self.sites == "last":
+            return self._last_site(runner, key, self.k)
         if self.k is not None:
             return self._dropout_k(runner, key, self.k, measure_noise)
         shares = self._shares(step)
@@ -265,6 +270,17 @@ class Plan:
             return StepResult(total.scalar(), loss, noise=difference.scalar() if reused else None)
         noise = self.extra(runner, key)
         return StepResult(total.scalar() + noise, loss, noise=noise)
+
+    def _last_site(self, runner: BatchRunner, key: int, k: int) -> StepResult:
+        draws = draws_at_last_site(
+            runner.whole, key=key, k=k, antithetic=self.antithetic, share=runner.shares_body and not is_dormant()
+        )
+        losses = [done.loss.reshape(()) for done in draws]
+        loss = torch.stack(losses).mean()
+        if self.noise_in_loss:  # the two differ in what the mean over k draws has too little of
+            noise = self.noise_scale * (losses[0] - losses[1])
+            return StepResult(loss + noise, loss, noise=noise)
+        return StepResult(loss, loss)
 
     def _r_drop(self, runner: BatchRunner, key: int, alpha: float) -> StepResult:
         draws = two_draws(runner.whole, key=key)

@@ -56,10 +56,12 @@ class BatchRunner(Protocol):
 
     Attributes:
         releases: Whether passes may be differentiated one by one, before the one backward of the total.
+        shares_body: Whether draws that differ at the last site only may run what comes before it once.
         scaler: Multiplies a loss by the scale of a gradient scaler; None without one.
     """
 
     releases: bool
+    shares_body: bool
     scaler: Scaler | None
 
     def whole(self) -> Tensor:

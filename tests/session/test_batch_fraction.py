@@ -57,6 +57,9 @@ def test_noise_on_rows_is_scaled_by_the_fraction_that_was_drawn():
         def rows(self, fraction, dim, key):
             return self.whole, 0.25
 
+        def forget(self):
+            pass
+
         def paired(self, fraction, dim, key, clean=False):
             return None
 
