@@ -1,8 +1,13 @@
 """Know, control or replace what dropout does.
 
-Wei, Kakade and Ma, *The Implicit and Explicit Regularization Effects of Dropout* (ICML 2020), for PyTorch Lightning:
-`ExplicitPenalty`, `ImplicitNoise` and `MiniBatchDropout` are callbacks for any Trainer, the mixins bring them with a
-LightningModule, and `functional` is the same without Lightning.
+Wherever a model drops entries of a tensor (a *dropout site*), this package can put a *rule* of its own in the place of
+dropout for the length of one run of your unchanged training step (a *pass*): drop nothing, drop with another mask, take
+a small step in a random direction. From such passes it makes the explicit effect of dropout, as a penalty, and the
+implicit one, as noise in the gradient: Wei, Kakade and Ma, *The Implicit and Explicit Regularization Effects of
+Dropout* (ICML 2020).
+
+`ExplicitPenalty`, `ImplicitNoise` and `MiniBatchDropout` are callbacks for any PyTorch Lightning Trainer, the mixins
+bring them with a LightningModule, and `functional`, the file to read first, is the same without Lightning.
 """
 
 from importlib import import_module

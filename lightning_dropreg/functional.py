@@ -1,4 +1,11 @@
-"""The package without Lightning: each function takes a `closure` that runs forward and loss and returns the loss.
+"""What the package does, without Lightning: read this file first.
+
+A *dropout site* is a place where a model drops entries of a tensor, with `torch.nn.functional.dropout` or one of its
+many relatives. A *rule* says what happens there instead: nothing, dropout with a mask of ours, a small step in a random
+direction. A *pass* is one run of your own code under one rule (`lightning_dropreg.passes.run_pass`). Each function
+takes your code as a `closure`, which runs forward and loss and returns the loss; makes a few passes of it that differ
+in nothing but the rule; and puts their losses together, as `lightning_dropreg.step.plan` and
+`lightning_dropreg.estimators` say. The callbacks do the same with a ``training_step``.
 
 Example:
     >>> import torch
@@ -10,15 +17,14 @@ Example:
     >>> closure = lambda: nn.functional.cross_entropy(net(x), y)
     >>> regularize(closure).total.backward()  # Algorithm 2, from two passes
 
-The closure is called once or several times per call, always with the same global random state; site noise does not
-touch that state beyond one number drawn for each call. A `module` given along has its batch-norm statistics, hidden
+The closure runs once or several times per call, always from the same global random state; the noise at the sites does
+not touch that state beyond one number drawn for each call. A `module` given along has its batch-norm statistics, hidden
 states and metrics advanced once.
 """
 
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,7 +34,6 @@ from lightning_dropreg.checks import (
     check_count,
     check_draws,
     check_flags,
-    check_instance,
     check_sites,
     check_strength,
     is_number,
@@ -36,16 +41,12 @@ from lightning_dropreg.checks import (
 from lightning_dropreg.errors import InvalidArgumentError, UnboundedPenaltyWarning
 from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.estimators.r_drop import RDropped, r_drop
-from lightning_dropreg.inspection.choice import choose_estimator
-from lightning_dropreg.inspection.first_step import inspect_step
 from lightning_dropreg.inspection.support import find_support
-from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.interception.sites import Site
-from lightning_dropreg.numerics.noise import draw_key, of_this_rank
 from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.isolation import Isolation
-from lightning_dropreg.step.closures import ClosureRunner, OnRows
-from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan, StepResult
+from lightning_dropreg.step.closures import OnRows, carry_out
+from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
 from lightning_dropreg.step.settings import check_curvature, check_estimation
 
 __all__ = [
@@ -148,7 +149,7 @@ def regularize(
         penalty=_penalty(strength, curvature, how) if penalty else None,
         noise=NoiseSettings(check_strength(noise_strength, "noise_strength"), "taylor", "loss", how) if noise else None,
     )
-    found = _carry_out(plan, closure, generator, module, rows, batch_size)
+    found = carry_out(plan, closure, generator, module, rows, batch_size)
     return Regularized(found.loss, found.penalty, found.noise, found.total)
 
 
@@ -212,7 +213,7 @@ def explicit_penalty(
         4.0
     """
     plan = Plan(penalty=_penalty(1.0, curvature, _how(estimator, step_size, mask)))
-    penalty = _carry_out(plan, closure, generator, module).penalty
+    penalty = carry_out(plan, closure, generator, module).penalty
     assert penalty is not None
     return penalty
 
@@ -262,7 +263,7 @@ def implicit_noise(
         1.0
     """
     plan = Plan(noise=NoiseSettings(1.0, "taylor", "loss", _how(estimator, step_size, mask)))
-    noise = _carry_out(plan, closure, generator, module).noise
+    noise = carry_out(plan, closure, generator, module).noise
     assert noise is not None
     return noise
 
@@ -306,7 +307,7 @@ def dropout_loss(
     """
     check_draws(k, antithetic)
     check_sites(sites)
-    return _carry_out(Plan(k=k, antithetic=antithetic, sites=sites), closure, generator, module, mean=False).total
+    return carry_out(Plan(k=k, antithetic=antithetic, sites=sites), closure, generator, module, mean=False).total
 
 
 def plain_loss(closure: Closure) -> Tensor:
@@ -354,26 +355,6 @@ def find_sites(closure: Closure, *, module: nn.Module | None = None) -> list[Sit
         return isolation.run(look, trace=False).sites
 
 
-def _carry_out(
-    plan: Plan,
-    closure: Closure,
-    generator: torch.Generator | None,
-    module: nn.Module | None,
-    rows: OnRows | None = None,
-    batch_size: int | None = None,
-    mean: bool = True,
-) -> StepResult:
-    _check_module(module)
-    if plan.has_choice:
-        plan = plan.choosing(chosen_estimator(closure, module))
-    # drawn before the random state is remembered, or the first pass would start from another one
-    key = of_this_rank(draw_key(generator))
-    runner = ClosureRunner(closure, module, rows, batch_size or 0, mean)
-    # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
-    with runner.isolation, constants_marked() if plan.needs_losses else nullcontext():
-        return plan.run(runner, key, 0)
-
-
 def _penalty(strength: float, curvature: str, how: Estimation) -> PenaltySettings:
     check_curvature(curvature)
     if curvature == FULL:
@@ -381,29 +362,6 @@ def _penalty(strength: float, curvature: str, how: Estimation) -> PenaltySetting
     return PenaltySettings(check_strength(strength), curvature, 1, how)
 
 
-def chosen_estimator(closure: Closure, module: nn.Module | None = None) -> str:
-    """Return the name of the estimator that ``estimator="auto"`` stands for on a step.
-
-    Args:
-        closure: Runs forward and loss with the model in training mode; returns the scalar loss.
-        module: A module whose state must not advance.
-
-    Returns:
-        ``"antithetic"`` or ``"forward"``.
-    """
-    with Isolation(module) as isolation:
-
-        def run() -> Tensor:
-            return isolation.run(closure, trace=False)
-
-        seen, _ = inspect_step(run, need_losses=False, quiet=True)
-        return choose_estimator(run, seen.kinks).estimator
-
-
 def _how(estimator: str, step_size: float, mask: str, batch_fraction: float | None = None) -> Estimation:
     check_estimation(estimator, step_size, mask)
     return Estimation(estimator, float(step_size), mask, batch_fraction, 0)
-
-
-def _check_module(module: object) -> None:
-    check_instance("module", module, (nn.Module, type(None)), "an nn.Module or None")

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dropreg.errors import DropregError
+from lightning_dropreg.inspection.first_step import inspect_step
 from lightning_dropreg.inspection.kinks import noise_excess
 from lightning_dropreg.inspection.support import failure
 from lightning_dropreg.passes import Closure
+from lightning_dropreg.passes.isolation import Isolation
 
-__all__ = ["Choice", "choose_estimator"]
+__all__ = ["Choice", "choose_estimator", "chosen_estimator"]
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,22 @@ def choose_estimator(
 def _short(reason: str) -> str:
     """What was found, without the advice that follows."""
     return reason.partition(" Use ")[0].rstrip(".")
+
+
+def chosen_estimator(closure: Closure, module: nn.Module | None = None) -> str:
+    """Return the name of the estimator that ``estimator="auto"`` stands for on a step.
+
+    Args:
+        closure: Runs forward and loss with the model in training mode; returns the scalar loss.
+        module: A module whose state must not advance.
+
+    Returns:
+        ``"antithetic"`` or ``"forward"``.
+    """
+    with Isolation(module) as isolation:
+
+        def run() -> Tensor:
+            return isolation.run(closure, trace=False)
+
+        seen, _ = inspect_step(run, need_losses=False, quiet=True)
+        return choose_estimator(run, seen.kinks).estimator

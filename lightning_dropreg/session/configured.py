@@ -10,7 +10,8 @@ from lightning import LightningModule, Trainer
 
 from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.precision import bfloat16_step_size
-from lightning_dropreg.functional import chosen_estimator, find_sites
+from lightning_dropreg.functional import find_sites
+from lightning_dropreg.inspection.choice import chosen_estimator
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.session.base import RegularizerCallback
 from lightning_dropreg.session.problems import in_bfloat16

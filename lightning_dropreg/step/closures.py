@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from lightning_dropreg.checks import check_instance
 from lightning_dropreg.estimators import Pairs
 from lightning_dropreg.estimators.layout import Layout
 from lightning_dropreg.estimators.rows import draw_rows
+from lightning_dropreg.inspection.choice import chosen_estimator
+from lightning_dropreg.interception.mode import constants_marked
+from lightning_dropreg.numerics.noise import draw_key, of_this_rank
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.passes.last_site import follow
+from lightning_dropreg.step.plan import Plan
+from lightning_dropreg.step.share import StepResult
 
-__all__ = ["ClosureRunner", "OnRows"]
+__all__ = ["ClosureRunner", "OnRows", "carry_out", "check_module"]
 
 OnRows = Callable[[Tensor], Tensor]
 """Runs forward and loss on the rows of the batch with these numbers, and returns the scalar loss."""
@@ -72,3 +79,42 @@ class ClosureRunner:
 
     def drop_stale_gradients(self) -> None:
         """See `lightning_dropreg.step.share.BatchRunner`."""
+
+
+def carry_out(
+    plan: Plan,
+    closure: Closure,
+    generator: torch.Generator | None,
+    module: nn.Module | None,
+    rows: OnRows | None = None,
+    batch_size: int | None = None,
+    mean: bool = True,
+) -> StepResult:
+    """Make the passes of a plan over one batch.
+
+    Args:
+        plan: What to do.
+        closure: Runs on the whole batch.
+        generator: Source of the seed of the noise; the global one if None.
+        module: The module whose state advances once; None if there is none to keep.
+        rows: Runs on some of the rows; None if nothing is estimated on some.
+        batch_size: Number of rows in the batch; needed with `rows`.
+        mean: Whether the state of the module becomes the mean over the passes; see `ClosureRunner`.
+
+    Returns:
+        Total loss and its parts.
+    """
+    check_module(module)
+    if plan.has_choice:
+        plan = plan.choosing(chosen_estimator(closure, module))
+    # drawn before the random state is remembered, or the first pass would start from another one
+    key = of_this_rank(draw_key(generator))
+    runner = ClosureRunner(closure, module, rows, batch_size or 0, mean)
+    # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
+    with runner.isolation, constants_marked() if plan.needs_losses else nullcontext():
+        return plan.run(runner, key, 0)
+
+
+def check_module(module: object) -> None:
+    """Refuse what is neither a module nor None."""
+    check_instance("module", module, (nn.Module, type(None)), "an nn.Module or None")
