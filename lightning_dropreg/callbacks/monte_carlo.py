@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dropreg.checks import check_count, check_integer
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.uncertainty import LIKELIHOODS, draw_predictions, first_order_variance, moments
 from lightning_dropreg.uncertainty.mode import check_training
+from lightning_dropreg.uncertainty.monte_carlo import check_masks
 
 __all__ = ["MonteCarloDropout", "MonteCarloPrediction"]
 
@@ -71,6 +72,9 @@ class MonteCarloDropout(Callback):
             layers that do nothing but drop, so that branches ``if self.training:`` do what they do in evaluation (and
             functional dropout with ``training=self.training`` drops nothing); or patterns of paths. See
             `lightning_dropreg.uncertainty.mode.dropout_mode`.
+        masks: ``"per_batch"``: every example has masks of its own. ``"fixed"``: every draw is one sampled network, the
+            same for all examples of all batches, data loaders and ranks, as comparisons between examples need it
+            (BatchBALD, a smooth curve over a grid). Needs two passes more for each batch.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or unknown.
@@ -104,6 +108,7 @@ class MonteCarloDropout(Callback):
         estimator: str = "forward",
         seed: int | None = None,
         training: str | Sequence[str] = "all",
+        masks: str = "per_batch",
     ) -> None:
         check_count("passes", passes, 2)
         check_count("chunk", chunk)
@@ -113,6 +118,7 @@ class MonteCarloDropout(Callback):
         if estimator not in ("forward", "antithetic"):
             raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose 'forward' or 'antithetic'.")
         check_training(training)
+        check_masks(masks)
         if isinstance(output, bool) or not isinstance(output, (str, int, type(None))):
             raise InvalidArgumentError(f"output={output!r} must be the name or the number of a field, or None.")
         check_integer("class_dim", class_dim)
@@ -127,6 +133,7 @@ class MonteCarloDropout(Callback):
         self.estimator = estimator
         self.seed = seed
         self.training = training
+        self.masks = masks
         self._position = (0, 0)
         self._module: LightningModule | None = None
         self._own: tuple[bool, Any] = (False, None)
@@ -140,7 +147,8 @@ class MonteCarloDropout(Callback):
 
         @functools.wraps(getattr(original, "__func__", original))
         def predict_step(self: LightningModule, batch: Any, *args: Any, **kwargs: Any) -> MonteCarloPrediction:
-            key = fold_key(seed, trainer.global_rank, *callback._position)
+            position = () if callback.masks == "fixed" else (trainer.global_rank, *callback._position)
+            key = fold_key(seed, *position)
             return callback.predict(self, lambda b: original(b, *args, **kwargs), batch, key)
 
         self._own = ("predict_step" in pl_module.__dict__, pl_module.__dict__.get("predict_step"))
@@ -165,8 +173,8 @@ class MonteCarloDropout(Callback):
         """Unwrap ``predict_step``."""
         self._unwrap()
 
-    def predict(self, module: LightningModule, step: Any, batch: Any, key: int) -> MonteCarloPrediction:
-        """Predict one batch.
+    def predict(self, module: nn.Module, step: Any, batch: Any, key: int) -> MonteCarloPrediction:
+        """Predict one batch, without a Trainer too: ``MonteCarloDropout().predict(net, net, x, key=0)``.
 
         Args:
             module: The module.
@@ -183,7 +191,14 @@ class MonteCarloDropout(Callback):
             return outputs
 
         draws = draw_predictions(
-            forward, batch, module=module, passes=self.passes, key=key, chunk=self.chunk, training=self.training
+            forward,
+            batch,
+            module=module,
+            passes=self.passes,
+            key=key,
+            chunk=self.chunk,
+            training=self.training,
+            masks=self.masks,
         )
         first_order = None
         if self.first_order:

@@ -17,7 +17,7 @@ from lightning_dropreg.errors import DropregError
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Closure, run_pass
 
-__all__ = ["Layout", "RowAxis", "RowsNotFoundError", "find_layout"]
+__all__ = ["Layout", "RowAxis", "RowsNotFoundError", "axis_of", "differs", "find_layout"]
 
 
 class RowsNotFoundError(DropregError):
@@ -120,9 +120,9 @@ def find_layout(on_rows: Callable[[Tensor], Closure], rows: int) -> Layout | Non
     axes = []
     for position, (h, *others) in enumerate(zip(*tensors, strict=True)):
         shared = sites[position].mask_shape if position < len(sites) else (1,) * h.ndim
-        changed = [_differs(h, other) for other in others]
+        changed = [differs(h, other) for other in others]
         dims = [d for d in range(h.ndim) if shared[d] == h.shape[d]] if position < len(sites) else [0]
-        axis = _axis_of(changed, rows, dims)
+        axis = axis_of(changed, rows, dims)
         if axis is None:
             return None
         axes.append(axis)
@@ -147,13 +147,23 @@ class _Seen:
         return h
 
 
-def _differs(a: Tensor, b: Tensor) -> Tensor:
+def differs(a: Tensor, b: Tensor) -> Tensor:
+    """Where a tensor is another than it was, but for rounding."""
     # other rows beside it may change the last digits of a row
     return (a - b).abs() > 1e-4 * a.abs().amax()
 
 
-def _axis_of(changed: Sequence[Tensor], rows: int, dims: Sequence[int]) -> RowAxis | None:
-    """The one axis along which only row 0 changed in the first case and only the last in the second."""
+def axis_of(changed: Sequence[Tensor], rows: int, dims: Sequence[int]) -> RowAxis | None:
+    """Find the one axis along which only row 0 changed in the first case and only the last in the second.
+
+    Args:
+        changed: Where the tensor changed in the two cases.
+        rows: Number of rows in the batch.
+        dims: The dimensions that come into question.
+
+    Returns:
+        The axis; None if there is none, or more than one.
+    """
     found = []
     for dim in dims:
         for first in (True, False):

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import check_count
+from lightning_dropreg.checks import check_count, is_one_of
+from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.interception.sites import Rule
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop
 from lightning_dropreg.passes.isolation import Isolation
+from lightning_dropreg.uncertainty.fixed_masks import FixedMasks, row_axes
 from lightning_dropreg.uncertainty.mode import dropout_mode
 from lightning_dropreg.uncertainty.repetition import Forward, RepeatedBatch
 
-__all__ = ["draw_predictions"]
+__all__ = ["MASKS", "check_masks", "draw_predictions"]
+
+MASKS = ("per_batch", "fixed")
 
 
 @torch.no_grad()
@@ -28,6 +33,7 @@ def draw_predictions(
     key: int = 0,
     chunk: int = 8,
     training: str | Sequence[str] = "all",
+    masks: str = "per_batch",
 ) -> Tensor:
     """Predict several times, each time with new dropout masks and everything else the same.
 
@@ -43,6 +49,9 @@ def draw_predictions(
             memory runs out; one at a time where a mask is shared by the rows of a batch (DropConnect), or the rows do
             not stand for themselves.
         training: Which modules are in training mode, see `lightning_dropreg.uncertainty.mode.dropout_mode`.
+        masks: ``"per_batch"``: every row has masks of its own, and another batch others if `key` is another.
+            ``"fixed"``: a draw has one mask for all rows, whatever the batch, so that the same `key` makes every draw
+            one sampled network for all examples (with any `chunk`).
 
     Returns:
         The draws, ``(T, N, ...)``.
@@ -51,6 +60,7 @@ def draw_predictions(
         InvalidArgumentError: If an argument is out of range, or the output is no floating-point tensor.
         NoDropoutSiteError: If there is no dropout.
         UnsupportedModuleError: If a pattern of `training` matches nothing.
+        UnsupportedSiteError: If the masks are to be fixed and where the rows lie at a site cannot be told.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Dropout(0.5), nn.Linear(50, 2)).eval()
@@ -59,6 +69,25 @@ def draw_predictions(
     """
     check_count("passes", passes)
     check_count("chunk", chunk)
+    check_masks(masks)
     with Isolation(module) as isolation, dropout_mode(module, training):
-        repeated = RepeatedBatch(lambda b: isolation.run(lambda: forward(b), trace=False), batch, chunk)
-        return torch.cat([draws for (draws,) in repeated.run(lambda first: [Drop(fold_key(key, first))], passes)])
+
+        def run(b: Any) -> Tensor:
+            return isolation.run(lambda: forward(b), trace=False)
+
+        def rules(first: int) -> list[Rule]:
+            return [Drop(fold_key(key, first)) if fixed is None else FixedMasks(key, first, *fixed)]
+
+        repeated = RepeatedBatch(run, batch, chunk)
+        fixed = row_axes(run, batch) if masks == "fixed" else None
+        return torch.cat([draws for (draws,) in repeated.run(rules, passes)])
+
+
+def check_masks(masks: object) -> None:
+    """Refuse what is no choice of masks.
+
+    Raises:
+        InvalidArgumentError: If it is none.
+    """
+    if not is_one_of(masks, MASKS):
+        raise InvalidArgumentError(f"masks={masks!r} is unknown; choose one of {', '.join(MASKS)}.")

@@ -19,7 +19,7 @@ from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.interception.sites import Rule, Site
 from lightning_dropreg.passes import Off
 
-__all__ = ["Forward", "RepeatedBatch", "copy_batch"]
+__all__ = ["Forward", "RepeatedBatch", "copy_batch", "count_rows"]
 
 Forward = Callable[[Any], Tensor]
 """Maps a batch to the model's output, ``(N, ...)``; called with dropout in training mode."""
@@ -41,7 +41,7 @@ def copy_batch(batch: Any, copies: int = 1) -> Any:
         {'x': tensor([1, 2, 1, 2]), 'name': 'a'}
     """
     leaves, structure = tree_flatten(batch)
-    rows = next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
+    rows = count_rows(batch)
 
     def repeated(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -51,6 +51,11 @@ def copy_batch(batch: Any, copies: int = 1) -> Any:
         return leaf.repeat(copies, *[1] * (leaf.ndim - 1))
 
     return tree_unflatten([repeated(leaf) for leaf in leaves], structure)
+
+
+def count_rows(batch: Any) -> int:
+    """Return the length of the first tensor of a batch."""
+    return next((len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
 class RepeatedBatch:
