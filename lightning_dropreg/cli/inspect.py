@@ -16,8 +16,9 @@ from rich.table import Table
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.step import FirstStep, look_at_first_batch
-from lightning_dropreg.errors import DropregError
+from lightning_dropreg.errors import DropregError, LossNotRecognizedError
 from lightning_dropreg.estimators import ESTIMATORS
+from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.inspection.kinks import EXCESS, REMEDY
 from lightning_dropreg.inspection.support import LossSupport, SiteSupport, Support
 from lightning_dropreg.session.base import RegularizerCallback
@@ -79,6 +80,9 @@ def _look(first: FirstStep, configured: Sequence[Any]) -> Findings:
     each: list[RegularizerCallback] = [ExplicitPenalty(), ImplicitNoise(), MiniBatchDropout()]
     groups = [ours] if ours else [[callback] for callback in each]
     support, problems = look(first.trainer, first.model, first.step, first.args)
+    if any(callback.penalty is not None and callback.penalty.curvature == FULL for callback in ours):
+        # in nobody's way then
+        problems = [problem for problem in problems if not isinstance(problem, LossNotRecognizedError)]
     return Findings(
         support, [str(problem) for problem in problems], [_outlook(first, group, support.kinks) for group in groups]
     )
