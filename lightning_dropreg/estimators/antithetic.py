@@ -9,10 +9,11 @@ from torch import Tensor
 from lightning_dropreg.errors import InconsistentPassesError
 from lightning_dropreg.estimators.base import Estimate, inactive
 from lightning_dropreg.estimators.curvature import FULL, element_weights, pair_quadratic_form
+from lightning_dropreg.estimators.fixed import check_fixed
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.passes import Closure, Directions, Off, Pass, Perturb, run_pass
 
-__all__ = ["antithetic", "combine", "second_difference"]
+__all__ = ["antithetic", "check_pair_of_steps", "combine", "second_difference"]
 
 
 def antithetic(
@@ -24,6 +25,7 @@ def antithetic(
     mask: str,
     key: int,
     restart: Callable[[], None] = lambda: None,
+    aside: Closure | None = None,
 ) -> Estimate:
     r"""Estimate loss, penalty and noise by central differences over all dropout sites at once.
 
@@ -46,6 +48,8 @@ def antithetic(
         mask: See there.
         key: See there.
         restart: Called when what the closure has done so far is not to count.
+        aside: Does the same as the closure, leaving no trace; given where it was not looked at before whether targets
+            and weights stand still, so that every pair shows it (`lightning_dropreg.estimators.fixed`).
 
     Returns:
         Loss, penalty and noise.
@@ -69,8 +73,10 @@ def antithetic(
         return Estimate(clean, second_difference(plus.loss, minus.loss, clean, step_size), slope)
     weights = []
     if record:
-        of_both = zip(element_weights(plus.loss, plus.losses), element_weights(minus.loss, minus.losses), strict=False)
+        of_both = weights_of_both(plus, minus)
         weights = [(a + b) / 2 for a, b in of_both]
+        if aside is not None:
+            check_fixed(plus, minus, of_both, lambda: check_pair_of_steps(aside, step_size / 100, mask, key))
     return combine(plus, minus, weights, curvature, noise, step_size)
 
 
@@ -102,6 +108,28 @@ def combine(
         penalty=penalty,
         noise=(plus.loss - minus.loss) / (2 * step_size) if noise else None,
     )
+
+
+def weights_of_both(plus: Pass, minus: Pass) -> list[tuple[Tensor, Tensor]]:
+    """Return what the elements of each recorded loss count in either pass."""
+    of_plus, of_minus = (element_weights(each.loss, each.losses) for each in (plus, minus))
+    return list(zip(of_plus, of_minus, strict=False))
+
+
+def check_pair_of_steps(closure: Closure, step_size: float, mask: str, key: int) -> None:
+    """Refuse a step whose targets or weights move with the noise (`lightning_dropreg.estimators.fixed.check_fixed`).
+
+    Args:
+        closure: See `antithetic`.
+        step_size: See `antithetic`.
+        mask: See `antithetic`.
+        key: See `antithetic`.
+    """
+    directions = Directions(key, mask)
+    plus = run_pass(closure, Perturb(directions, step_size), record_losses=True)
+    directions.rewind()
+    minus = run_pass(closure, Perturb(directions, -step_size), record_losses=True)
+    check_fixed(plus, minus, weights_of_both(plus, minus))
 
 
 def second_difference(plus: Tensor, minus: Tensor, clean: Tensor, step_size: float) -> Tensor:

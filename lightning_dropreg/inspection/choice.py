@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_dropreg.errors import DropregError
+from lightning_dropreg.inspection.derivatives import compare_derivatives
 from lightning_dropreg.inspection.first_step import inspect_step
 from lightning_dropreg.inspection.kinks import noise_excess
 from lightning_dropreg.inspection.support import failure
@@ -50,6 +51,7 @@ def choose_estimator(
     noise_of: Sequence[nn.Parameter] = (),
     step_size: float = 0.1,
     mask: str = "as_model",
+    curvature: str | None = None,
 ) -> Choice:
     """Choose between two passes with finite steps and one with dual numbers.
 
@@ -61,6 +63,7 @@ def choose_estimator(
         noise_of: Parameters in which the excess of the noise is measured, if it is to be.
         step_size: Step of the antithetic pair, for that.
         mask: Mask of the noise, for that.
+        curvature: Of the penalty, whose derivatives are compared with finite steps; None for noise alone.
 
     Returns:
         The choice, the same for the same model.
@@ -77,6 +80,7 @@ def choose_estimator(
         return Choice("antithetic", "the network is smooth behind its dropout")
     found = f"there are kinks behind the dropout ({', '.join(kinks)})"
     against = next(map(str, refused("forward")), "") or failure(closure, "forward")
+    against = against or str(compare_derivatives(closure, "forward", curvature=curvature).measured.problem or "")
     if not against:
         return Choice("forward", found)
     excess = noise_excess(closure, noise_of, step_size=step_size, mask=mask) if noise_of else None
@@ -88,12 +92,13 @@ def _short(reason: str) -> str:
     return reason.partition(" Use ")[0].rstrip(".")
 
 
-def chosen_estimator(closure: Closure, module: nn.Module | None = None) -> str:
+def chosen_estimator(closure: Closure, module: nn.Module | None = None, curvature: str | None = None) -> str:
     """Return the name of the estimator that ``estimator="auto"`` stands for on a step.
 
     Args:
         closure: Runs forward and loss with the model in training mode; returns the scalar loss.
         module: A module whose state must not advance.
+        curvature: See `choose_estimator`.
 
     Returns:
         ``"antithetic"`` or ``"forward"``.
@@ -104,4 +109,4 @@ def chosen_estimator(closure: Closure, module: nn.Module | None = None) -> str:
             return isolation.run(closure, trace=False)
 
         seen, _ = inspect_step(run, need_losses=False, quiet=True)
-        return choose_estimator(run, seen.kinks).estimator
+        return choose_estimator(run, seen.kinks, curvature=curvature).estimator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from lightning_dropreg.errors import DropregError, UnsupportedSiteError
 from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.estimators.curvature import element_weights, factor, matrix, pair_quadratic_form, quadratic_form
+from lightning_dropreg.inspection.derivatives import compare_derivatives, measure_targets
 from lightning_dropreg.inspection.first_step import inspect_step
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.losses import Loss
 from lightning_dropreg.passes import Closure, Pass, focus
+from lightning_dropreg.passes.gradients import leaves_below
 from lightning_dropreg.passes.isolation import Isolation
 
 __all__ = ["LossSupport", "SiteSupport", "Support", "failure", "find_support"]
@@ -90,7 +92,13 @@ def find_support(closure: Closure, *, module: nn.Module | None = None) -> Suppor
 
         done, problems = inspect_step(run, need_losses=True)
         losses, untried = _losses(done)
-        return Support(_sites(run, done.sites, problems), losses, problems, untried, done.kinks)
+        sites = _sites(run, done.sites, problems)
+        if not problems and done.sites:
+            sites = _compared(run, sites, _CURVATURE if losses else None)
+            targets = measure_targets(run).problem if losses else None
+            if targets is not None:
+                losses = [replace(each, refused=dict.fromkeys(ESTIMATORS, str(targets))) for each in losses]
+        return Support(sites, losses, problems, untried, done.kinks)
 
 
 def _sites(run: Closure, sites: Sequence[Site], problems: Sequence[DropregError]) -> list[SiteSupport]:
@@ -127,6 +135,19 @@ def failure(closure: Closure, estimator: str) -> str:
     return _reason(_noise, closure, estimator)
 
 
+def _compared(run: Closure, sites: Sequence[SiteSupport], curvature: str | None) -> list[SiteSupport]:
+    """Refuse estimators where the derivatives that they follow are not those of the function."""
+    names = [each.site.name for each in sites]
+    refused = [dict(each.refused) for each in sites]
+    for estimator in ESTIMATORS:
+        if any(estimator in each for each in refused):
+            continue
+        found = compare_derivatives(run, estimator, curvature=curvature, names=names)
+        for index in found.sites:
+            refused[index][estimator] = str(found.measured.problem)
+    return [SiteSupport(each.site, reasons) for each, reasons in zip(sites, refused, strict=True)]
+
+
 def _noise(run: Closure, estimator: str) -> None:
     """The noise takes the same derivatives as the penalty, and any loss will do."""
     estimate = ESTIMATORS[estimator](run, curvature=None, noise=True, step_size=_STEP, mask="as_model", key=0)
@@ -143,7 +164,7 @@ def gradient_norm(value: Tensor) -> float:
     Returns:
         The norm of the gradient in all leaves.
     """
-    leaves = _leaves(value)
+    leaves = leaves_below(value)
     before = [leaf.grad for leaf in leaves]
     try:
         for leaf in leaves:
@@ -154,19 +175,6 @@ def gradient_norm(value: Tensor) -> float:
     finally:
         for leaf, gradient in zip(leaves, before, strict=True):
             leaf.grad = gradient
-
-
-def _leaves(value: Tensor) -> list[Tensor]:
-    seen, stack, leaves = set(), [value.grad_fn], []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        stack.extend(next_node for next_node, _ in node.next_functions)
-    return leaves
 
 
 def _losses(done: Pass) -> tuple[list[LossSupport], dict[str, str]]:

@@ -23,6 +23,7 @@ __all__ = [
     "Loss",
     "PerOutputLoss",
     "classes_last",
+    "differ",
     "midpoint_and_slope",
     "outputs_last",
     "outputs_of_rows",
@@ -47,6 +48,7 @@ class Loss(ABC):
             where all count 1, or the loss function took no mean.
         logits: What ``identity`` averages over, ``(T, C)``: the outputs themselves, but the logits behind them where
             these are log-probabilities; None where those are not known.
+        value: The same as `function`, of losses whose `function` refuses because its Hessian says nothing.
     """
 
     is_mean = False
@@ -59,6 +61,7 @@ class Loss(ABC):
         self.elements = elements
         self.function = function
         self.logits = outputs
+        self.value = function
 
     @abstractmethod
     def per_element(self, values: Tensor) -> Tensor:
@@ -119,6 +122,15 @@ class Loss(ABC):
         other.logits = None if self.logits is None else self.logits[order]
         other.elements = self.per_element(self.elements)[order].reshape(self.elements.shape)
         return other
+
+    def moves(self, other: Loss) -> bool:
+        """Whether the loss is another function of its outputs than `other`, the same loss in another pass.
+
+        That is so where a target, a weight or a variance changed; it reads values, so the device is waited for.
+        """
+        with torch.no_grad():
+            ours, theirs = (self.per_element(each.value(self.outputs)) for each in (self, other))
+        return differ(ours, theirs)
 
     def take_logits(self, logits: Tensor) -> None:  # noqa: B027
         """Take note of the logits behind log-probabilities, in the shape in which the loss was given these."""
@@ -189,6 +201,14 @@ def midpoint_and_slope(plus: Tensor, minus: Tensor, step: float) -> tuple[Tensor
     dtype = noise_dtype(plus.dtype)  # a difference of half-precision numbers needs more digits than they have
     plus, minus = plus.to(dtype), minus.to(dtype)
     return (plus + minus) / 2, (plus - minus) / (2 * step)
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ by more than rounding, on the scale of the larger."""
+    if a.shape != b.shape:
+        return True
+    digits = {torch.float64: 1e-9, torch.float32: 1e-5}.get(a.dtype, 1e-2)
+    return bool(((a - b).abs() > digits * torch.maximum(a.abs(), b.abs()).amax()).any()) if a.numel() else False
 
 
 def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:

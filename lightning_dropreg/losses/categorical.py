@@ -65,6 +65,9 @@ class CategoricalLoss(Loss):
         scale: ``s``, shape ``(T,)``: the sum of the target's (class-weighted) probabilities; 0 for ignored targets,
             1 for an unweighted target.
         counted: 1 for examples that count and 0 for ignored ones, shape ``(T,)``.
+
+    Attributes:
+        labels_are_given: Whether targets are numbers of classes, and classes all weigh the same.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class CategoricalLoss(Loss):
         super().__init__(name, outputs, elements, function)
         self.scale = scale
         self.counted = counted
+        self.labels_are_given = False
 
     def per_element(self, values: Tensor) -> Tensor:
         """See `Loss`."""
@@ -122,6 +126,10 @@ class CategoricalLoss(Loss):
                 part.logits = outputs if logits is None else logits[number]
             parts.append(part)
         return parts
+
+    def moves(self, other: Loss) -> bool:
+        """See `Loss`: what changes where labels are numbers jumps, and has no derivative (but at the jump)."""
+        return not self.labels_are_given and super().moves(other)
 
     def take_logits(self, logits: Tensor) -> None:
         """See `Loss`."""
@@ -233,6 +241,7 @@ def _categorical(
     elements = (of_log_probabilities if log_probabilities else function)(outputs).reshape(shape)
     loss = CategoricalLoss(name, outputs, elements, function, scale, counted)
     loss.mass, loss.is_mean = mass, reduction == "mean"
+    loss.labels_are_given = not soft and weight is None
     if log_probabilities:
         loss.logits = None
     return reduced(elements, reduction, denominator), loss

@@ -115,13 +115,10 @@ def _loss(
     return reduced(elements, reduction, count), loss
 
 
-def _residual(name: str, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
-    """Outputs and labels of a loss of ``input - target``: if both are trained, the difference is the output."""
+def _residual(input: Tensor, target: Tensor) -> tuple[Tensor, torch.Size]:
+    """Outputs of a loss of ``input - target``: the difference, which is right for targets that move too."""
     input, target = torch.broadcast_tensors(input, target)
-    if target.requires_grad:
-        outputs = outputs_of_rows(input - target)
-        return outputs, torch.zeros_like(outputs), input.shape
-    return outputs_of_rows(input), outputs_of_rows(target), input.shape
+    return outputs_of_rows(input - target), input.shape
 
 
 def _weighted(function: Function, weight: Tensor | None) -> Function:
@@ -136,14 +133,14 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Loss]:
-    """`torch.nn.functional.mse_loss`: ``l'' = 2``. The output is ``input - target`` if both are trained."""
-    outputs, labels, shape = _residual("mse_loss", input, target)
+    """`torch.nn.functional.mse_loss`: ``l'' = 2``. The output is ``input - target``: both may move."""
+    outputs, shape = _residual(input, target)
     weights = None if weight is None else outputs_of_rows(weight.expand(shape))
     return _loss(
         "mse_loss",
         outputs,
         shape,
-        _weighted(lambda z: F.mse_loss(z, labels, reduction="none"), weights),
+        _weighted(lambda z: z.square(), weights),
         _weighted(lambda z: torch.full_like(z, 2.0), weights),
         reduction_of(size_average, reduce, reduction),
         weights,
@@ -154,14 +151,14 @@ def huber_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
 ) -> tuple[Tensor, Loss]:
     """`torch.nn.functional.huber_loss`: ``l'' = 1`` within `delta` of the target and 0 outside."""
-    outputs, labels, shape = _residual("huber_loss", input, target)
+    outputs, shape = _residual(input, target)
     weights = None if weight is None else outputs_of_rows(weight.expand(shape))
     return _loss(
         "huber_loss",
         outputs,
         shape,
-        _weighted(lambda z: F.huber_loss(z, labels, reduction="none", delta=delta), weights),
-        _weighted(lambda z: ((z - labels).abs() <= delta).to(z.dtype), weights),
+        _weighted(lambda z: F.huber_loss(z, torch.zeros_like(z), reduction="none", delta=delta), weights),
+        _weighted(lambda z: (z.abs() <= delta).to(z.dtype), weights),
         reduction,
     )
 
@@ -177,13 +174,13 @@ def smooth_l1_loss(
     """`torch.nn.functional.smooth_l1_loss`: ``l'' = 1/beta`` within `beta` of the target and 0 outside."""
     if beta == 0:
         return l1_loss(input, target, size_average, reduce, reduction)
-    outputs, labels, shape = _residual("smooth_l1_loss", input, target)
+    outputs, shape = _residual(input, target)
     return _loss(
         "smooth_l1_loss",
         outputs,
         shape,
-        lambda z: F.smooth_l1_loss(z, labels, reduction="none", beta=beta),
-        lambda z: ((z - labels).abs() < beta).to(z.dtype) / beta,
+        lambda z: F.smooth_l1_loss(z, torch.zeros_like(z), reduction="none", beta=beta),
+        lambda z: (z.abs() < beta).to(z.dtype) / beta,
         reduction_of(size_average, reduce, reduction),
     )
 
@@ -204,9 +201,9 @@ def l1_loss(
     Returns:
         The reduced loss and its description.
     """
-    outputs, labels, shape = _residual("l1_loss", input, target)
+    outputs, shape = _residual(input, target)
     weights = None if weight is None else outputs_of_rows(weight.expand(shape))
-    distance = _weighted(lambda z: (z - labels).abs(), weights)
+    distance = _weighted(torch.abs, weights)
 
     def refuse(z: Tensor) -> Tensor:
         raise LossNotRecognizedError(
@@ -218,6 +215,7 @@ def l1_loss(
     elements = distance(outputs).reshape(shape)
     reduction = reduction_of(size_average, reduce, reduction)
     loss = ElementwiseLoss("l1_loss", outputs, elements, refuse, refuse, of_means(reduction))
+    loss.value = distance
     loss.mass, loss.is_mean = (weights if reduction == "mean" else None), reduction == "mean"
     count = float(max(elements.numel(), 1)) if weights is None else weights.sum()
     return reduced(elements, reduction, count), loss

@@ -197,6 +197,22 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(result) if inplace else result
 
 
+def detach(input: Tensor) -> Tensor:
+    """`Tensor.detach`: no gradient, but the value moves with the noise all the same, and so has a tangent.
+
+    The tangent is that of the function that is computed, not of the one that is differentiated; torch's own `detach`
+    drops it.
+
+    Returns:
+        The value and the tangent, both without a graph.
+    """
+    x, t = forward_ad.unpack_dual(input)
+    return _detach(x) if t is None else make_dual(_detach(x), _detach(t))
+
+
+_detach = Tensor.detach
+
+
 def _norm(func: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     """Make what replaces a vector norm: torch's formula for the sum of absolute values has no backward."""
 
@@ -263,6 +279,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: instance_norm,
     torch.batch_norm: torch_batch_norm,
     torch.instance_norm: torch_instance_norm,
+    **dict.fromkeys((torch.detach, Tensor.detach, Tensor.data.__get__), detach),  # type: ignore[attr-defined]
     F.glu: glu,
     F.hardsigmoid: hardsigmoid,
     **{func: _norm(func, "p") for func in (torch.norm, Tensor.norm)},

@@ -24,6 +24,7 @@ __all__ = [
     "backpropagate",
     "collect_gradients",
     "has_reentrant_checkpoint",
+    "leaves_below",
     "leaves_of",
 ]
 
@@ -65,6 +66,33 @@ def leaves_of(*values: Tensor) -> list[Tensor] | None:
         elif node.name() in _NOT_ASIDE:
             return None
         stack.extend(next_node for next_node, _ in reversed(node.next_functions))
+    return list(leaves)
+
+
+def leaves_below(*values: Tensor) -> list[Tensor]:
+    """Return all leaf tensors that `values` depend on, whatever stands on the way to them.
+
+    Args:
+        values: Tensors.
+
+    Returns:
+        The leaves.
+
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> leaves_below((2 * w).sum())[0] is w
+        True
+    """
+    leaves: dict[Tensor, None] = {}
+    seen: set[Any] = set()
+    stack: list[Any] = [value.grad_fn for value in values]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                leaves[node.variable] = None
+            stack.extend(following for following, _ in node.next_functions)
     return list(leaves)
 
 

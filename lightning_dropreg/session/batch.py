@@ -64,6 +64,8 @@ class Pairable:
 class Batch:
     """One batch: runs the user's step on it (a `lightning_dropreg.step.share.BatchRunner`)."""
 
+    looked_at = True  # by the session, before the first
+
     def __init__(
         self,
         original: Callable[..., Any],

@@ -32,6 +32,8 @@ from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.estimators.reduction import check_mean_over_rows
 from lightning_dropreg.inspection.choice import Choice, choose_estimator
+from lightning_dropreg.inspection.assumptions import Measured
+from lightning_dropreg.inspection.derivatives import compare_derivatives, measure_targets
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.inspection.kinks import EXCESS, REMEDY, WIDE_STEP
 from lightning_dropreg.interception.handlers.attention import attention_dropout
@@ -92,6 +94,7 @@ class Session:
         # a schedule may hold all probabilities at 0 for a while
         self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self._inspected = False
+        self.measured: list[Measured] = []  # of what the plan assumes, before training
         self.kinks: dict[str, int] = {}
         self._copies = self._shares_body = False
         self.compiled = list(compiled_parts(module).values())
@@ -332,6 +335,7 @@ class Session:
                 if not problems:
                     self._check_rows(batch, seen.sites)
                     self._find_shared_body(batch)
+                    problems += self._derivative_problems(batch, seen.sites)
         except SkippedError:
             if problems:
                 raise all_at_once(problems, name) from None
@@ -369,6 +373,7 @@ class Session:
                     noise_of=[] if measured is None else [p for p in self.module.parameters() if p.requires_grad],
                     step_size=estimation.step_size,
                     mask=estimation.mask,
+                    curvature=self.plan.curvature,
                 )
             self.found[_CHOSEN] = asdict(choice)
         self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
@@ -452,6 +457,16 @@ class Session:
             on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
             if fraction < 1:
                 check_masks_of_rows(sites, on_rows, chosen.mask)
+
+    def _derivative_problems(self, batch: Batch, sites: Sequence[Site]) -> list[DropregError]:
+        """Find out whether targets stand still and derivatives are those of the function."""
+        names = [site.name for site in sites]
+        found = [measure_targets(batch.aside)] if self.plan.needs_losses else []
+        for estimator, curvature, mask in sorted(self.plan.followed, key=str):
+            compared = compare_derivatives(batch.aside, estimator, curvature=curvature, mask=mask, names=names)
+            found.append(compared.measured)
+        self.measured += found
+        return [each.problem for each in found if each.problem is not None]
 
     def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -13,6 +14,7 @@ from lightning_dropreg.estimators import Pairs
 from lightning_dropreg.estimators.layout import Layout
 from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.choice import chosen_estimator
+from lightning_dropreg.inspection.derivatives import measure
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.numerics.noise import draw_key, of_this_rank
 from lightning_dropreg.passes import Closure
@@ -41,6 +43,7 @@ class ClosureRunner:
 
     releases = False
     shares_body = True
+    looked_at = False
     scaler: Scaler | None = None
 
     def __init__(
@@ -106,13 +109,36 @@ def carry_out(
     """
     check_module(module)
     if plan.has_choice:
-        plan = plan.choosing(chosen_estimator(closure, module))
+        plan = plan.choosing(chosen_estimator(closure, module, plan.curvature))
     # drawn before the random state is remembered, or the first pass would start from another one
     key = of_this_rank(draw_key(generator))
     runner = ClosureRunner(closure, module, rows, batch_size or 0, mean)
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
     with runner.isolation, constants_marked() if plan.needs_losses else nullcontext():
+        _check_derivatives(plan, closure, runner.aside)
         return plan.run(runner, key, 0)
+
+
+_compared: weakref.WeakKeyDictionary[Closure, set[object]] = weakref.WeakKeyDictionary()
+
+
+def _check_derivatives(plan: Plan, closure: Closure, aside: Closure) -> None:
+    """Compare what autograd says with finite steps, the first time that a closure comes with these settings.
+
+    A closure that is made anew for every batch is compared every time, which costs some passes; one that lives as long
+    as the training is compared once.
+    """
+    for followed in plan.followed:
+        try:
+            known = _compared.setdefault(closure, set())
+        except TypeError:  # an object that cannot be remembered
+            known = set()
+        if followed not in known:
+            estimator, curvature, mask = followed
+            for found in measure(aside, estimator, curvature=curvature, mask=mask):
+                if found.problem is not None:
+                    raise found.problem
+            known.add(followed)
 
 
 def check_module(module: object) -> None:

@@ -79,6 +79,16 @@ class Plan:
         return self.alpha or 0.0 if penalty is None else penalty.strength * penalty.every_n_steps
 
     @property
+    def followed(self) -> set[tuple[str, str | None, str]]:
+        """Whose derivatives are taken for those of the step: estimator, curvature (None for noise) and mask of each."""
+        found: set[tuple[str, str | None, str]] = set()
+        if self.penalty is not None and self.penalty.strength:
+            found.add((self.penalty.estimation.estimator, self.penalty.curvature, self.penalty.estimation.mask))
+        if self.noise is not None and self.noise_scale and self.noise.source == "taylor":
+            found.add((self.noise.estimation.estimator, None, self.noise.estimation.mask))
+        return {each for each in found if each[0] not in {"antithetic", AUTO}}
+
+    @property
     def noise_scale(self) -> float:
         """Factor of the noise scalar; 0 without noise."""
         if self.noise is None:

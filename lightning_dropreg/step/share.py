@@ -57,11 +57,13 @@ class BatchRunner(Protocol):
     Attributes:
         releases: Whether passes may be differentiated one by one, before the one backward of the total.
         shares_body: Whether draws that differ at the last site only may run what comes before it once.
+        looked_at: Whether the step was looked at before, so that not every estimate must show what it assumes.
         scaler: Multiplies a loss by the scale of a gradient scaler; None without one.
     """
 
     releases: bool
     shares_body: bool
+    looked_at: bool
     scaler: Scaler | None
 
     def whole(self) -> Tensor:
@@ -138,8 +140,10 @@ class Share:
             )
         else:
             estimator = ESTIMATORS[chosen.estimator]
-            if estimator is antithetic and self.has_loss:
-                estimator = functools.partial(antithetic, restart=runner.forget)
+            if estimator is antithetic:
+                again = runner.aside if chosen.batch_fraction is None else closure
+                options = {"restart": runner.forget} if self.has_loss else {}
+                estimator = functools.partial(antithetic, aside=None if runner.looked_at else again, **options)
             estimate = estimator(
                 closure,
                 curvature=self.curvature,
