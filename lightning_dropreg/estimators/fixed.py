@@ -52,15 +52,15 @@ def _problem(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor]]) 
         if a.outputs.shape == b.outputs.shape and a.moves(b):
             return (
                 f"What {a.name} compares the output with (its target, a weight or a variance) changes with the dropout "
-                "noise, though it has no gradient: a detached target that comes from the same dropped features, or from "
-                "a teacher whose dropout is on. It adds curvature that this package knows only for losses of the "
-                "difference (mse_loss, huber_loss, smooth_l1_loss). Compute the target without dropout (teacher.eval()), "
-                "use one of these losses, curvature='full', or ImplicitNoise, which needs no curvature."
+                "noise, without having a gradient: a detached target from the same dropped features, or from a teacher "
+                "whose dropout is on. It adds curvature that is only known for losses of the difference (mse_loss, "
+                "huber_loss, smooth_l1_loss). Compute the target without dropout (teacher.eval()), use one of these, "
+                "curvature='full', or ImplicitNoise, which needs no curvature."
             )
     for (w, other), loss in zip(weights, plus.losses, strict=True):
         if differ(w.detach(), other.detach()):
             return (
-                f"The weights with which the elements of {loss.name} count in the returned loss change with the dropout "
+                f"The weights with which elements of {loss.name} count in the loss change with the dropout "
                 "noise, though they have no gradient (a detached focal factor or confidence, or a division by a "
                 "detached loss), so the loss has curvature that this package does not know. Compute the weights "
                 "without dropout, or use curvature='full' or ImplicitNoise, which need no recognized loss."
@@ -84,7 +84,7 @@ def _unaccounted(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor
     return (
         "A part of the returned loss changes with the dropout noise without going through a recognized loss function "
         f"({', '.join(loss.name for loss in plus.losses)}): it depends on a dropout under torch.no_grad or behind "
-        ".detach(). Its curvature is unknown, so the penalty would miss it. Compute that part with a loss function that "
+        ".detach(). Its curvature is unknown, and the penalty would miss it. Compute it with a loss function that "
         "this package knows, make it known with lightning_dropreg.recognize, or use curvature='full' or ImplicitNoise."
     )
 

@@ -154,14 +154,18 @@ _TABLE = (
     Assumption(
         "derivative_is_of_the_function",
         "The derivative that autograd gives at a site is that of the function that is computed.",
-        "Each site's tangent against a finite step, once before training.",
+        "Each site's tangent against a finite step, and the gradients of both, before training (in the functions once "
+        "for each closure).",
+        right="`forward` follows values through `.detach()`; `antithetic` takes finite steps of the function.",
         error="`UnsupportedOperationError` names the site and the reason.",
     ),
     Assumption(
         "fixed_target",
-        "What the loss compares the output with does not depend on dropout.",
-        "Targets of the losses with and without a step at the sites, before training.",
-        error="`LossNotRecognizedError`.",
+        "What the loss compares the output with, and the weights of its elements, do not depend on dropout.",
+        "The loss as a function of its outputs in two passes with opposite noise, and what its elements leave of its "
+        "change, before training (in the functions every time).",
+        right="In losses of a difference (`mse_loss`, `huber_loss`, `smooth_l1_loss`): that is the output.",
+        error="`LossNotRecognizedError` says what moves.",
     ),
     Assumption(
         "smooth",
@@ -218,7 +222,7 @@ _ROWS = ("rows_found", "independent_rows", "mean_over_rows")
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "ExplicitPenalty": (*_TAYLOR, "recognized_loss", "fixed_target"),
-    "ImplicitNoise": (*_TAYLOR, "fixed_target"),
+    "ImplicitNoise": _TAYLOR,
     "MiniBatchDropout": _SEVERAL_RUNS,
     "DropoutDiagnostics": (*_TAYLOR, "recognized_loss", "fixed_target"),
     "MonteCarloDropout": ("whole_batch", "state_put_back"),

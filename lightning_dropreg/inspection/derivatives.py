@@ -24,17 +24,17 @@ from lightning_dropreg.estimators.curvature import FULL, OF_OUTPUTS, element_wei
 from lightning_dropreg.estimators.double_backward import directional_derivative
 from lightning_dropreg.inspection.assumptions import Measured
 from lightning_dropreg.interception.sites import Rule, Site
-from lightning_dropreg.numerics.noise import random_signs
 from lightning_dropreg.passes import Closure, Directions, Off, Pass, Perturb, Tangent, Tap, run_pass
 from lightning_dropreg.passes.gradients import leaves_below
 
 __all__ = ["Compared", "compare_derivatives", "measure", "measure_targets"]
 
 TOLERANCE = 0.05
-"""Relative difference from which on a derivative is another's; finite steps are far closer where they can be trusted."""
+"""Relative difference from which on a derivative is another; trusted finite steps are far closer."""
 _KEY = 20_200_713
 _MOST = 48  # groups of sites that are looked at one by one
 _STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
+_VECTORS = 3
 _ENTRIES = 4096  # of a tensor's gradient, about so many are compared
 _WIDE_STEP = 0.1  # where activations have few digits
 
@@ -128,8 +128,8 @@ def compare_derivatives(
     )
     problem = UnsupportedOperationError(
         f"The derivative that autograd gives at dropout site {called} is not that of the function that the step "
-        f"computes, which estimator={estimator!r} needs: {reason}. Use estimator='antithetic', which takes finite steps "
-        "of the function itself."
+        f"computes, which estimator={estimator!r} needs: {reason}. Use estimator='antithetic', which takes finite "
+        "steps of the function itself."
     )
     return Compared(Measured(name, worst, TOLERANCE, "error", problem=problem), at)
 
@@ -186,7 +186,7 @@ class _Comparison:
 
 
 class _PerturbSome(Perturb):
-    """Directions drawn before, at some of the sites; the others do nothing."""
+    """All sites get directions, and some act; the others do nothing."""
 
     def __init__(self, directions: Directions, step: float, group: Sequence[int]) -> None:
         super().__init__(directions, step)
@@ -196,7 +196,8 @@ class _PerturbSome(Perturb):
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.Rule`."""
         position, self.met = self.met, self.met + 1
-        return self.again(position, h)
+        perturbed = super().__call__(site, h)
+        return perturbed if position in self.group else h.view_as(h)
 
     def again(self, index: int, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.RepeatableRule`."""
@@ -214,10 +215,8 @@ class _TangentAtSome(Tangent):
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.Rule`."""
         position, self.met = self.met, self.met + 1
-        if position not in self.group:
-            return h.view_as(h)
-        self.directions.rewind_to(position)
-        return super().__call__(site, h)
+        dual = super().__call__(site, h)
+        return dual if position in self.group else h.view_as(h)
 
 
 class _Step:
@@ -229,8 +228,7 @@ class _Step:
         self.curvature = curvature
         self.mask = mask
         self.record = curvature in OF_OUTPUTS
-        self.directions = Directions(_KEY, mask)
-        seen = self._pass(Perturb(self.directions, 1e-3))
+        seen = self._pass(Perturb(self._directions(), 1e-3))
         self.sites: Sequence[Site] = seen.sites
         self.counting: list[int] = []  # numbers of the losses that the returned one depends on
         if self.record:
@@ -242,13 +240,13 @@ class _Step:
         self.step = _WIDE_STEP if seen.in_bfloat16 else _STEPS.get(dtype, _WIDE_STEP)
         self.size = max(float(v.detach().double().norm()) for v in values)
         self.vectors: list[list[Tensor]] = []  # along which outputs are looked at
-        for n in range(2 if self.record else 0):
-            signs = [random_signs(v.shape, v.dtype, torch.Generator(v.device).manual_seed(_KEY + n)) for v in values]
-            self.vectors.append(signs)
+        for n in range(_VECTORS if self.record else 0):
+            generator = torch.Generator().manual_seed(_KEY + n)
+            self.vectors.append([torch.randn(v.shape, generator=generator).to(v) for v in values])
         self.trained = [leaf for leaf in leaves_below(seen.loss, *values) if leaf.requires_grad]
 
     def scalars(self, done: Pass) -> list[Tensor]:
-        """What is compared: the outputs along two random directions, or the loss."""
+        """What is compared: the outputs along some random directions, or the loss."""
         if not self.record:
             return [done.loss]
         outputs = [done.losses[n].outputs for n in self.counting]
@@ -284,12 +282,15 @@ class _Step:
     def _floor(self, step: float) -> float:
         return 100 * self.digits * self.size / step
 
+    def _directions(self) -> Directions:
+        return Directions(_KEY, self.mask)  # the same in every pass
+
     def _pass(self, rule: Rule) -> Pass:
         return run_pass(self.closure, rule, record_losses=self.record)
 
     def _pair(self, step: float, group: Sequence[int]) -> Iterator[list[Tensor]]:
         for sign in (1, -1):
-            yield self.scalars(self._pass(_PerturbSome(self.directions, sign * step, group)))
+            yield self.scalars(self._pass(_PerturbSome(self._directions(), sign * step, group)))
 
     def _difference(self, step: float, group: Sequence[int]) -> Tensor:
         plus, minus = (torch.stack(scalars).detach().double().cpu() for scalars in self._pair(step, group))
@@ -309,18 +310,18 @@ class _Step:
         return torch.tensor(rows, dtype=torch.float64)
 
     def _tap(self) -> Tap:
-        return Tap(Directions(_KEY, self.mask), draw=True)  # the same key, so the same directions
+        return Tap(self._directions(), draw=True)
 
     def _tangent(self, group: Sequence[int]) -> Tensor:
         with forward_ad.dual_level():
-            scalars = self.scalars(self._pass(_TangentAtSome(self.directions, group)))
+            scalars = self.scalars(self._pass(_TangentAtSome(self._directions(), group)))
             return torch.stack([_tangent_of(scalar) for scalar in scalars]).detach().double().cpu()
 
     def _slopes(self) -> Iterator[Tensor]:
         """The change of what is compared by the estimator's derivatives, with a graph, for all sites together."""
         if self.estimator == "forward":
             with forward_ad.dual_level():
-                for scalar in self.scalars(self._pass(Tangent(Directions(_KEY, self.mask)))):
+                for scalar in self.scalars(self._pass(Tangent(self._directions()))):
                     yield _tangent_of(scalar)
         else:
             tap = self._tap()

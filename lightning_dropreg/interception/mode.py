@@ -222,8 +222,8 @@ class Interception(TorchFunctionMode):
         self.in_bfloat16 = self.in_bfloat16 or is_in_bfloat16(h)
         dropped = self.rule(site, h.clone() if inplace else h)
         if _marking.get() and not dropped.requires_grad and torch.is_grad_enabled():
-            dropped = dropped.requires_grad_()
-            dropped = dropped.view_as(dropped)  # has a node in the graph
+            marked = dropped.view_as(dropped).requires_grad_()  # a rule may have returned the user's own tensor
+            dropped = marked.view_as(marked)  # has a node in the graph
         self.site_nodes.append(dropped.grad_fn)
         return h.copy_(dropped) if inplace else dropped
 

@@ -127,6 +127,9 @@ class Loss(ABC):
         """Whether the loss is another function of its outputs than `other`, the same loss in another pass.
 
         That is so where a target, a weight or a variance changed; it reads values, so the device is waited for.
+
+        Returns:
+            Whether it is.
         """
         with torch.no_grad():
             ours, theirs = (self.per_element(each.value(self.outputs)) for each in (self, other))

@@ -57,10 +57,6 @@ class Directions:
         self._next = 0
         self._complete = True
 
-    def rewind_to(self, position: int) -> None:
-        """Let the next site be number `position`, which was drawn before."""
-        self._next = position
-
     def at(self, position: int) -> Tensor:
         """Return the direction of site number `position`, which was drawn before."""
         return self._drawn[position][1]

@@ -31,8 +31,8 @@ from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.estimators.reduction import check_mean_over_rows
-from lightning_dropreg.inspection.choice import Choice, choose_estimator
 from lightning_dropreg.inspection.assumptions import Measured
+from lightning_dropreg.inspection.choice import Choice, choose_estimator
 from lightning_dropreg.inspection.derivatives import compare_derivatives, measure_targets
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite, check_masks_of_rows, inspect_step
 from lightning_dropreg.inspection.kinks import EXCESS, REMEDY, WIDE_STEP

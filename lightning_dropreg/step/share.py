@@ -142,8 +142,9 @@ class Share:
             estimator = ESTIMATORS[chosen.estimator]
             if estimator is antithetic:
                 again = runner.aside if chosen.batch_fraction is None else closure
-                options = {"restart": runner.forget} if self.has_loss else {}
-                estimator = functools.partial(antithetic, aside=None if runner.looked_at else again, **options)
+                estimator = functools.partial(antithetic, aside=None if runner.looked_at else again)
+                if self.has_loss:
+                    estimator = functools.partial(estimator, restart=runner.forget)
             estimate = estimator(
                 closure,
                 curvature=self.curvature,
