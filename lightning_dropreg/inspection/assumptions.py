@@ -224,6 +224,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "ExplicitPenalty": (*_TAYLOR, "recognized_loss", "fixed_target"),
     "ImplicitNoise": _TAYLOR,
     "MiniBatchDropout": _SEVERAL_RUNS,
+    "RDrop": _SEVERAL_RUNS,
     "DropoutDiagnostics": (*_TAYLOR, "recognized_loss", "fixed_target"),
     "MonteCarloDropout": ("whole_batch", "state_put_back"),
     "estimator antithetic": ("smooth",),
