@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Classifier, make_loader, make_trainer, same, train
+from fits import Classifier, make_loader, make_trainer, same, train
 from torch import nn
 
 import lightning_dropreg as dr
