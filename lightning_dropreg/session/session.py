@@ -18,30 +18,27 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dropreg.errors import (
     DropregError,
-    KinkedNetworkWarning,
-    UnboundedPenaltyWarning,
 )
-from lightning_dropreg.estimators import AUTO
-from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
+from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.estimators.reduction import check_mean_over_rows
 from lightning_dropreg.inspection.assumptions import Measured
-from lightning_dropreg.inspection.choice import Choice, choose_estimator
+from lightning_dropreg.inspection.choice import Choice
 from lightning_dropreg.inspection.derivatives import compare_derivatives, measure_targets
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite, check_masks_of_rows, inspect_step
-from lightning_dropreg.inspection.kinks import EXCESS, REMEDY, WIDE_STEP
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Off, Pass, dormant_sites, is_dormant, run_pass
 from lightning_dropreg.passes.last_site import shares_body
 from lightning_dropreg.session.batch import Batch, Pairable, SkippedError, loss_of, with_loss
+from lightning_dropreg.session.choosing import choose, warn_of_kinks, warn_of_no_bound
 from lightning_dropreg.session.compiled import (
     as_compiled,
     compiled_parts,
@@ -62,7 +59,7 @@ from lightning_dropreg.session.problems import (
 from lightning_dropreg.session.ranks import has_whole_parameters
 from lightning_dropreg.session.stale import StaleGradients
 from lightning_dropreg.session.values import Values, norm_of
-from lightning_dropreg.step.plan import BatchRunner, Estimation, Plan, StepResult
+from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
 
 __all__ = ["Session", "own_step"]
 
@@ -181,8 +178,8 @@ class Session:
         stale = self.stale.take()
         if not self._inspected:
             self.inspect(original, args, kwargs)
-            self._warn_of_kinks()
-            self._warn_of_no_bound()
+            warn_of_kinks(self.module, self.plan, self.kinks, self.choice)
+            warn_of_no_bound(self.plan, watched=bool(self._detectors))
         if self.plan.untouched:
             return original(*args, **kwargs)
         if not self.module.automatic_optimization:
@@ -355,27 +352,8 @@ class Session:
     def _choose(self, batch: Batch, seen: Pass) -> None:
         """Take an estimator where the choice was left to the model; a resumed run takes that of its checkpoint."""
         if _CHOSEN not in self.found:
-            measured = self.plan.choosing("antithetic").noise_of_finite_steps
-            estimation = measured or Estimation(AUTO, 0.1, "as_model", None, 0)
-
-            def refused(estimator: str) -> list[DropregError]:
-                plan = self.plan.choosing(estimator)
-                return [
-                    *module_problems(self.trainer, self.module, plan),
-                    *compiled_problems(self.module, seen.sites, plan),
-                ]
-
             with as_compiled(self.compiled), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
-                choice = choose_estimator(
-                    batch.aside,
-                    seen.kinks,
-                    refused=refused,
-                    noise_of=[] if measured is None else [p for p in self.module.parameters() if p.requires_grad],
-                    step_size=estimation.step_size,
-                    mask=estimation.mask,
-                    curvature=self.plan.curvature,
-                )
-            self.found[_CHOSEN] = asdict(choice)
+                self.found[_CHOSEN] = asdict(choose(self.trainer, self.module, self.plan, batch.aside, seen))
         self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
         rank_zero_info(f"lightning_dropreg: {self.choice}.")
 
@@ -411,32 +389,6 @@ class Session:
     def _find_shared_body(self, batch: Batch) -> None:
         can = self.module.automatic_optimization and self._whole_parameters and not batch.modified
         self._shares_body = self.plan.sites == "last" and can and not is_dormant() and shares_body(batch.aside)
-
-    def _warn_of_kinks(self) -> None:
-        estimation = self.plan.noise_of_finite_steps
-        if not self.kinks or estimation is None or estimation.step_size >= WIDE_STEP:
-            return
-        found = ", ".join(f"{name} ({count})" for name, count in self.kinks.items())
-        excess = None if self.choice is None else self.choice.excess
-        if excess is not None and excess <= EXCESS:
-            return
-        size = (
-            "can be larger than xi_approx (1.4 to 3.7 times in ReLU networks, with step_size=0.1 and drop "
-            "probabilities from 0.5 down to 0.1)"
-            if excess is None
-            else f"is {excess:.2f} times as large as xi_approx on the first batch"
-        )
-        remedy = REMEDY if self.choice is None else f"({self.choice}.) A larger step_size (0.5 or 1) makes it smaller."
-        rank_zero_warn(
-            f"{type(self.module).__name__} has kinks behind its dropout: {found}. There the noise of "
-            f"ImplicitNoise(estimator='antithetic', step_size={estimation.step_size:g}) {size}. "
-            f"{remedy} `dropreg inspect` measures it on your model.",
-            category=KinkedNetworkWarning,
-        )
-
-    def _warn_of_no_bound(self) -> None:
-        if self.plan.curvature == FULL and not self._detectors:
-            rank_zero_warn(UNBOUNDED, category=UnboundedPenaltyWarning)
 
     def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """Return a batch whose step has a loss, however the module optimizes, to run it aside."""
