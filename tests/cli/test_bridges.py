@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import Classifier, make_loader
+from fits import Classifier, make_loader
 from lightning import LightningDataModule
 
 from lightning_dropreg.cli import main

@@ -80,7 +80,7 @@ def test_the_choice_is_part_of_a_checkpoint(tmp_path, monkeypatch):
     train([dr.ImplicitNoise()], make=Net, max_steps=1, max_epochs=3).trainer.save_checkpoint(path)
     kept = torch.load(path, weights_only=True)["lightning_dropreg"]["ImplicitNoise"]["found"]["estimator"]
     assert kept["estimator"] == "forward"
-    monkeypatch.setattr("lightning_dropreg.session.session.choose_estimator", lambda *_, **__: pytest.fail("again"))
+    monkeypatch.setattr("lightning_dropreg.session.choosing.choose_estimator", lambda *_, **__: pytest.fail("again"))
     model = Net()
     make_trainer([dr.ImplicitNoise()], max_steps=3, max_epochs=3).fit(model, make_loader(), ckpt_path=path)
     assert len(model.gradients) == 2
