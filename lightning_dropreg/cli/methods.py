@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from lightning.pytorch import Callback
 
-from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
+from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout, RDrop
 
 __all__ = ["CLOSING", "CONFIGURED", "METHODS", "NO_DROPOUT", "PAPER", "REFERENCE"]
 
@@ -37,6 +37,8 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
     "R_approx, economical": lambda: [ExplicitPenalty(batch_fraction=_FEW)],
     "R_approx, every 4 steps": lambda: [ExplicitPenalty(every_n_steps=4)],
     "noise only": lambda: [ImplicitNoise()],
+    "curvature full": lambda: [ExplicitPenalty(curvature="full", strength=0.5)],
+    "R-Drop": lambda: [RDrop()],
     "MiniBatchDropout(k=2, antithetic)": lambda: [MiniBatchDropout(k=2, antithetic=True)],
     "MiniBatchDropout(k=4)": lambda: [MiniBatchDropout(k=4)],
     "MiniBatchDropout(k=8, last site)": lambda: [MiniBatchDropout(k=8, sites="last")],

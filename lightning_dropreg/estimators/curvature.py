@@ -86,7 +86,8 @@ def element_weights(total: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
         raise LossNotRecognizedError(
             f"The returned loss is not a weighted sum of the elements of {', '.join(loss.name for loss in losses)} "
             "(a power, a root or a focal factor, say), so it has curvature that these do not know. Make it known "
-            "as a whole with lightning_dropreg.recognize, or use ImplicitNoise, which needs no curvature."
+            "as a whole with lightning_dropreg.recognize, or use ImplicitNoise, which needs no curvature, "
+            "or curvature='full', which takes that of any loss."
         )
     return [
         loss.per_element(torch.zeros_like(loss.elements) if gradient is None else gradient)

@@ -25,7 +25,7 @@ def check_losses(loss: Tensor, interception: Interception) -> None:
             f"({', '.join(_torch_losses())} of torch.nn.functional, or the modules "
             f"around them), so the curvature of the loss in the model's output is unknown.{_refused(interception)} "
             "Compute the loss with one of them, make your own known with lightning_dropreg.recognize, or use "
-            "ImplicitNoise, which needs no curvature."
+            "ImplicitNoise, which needs no curvature, or curvature='full', which takes that of any loss."
         )
     _check_recognized(loss, interception)
 

@@ -50,7 +50,8 @@ CALLBACKS = {
 
 @pytest.mark.parametrize("name", CALLBACKS)
 @pytest.mark.filterwarnings("ignore::lightning_dropreg.errors.UnboundedPenaltyWarning")
-def test_in_yaml(name, tmp_path, capsys):
+def test_in_yaml(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where fit leaves its configuration
     callback, options, known, told = CALLBACKS[name]
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG.format(name=callback, options=options, known=known))
