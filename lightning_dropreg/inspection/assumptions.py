@@ -210,6 +210,13 @@ _TABLE = (
         "Tried for every new shape of a batch.",
         fallback="Drawn rows get passes of their own.",
     ),
+    Assumption(
+        "shared_body",
+        "What the step computes before its last dropout site stays what it was, so that it need not be computed again.",
+        "The loss of a second draw both ways, on the first batch.",
+        fallback="Every draw is a whole pass with the earlier masks repeated.",
+        error="A step that goes another way later: `InconsistentPassesError`.",
+    ),
 )
 
 ASSUMPTIONS: Mapping[str, Assumption] = {assumption.name: assumption for assumption in _TABLE}
@@ -224,7 +231,9 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "ExplicitPenalty": (*_TAYLOR, "recognized_loss", "fixed_target"),
     "ImplicitNoise": _TAYLOR,
     "MiniBatchDropout": _SEVERAL_RUNS,
-    "RDrop": _SEVERAL_RUNS,
+    "MiniBatchDropout at the last site": (*_SEVERAL_RUNS, "shared_body"),
+    "RDrop": (*_SEVERAL_RUNS, "recognized_loss", "fixed_target"),
+    "curvature full": _TAYLOR,
     "DropoutDiagnostics": (*_TAYLOR, "recognized_loss", "fixed_target"),
     "MonteCarloDropout": ("whole_batch", "state_put_back"),
     "estimator antithetic": ("smooth",),
