@@ -16,11 +16,14 @@ from lightning_dropreg.inspection.kinks import find_kinks
 from lightning_dropreg.interception.naming import name_caller
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Closure, Directions, Off, Pass, Tap, is_dormant, run_pass
+from lightning_dropreg.passes.randomness import RandomState
 
 __all__ = ["all_at_once", "check_finite", "check_masks_of_rows", "inspect_step"]
 
 
-def inspect_step(closure: Closure, need_losses: bool, quiet: bool = False) -> tuple[Pass, list[DropregError]]:
+def inspect_step(
+    closure: Closure, need_losses: bool, quiet: bool = False, generators: Sequence[tuple[str, Any]] = ()
+) -> tuple[Pass, list[DropregError]]:
     """Run a step once and find everything that would keep it from being regularized.
 
     Taps at the sites make every way from a site to the loss visible, also from sites on inputs that need no gradient.
@@ -29,13 +32,14 @@ def inspect_step(closure: Closure, need_losses: bool, quiet: bool = False) -> tu
         closure: Runs forward and loss and returns the scalar loss.
         need_losses: Whether its losses must be recognized (for the penalty).
         quiet: Whether to keep silent about what is worth a warning.
+        generators: Random generators that the step may draw from beside the global ones, and where they are.
 
     Returns:
         The pass, its sites named and its kinks counted, and what was found wrong.
     """
     problems: list[DropregError] = []
     taps = Tap(Directions(0))
-    with _RandomnessWatch() as watch:
+    with _RandomnessWatch(generators) as watch:
         done = run_pass(
             closure,
             taps,
@@ -142,43 +146,49 @@ def check_masks_of_rows(sites: Sequence[Site], on_rows: Closure, mask: str) -> N
 
 
 class _RandomnessWatch(TorchFunctionMode):
-    """Notes what draws from the global random states of torch, once everything known is replaced.
+    """Notes what draws random numbers, once everything known is replaced.
+
+    Args:
+        generators: Generators of the step's own to look at beside the global ones, with their names.
 
     Attributes:
         found: The functions, and where each was called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, generators: Sequence[tuple[str, Any]] = ()) -> None:
         super().__init__()
+        self._last: Any = "the beginning"
         self.found: dict[tuple[str, str], None] = {}
-        self._state = _random_state()
+        self._generators = dict(enumerate(["torch", "Python", "numpy", "torch on CUDA"]))
+        self._generators |= {4 + i: place for i, (place, _) in enumerate(generators)}
+        self._state = RandomState([generator for _, generator in generators])
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call `func`; what drew since the last call was something that torch does not show to modes."""
-        self._note(f"something before {getattr(func, '__name__', func)}")
+        self._last = getattr(func, "__name__", func)
+        self._note(f"something before {self._last}")
         result = func(*args, **(kwargs or {}))
         self._note(str(getattr(func, "__name__", func)))
         return result
 
+    def __exit__(self, *exception: Any) -> None:
+        """Look once more: something may have drawn after the last operation."""
+        self._note(f"something after {self._last}")
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
     def _note(self, what: str) -> None:
-        state = _random_state()
-        if state != self._state:
-            self._state = state
-            self.found[what, name_caller()] = None
+        moved = self._state.moved()
+        if moved:
+            self._state = self._state.again()
+            names = [self._generators[number] for number in moved]
+            source = "" if names == ["torch"] else f" (from {', '.join(names)})"
+            self.found[what + source, name_caller()] = None
 
 
 def _without_line(name: str) -> str:
     return name.rsplit(":", 1)[0]
-
-
-def _random_state() -> tuple[bytes, ...]:
-    """The states of torch's global generators, in a form that can be compared."""
-    states = [torch.default_generator.get_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return tuple(state.numpy().tobytes() for state in states)
 
 
 class _Watch(Off):

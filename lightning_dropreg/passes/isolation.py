@@ -8,9 +8,6 @@ the state must advance once.
 from __future__ import annotations
 
 import functools
-import random
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
@@ -19,16 +16,19 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Isolation", "RandomState"]
+from lightning_dropreg.passes.copies import SMALL, copy_of, is_copied, mean_of
+from lightning_dropreg.passes.randomness import RandomState
+from lightning_dropreg.passes.reach import Reach
+from lightning_dropreg.passes.structure import Structure
+
+__all__ = ["Isolation"]
 
 T = TypeVar("T")
 
 # Attributes that every nn.Module has: structure and hooks, not state (buffers are looked at by themselves).
 _STRUCTURE = frozenset(nn.Module().__dict__)
-# Longer containers are data (a vocabulary): what is added to them is undone, what is in them is not looked at.
-_SMALL = 256
-_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
-
+# Of larger buffers only those that were written to are averaged.
+_LARGE = 1 << 16
 _CONTAINERS = frozenset({dict, list, tuple})
 
 
@@ -36,13 +36,17 @@ class Isolation:
     """Gives every run of a step the same random and module state, and settles what state is left in the end.
 
     The first run is the one whose random numbers count. Module state is that of the first run; with ``mean=True``,
-    attributes that are floating-point tensors (a hidden state, a metric) become the mean of all runs': for an
-    antithetic pair that is the state of the model without dropout up to second order, as in the paper's experiments.
+    what is a floating-point tensor (batch-norm statistics, a hidden state, a metric) becomes the mean of all runs': for
+    an antithetic pair that is the state of the model without dropout up to second order, as in the paper's experiments.
 
     Args:
-        module: The module whose state is kept: buffers, and attributes that are tensors, numbers, plain containers of
-            them, or metrics. None keeps only the random state.
+        module: The module whose state is kept: buffers, attributes that are tensors, numbers, plain containers of
+            them, or metrics, and what it is made of (`lightning_dropreg.passes.structure`). None keeps only the random
+            state.
         mean: Whether floating-point state is averaged over the runs.
+        late: Collects buffers, other than those of norms, with the means to write into them when no autograd graph
+            holds them any more. None writes at once, and torch says so in the backward if a graph does.
+        reach: What else is put back: generators and plain objects; by default those that `module` holds.
 
     Example:
         >>> layer = nn.BatchNorm1d(2)
@@ -54,10 +58,25 @@ class Isolation:
         1
     """
 
-    def __init__(self, module: nn.Module | None, mean: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module | None,
+        mean: bool = False,
+        late: list[tuple[Tensor, Tensor]] | None = None,
+        reach: Reach | None = None,
+    ) -> None:
         self._modules = _modules(module)
+        if reach is None:
+            reach = Reach({} if module is None else {"self": module})
+        self._reach = reach
+        # in the order of their states
+        self._holders: list[Any] = [*self._modules, *reach.objects.values()]
+        self._late = late
+        self._structure = Structure(self._modules)
+        self._end_structure: Structure | None = None
         self._mean = mean
         self._original: list[_ModuleState] = []
+        self._versions: dict[int, int] = {}
         self._start: list[_ModuleState] = []
         self._start_random: RandomState | None = None
         self._ends: list[list[_ModuleState]] = []
@@ -66,9 +85,16 @@ class Isolation:
 
     def __enter__(self) -> Isolation:
         """Remember the state in which every run starts."""
+        self._structure = Structure(self._modules)
         self._original = self._current()
+        self._versions = {
+            id(buffer): buffer._version
+            for module in self._modules
+            for buffer in module._buffers.values()
+            if buffer is not None and buffer.numel() > _LARGE and not buffer.is_inference()
+        }
         self._start = _fresh(self._original)
-        self._start_random = RandomState()
+        self._start_random = RandomState([found for _, found in self._reach.generators()])
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -87,6 +113,7 @@ class Isolation:
             What `step` returned.
         """
         if not (trace and self._untouched):
+            self._structure.restore()
             # the first run that counts works on the objects themselves, the others on copies
             self._install(self._original if trace and not self._ends else _fresh(self._start))
             assert self._start_random is not None
@@ -99,7 +126,9 @@ class Isolation:
             raise
         finally:
             if trace:
-                self._end_random = self._end_random or RandomState()
+                assert self._start_random is not None
+                self._end_random = self._end_random or self._start_random.again()
+                self._end_structure = self._end_structure or Structure(self._modules)
                 self._ends += self._cut(cuts) if cuts else [self._current()]
         return result
 
@@ -142,14 +171,19 @@ class Isolation:
                 if buffer is not None and before is not None:
                     buffer.detach().copy_(before)  # the very objects are kept, as in `_ModuleState.mean`
             original.attributes = start.attributes
-        self._ends, self._end_random = [], None
+        self._structure.restore()
+        self._ends, self._end_random, self._end_structure = [], None, None
 
     def settle(self) -> None:
         """Put the state that one step leaves in place: nothing has happened if no run counted."""
+        (self._end_structure or self._structure).restore()
         if self._ends:
             memo: dict[tuple[int, ...], Any] = {}
             if self._mean and len(self._ends) > 1:
-                self._ends = [[_ModuleState.mean(list(ends), memo) for ends in zip(*self._ends, strict=True)]]
+                columns = list(zip(*self._ends, strict=True))
+                self._ends = [[_ModuleState.mean(list(ends), memo) for ends in columns]]
+                for module, ends in zip(self._modules, columns, strict=False):
+                    self._average_buffers(module, ends)
             self._install(self._ends[0])
         else:
             self._install(self._original)
@@ -160,19 +194,41 @@ class Isolation:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Run further steps (with ``trace=False``) after `settle` and put everything back as it is now."""
-        current, current_random = self._current(), RandomState()
+        assert self._start_random is not None
+        current, current_random = self._current(), self._start_random.again()
+        structure = Structure(self._modules)
         try:
             yield
         finally:
+            structure.restore()
             self._install(current)
             current_random.restore()
 
+    def _average_buffers(self, module: nn.Module, ends: Sequence[_ModuleState]) -> None:
+        """Let the buffers that a module is left with be the means; others hold on to them (DDP, to broadcast them)."""
+        for name, first in ends[0].buffers.items():
+            values = [end.buffers.get(name) for end in ends]
+            if first is None or not first.is_floating_point() or (first.requires_grad and first.is_leaf):
+                continue
+            if any(value is None or value.shape != first.shape or value is first for value in values[1:]):
+                continue
+            if first.numel() > _LARGE and self._versions.get(id(first)) == first._version:
+                continue  # nothing was written to it, and it is no statistic of a kernel's
+            with torch.no_grad():
+                mean = torch.stack([value for value in values if value is not None]).mean(0)
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+                first.data.copy_(mean)  # in training no backward reads it
+            elif self._late is not None:
+                self._late.append((first, mean))
+            elif not torch.equal(mean, first):
+                first.detach().copy_(mean)
+
     def _current(self) -> list[_ModuleState]:
-        return [_ModuleState.referenced(module) for module in self._modules]
+        return [_ModuleState.referenced(holder) for holder in self._holders]
 
     def _install(self, states: list[_ModuleState]) -> None:
-        for state, module in zip(states, self._modules, strict=True):
-            state.install(module)
+        for state, holder in zip(states, self._holders, strict=True):
+            state.install(holder)
 
 
 def _fresh(states: list[_ModuleState]) -> list[_ModuleState]:
@@ -193,7 +249,7 @@ def _modules(root: nn.Module | None) -> list[nn.Module]:
                 stack.extend(value._modules.values())
                 attributes = value.__dict__
                 stack.extend(attributes[name] for name in _kinds_of(attributes).may_hold_modules)
-        elif type(value) in _CONTAINERS and len(value) <= _SMALL and id(value) not in seen:
+        elif type(value) in _CONTAINERS and len(value) <= SMALL and id(value) not in seen:
             seen.add(id(value))
             stack.extend(value.values() if type(value) is dict else value)
     return list(found.values())
@@ -215,7 +271,7 @@ def _kinds_of_types(names: tuple[str, ...], types: tuple[type, ...]) -> _Kinds:
     state = [(name, kind) for name, kind in zip(names, types, strict=True) if name not in _STRUCTURE]
     return _Kinds(
         tuple(name for name, kind in state if kind in _CONTAINERS or issubclass(kind, nn.Module)),
-        tuple(name for name, kind in state if _is_copied(kind)),
+        tuple(name for name, kind in state if is_copied(kind)),
     )
 
 
@@ -231,9 +287,10 @@ class _ModuleState:
         self.attributes = attributes
 
     @classmethod
-    def referenced(cls, module: nn.Module) -> _ModuleState:
-        """The state itself."""
-        return cls(module._buffers.copy(), module.__dict__.copy())
+    def referenced(cls, holder: Any) -> _ModuleState:
+        """The state itself, of a module or another object."""
+        buffers = holder._buffers.copy() if isinstance(holder, nn.Module) else {}
+        return cls(buffers, holder.__dict__.copy())
 
     def fresh(self, memo: dict[int, Any]) -> _ModuleState:
         """A copy that changes in place do not reach; `memo` keeps what is shared between modules shared."""
@@ -241,14 +298,14 @@ class _ModuleState:
         if not (copied or self.buffers):
             return self
         attributes = self.attributes.copy()
-        attributes.update({name: _copy(attributes[name], memo) for name in copied})
-        return _ModuleState({k: _copy(v, memo) for k, v in self.buffers.items()}, attributes)
+        attributes.update({name: copy_of(attributes[name], memo) for name in copied})
+        return _ModuleState({k: copy_of(v, memo) for k, v in self.buffers.items()}, attributes)
 
     @classmethod
     def mean(cls, states: list[_ModuleState], memo: dict[tuple[int, ...], Any]) -> _ModuleState:
         """The mean of attributes that are floating-point tensors, the first state for the rest.
 
-        Buffers stay those of the first run, the very objects: others hold on to them (DDP, to broadcast them).
+        Buffers stay those of the first run, the very objects; see `Isolation._average_buffers`.
 
         Returns:
             The state to leave.
@@ -257,15 +314,15 @@ class _ModuleState:
         if all(_same(first.attributes, other.attributes) for other in others):
             return first
         averaged = _kinds_of(first.attributes).copied
-        means = {name: _mean([state.attributes.get(name) for state in states], memo) for name in averaged}
+        means = {name: mean_of([state.attributes.get(name) for state in states], memo) for name in averaged}
         return cls(first.buffers, {**first.attributes, **means})
 
-    def install(self, module: nn.Module) -> None:
-        """Make this the state of `module`; nothing is written in place, so autograd graphs stay valid."""
-        if self.buffers or module._buffers:
-            module._buffers.clear()
-            module._buffers.update(self.buffers)
-        current = module.__dict__
+    def install(self, holder: Any) -> None:
+        """Make this the state of `holder`; nothing is written in place, so autograd graphs stay valid."""
+        if isinstance(holder, nn.Module) and (self.buffers or holder._buffers):
+            holder._buffers.clear()
+            holder._buffers.update(self.buffers)
+        current = holder.__dict__
         if _same(current, self.attributes):
             return
         for name in [k for k in current if k not in _STRUCTURE and k not in self.attributes]:
@@ -276,109 +333,3 @@ class _ModuleState:
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two dicts hold the very same objects by the same names."""
     return len(one) == len(other) and all(map(is_, one.values(), other.values())) and list(one) == list(other)
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict) and type(value).__module__ in {"builtins", "collections"}
-
-
-def _is_copied(kind: type) -> bool:
-    """Whether values of this type are copied; everything else is shared."""
-    return (
-        issubclass(kind, (Tensor, list, set, deque, tuple))
-        or (issubclass(kind, dict) and kind.__module__ in {"builtins", "collections"})
-        or kind.__module__ == "numpy"
-    )
-
-
-def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy tensors, arrays and plain containers; everything else is shared."""
-    if type(value) in _ATOMS:
-        return value
-    if id(value) in memo:
-        return memo[id(value)][1]
-    copied = value
-    if isinstance(value, Tensor):
-        # parameters and other leaves that are trained are not state of a batch
-        copied = value if value.is_leaf and value.requires_grad else value.clone()
-    elif isinstance(value, (list, set, deque)) or _is_dict(value):
-        copied = value.copy() if type(value).__module__ in {"builtins", "collections"} else value
-        memo[id(value)] = (value, copied)  # before its contents, where it holds itself
-        if copied is not value and len(value) <= _SMALL and not isinstance(value, set):
-            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
-                copied[k] = _copy(v, memo)
-    elif isinstance(value, tuple) and len(value) <= _SMALL:
-        items = [_copy(v, memo) for v in value]
-        if any(a is not b for a, b in zip(items, value, strict=True)):
-            copied = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    elif type(value).__module__ == "numpy" and hasattr(value, "copy"):
-        copied = value.copy()
-    memo[id(value)] = (value, copied)  # the original too, so that its id stays its own
-    return copied
-
-
-def _mean(values: list[Any], memo: dict[tuple[int, ...], Any]) -> Any:
-    """The mean of tensors within equal containers; the first value where that makes no sense."""
-    first = values[0]
-    key = tuple(map(id, values))
-    if type(first) in _ATOMS or any(type(v) is not type(first) or v is first for v in values[1:]):
-        return first
-    if key not in memo:
-        memo[key] = (values, first)  # where a container holds itself
-        memo[key] = (values, _mean_of_distinct(values, memo))
-    return memo[key][1]
-
-
-def _mean_of_distinct(values: list[Any], memo: dict[tuple[int, ...], Any]) -> Any:
-    first = values[0]
-    if isinstance(first, Tensor):
-        same = first.is_floating_point() and all(v.shape == first.shape for v in values)
-        trained = first.is_leaf and first.requires_grad
-        return sum(values[1:], first) / len(values) if same and not trained else first
-    if not (_is_dict(first) or isinstance(first, (list, tuple))) or len(first) > _SMALL:
-        return first
-    if any(len(v) != len(first) for v in values):
-        return first
-    if isinstance(first, dict):
-        if any(v.keys() != first.keys() for v in values):
-            return first
-        for k in first:
-            first[k] = _mean([v[k] for v in values], memo)
-        return first
-    items = [_mean(list(column), memo) for column in zip(*values, strict=True)]
-    if isinstance(first, list):
-        first[:] = items
-        return first
-    if all(a is b for a, b in zip(items, first, strict=True)):
-        return first
-    return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-
-
-class RandomState:
-    """The global random states of torch, Python and numpy at the moment of creation."""
-
-    def __init__(self) -> None:
-        self.torch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-        self.python = random.getstate()
-        self.numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-
-    def is_current(self) -> bool:
-        """Whether nothing was drawn since."""
-        now = RandomState()
-        if now.numpy is not None and self.numpy is not None and repr(now.numpy[2:]) != repr(self.numpy[2:]):
-            return False
-        return _equal(self.torch, now.torch) and _equal(self.cuda, now.cuda) and self.python == now.python
-
-    def restore(self) -> None:
-        """Make them current again."""
-        torch.set_rng_state(self.torch)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))

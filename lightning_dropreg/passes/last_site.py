@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_dropreg.errors import InconsistentPassesError
 from lightning_dropreg.interception.checkpointing import in_checkpointed_region
 from lightning_dropreg.interception.sites import Site
-from lightning_dropreg.passes.isolation import RandomState
+from lightning_dropreg.passes.randomness import RandomState
 from lightning_dropreg.passes.rules import Drop, draws_of_dropout
 from lightning_dropreg.passes.run import Closure, Pass, run_pass
 

@@ -86,6 +86,7 @@ class RegularizerCallback(Callback):
         if self._session is None:
             return
         self._session.stale.end_batch()
+        self._session.end_batch()
         if trainer.is_last_batch:
             self._session.values.log_means()
 

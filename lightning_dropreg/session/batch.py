@@ -27,6 +27,7 @@ from lightning_dropreg.passes.batches import batch_tensors
 from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.passes.last_site import follow
+from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.session.arguments import Arguments
 from lightning_dropreg.session.logs import LogCollector
 
@@ -79,6 +80,7 @@ class Batch:
         scaler: Scaler | None = None,
         pairable: Pairable | None = None,
         stale: Callable[[], None] | None = None,
+        reach: Reach | None = None,
     ) -> None:
         self.original = original
         self.arguments = Arguments(args, kwargs, copies, f"training_step of {type(module).__name__}")
@@ -91,7 +93,8 @@ class Batch:
         self.modified: list[str] = []
         self.shares_body = False
         self.lasting = True
-        self.isolation = Isolation(module, mean=mean)
+        self.late: list[tuple[Tensor, Tensor]] = []
+        self.isolation = Isolation(module, mean=mean, late=self.late, reach=reach)
         self.logs = LogCollector(module)
         self.output: Any = None
         self.returned: Any = None

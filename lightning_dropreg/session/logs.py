@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,17 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-__all__ = ["LogCollector"]
+__all__ = ["LogCollector", "patched"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LogCollector:
     """Holds back ``module.log(...)`` during the runs of one batch and replays it afterwards.
 
-    Without it, a value logged with ``reduce_fx="sum"`` would count once per run.
+    Without it, a value logged with ``reduce_fx="sum"`` would count once per run. A step that reads back what it has
+    just logged (``self.trainer.callback_metrics``) finds it; what it prints by ``self.print`` or hands to a logger's
+    ``log_metrics`` itself comes from the first run that is kept.
 
     Args:
         module: The module whose logging is collected.
@@ -24,8 +28,8 @@ class LogCollector:
 
     def __init__(self, module: LightningModule) -> None:
         self._module = module
-        self._runs: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        self._last: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._runs: list[list[Call]] = []
+        self._last: list[Call] = []
 
     @contextmanager
     def run(self, keep: bool) -> Iterator[None]:
@@ -37,22 +41,23 @@ class LogCollector:
         Yields:
             Nothing.
         """
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[Call] = []
         self._last = calls
 
         def log(*args: Any, **kwargs: Any) -> None:
             # values without their graphs, which would otherwise live as long as the batch
             calls.append((tuple(_detached(arg) for arg in args), {k: _detached(v) for k, v in kwargs.items()}))
 
-        own = self._module.__dict__.get("log")
-        self._module.__dict__["log"] = log
-        try:
+        trainer = getattr(self._module, "_trainer", None)
+        patches: list[tuple[Any, str, Any]] = [(self._module, "log", log)]
+        if trainer is not None:
+            read = _Reading(trainer, calls, self._module.log)
+            patches.append((trainer, "_logger_connector", read))
+        if self._runs or not keep:
+            patches.append((self._module, "print", _nothing))
+            patches += [(logger, "log_metrics", _nothing) for logger in getattr(trainer, "loggers", [])]
+        with patched(*patches):
             yield
-        finally:
-            if own is None:
-                self._module.__dict__.pop("log", None)
-            else:
-                self._module.__dict__["log"] = own
         if keep:
             self._runs.append(calls)
 
@@ -96,6 +101,75 @@ class LogCollector:
                     values.append(_named_value(*calls[position])[1])
             rest = {k: v for k, v in kwargs.items() if k not in {"name", "value"}}
             self._module.log(name, _mean(values), *args[2:], **rest)
+
+
+class _Reading:
+    """The connector of a Trainer's logging, that knows what the step has logged in this run; see `LogCollector`."""
+
+    def __init__(self, trainer: Any, calls: list[Call], log: Callable[..., None]) -> None:
+        self._trainer, self._calls, self._log = trainer, calls, log
+        self._connector = trainer._logger_connector
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the connector's own."""
+        return getattr(self._connector, name)
+
+    @property
+    def callback_metrics(self) -> dict[str, Any]:
+        """See Lightning."""
+        return {**self._connector.callback_metrics, **self._now("callback")}
+
+    @property
+    def logged_metrics(self) -> dict[str, Any]:
+        """See Lightning."""
+        return {**self._connector.logged_metrics, **self._now("log")}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, Any]:
+        """See Lightning."""
+        return {**self._connector.progress_bar_metrics, **self._now("pbar")}
+
+    def _now(self, kind: str) -> dict[str, Any]:
+        """Log for real what this run has logged so far, into results of its own, and read them."""
+        loop = self._trainer.fit_loop.epoch_loop
+        results = loop._results
+        if not self._calls or self._trainer._results is not results:
+            return {}
+        aside = type(results)(training=True)
+        for name in ("batch", "batch_size", "dataloader_idx"):
+            setattr(aside, name, getattr(results, name))
+        with patched((loop, "_results", aside), (self._trainer, "_logger_connector", self._connector)):
+            for args, kwargs in self._calls:
+                self._log(*args, **kwargs)
+            found: dict[str, Any] = aside.metrics(True)[kind]
+        return found
+
+
+@contextmanager
+def patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """Replace attributes of objects, and put back what was there.
+
+    Args:
+        patches: Object, name and value of each.
+
+    Yields:
+        Nothing.
+    """
+    before = [(target, name, name in target.__dict__, target.__dict__.get(name)) for target, name, _ in patches]
+    try:
+        for target, name, value in patches:
+            target.__dict__[name] = value
+        yield
+    finally:
+        for target, name, had, value in reversed(before):
+            if had:
+                target.__dict__[name] = value
+            else:
+                target.__dict__.pop(name, None)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Do nothing."""
 
 
 def _detached(value: Any) -> Any:

@@ -26,6 +26,7 @@ from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop, Off
+from lightning_dropreg.session.logs import patched
 from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class ManualStep:
             rule = Off() if plan.k is None else Drop(fold_key(self._batch.key, 0))
             patches: list[tuple[Any, str, Any]] = [(self._module, "manual_backward", manual_backward)]
             patches += [(optimizer, "step", self._remembered(optimizer)) for optimizer in self._optimizers]
-            with _patched(*patches), attention_dropout(plan.attention), guard, Interception(rule):
+            with patched(*patches), attention_dropout(plan.attention), guard, Interception(rule):
                 return self._batch.original(*args, **kwargs)
 
         return self._batch.call(once, trace=True)
@@ -148,7 +149,7 @@ class ManualStep:
         with self._past.revisited() as advance:
             for optimizer in self._optimizers:
                 patches += [(optimizer, "zero_grad", _nothing), (optimizer, "step", _unreal(optimizer, advance))]
-            with _patched(*patches):
+            with patched(*patches):
                 yield
 
     def _remembered(self, optimizer: Any) -> Callable[..., Any]:
@@ -308,19 +309,3 @@ def _parameters(optimizer: Any) -> list[nn.Parameter]:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing."""
-
-
-@contextmanager
-def _patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
-    """Replace attributes of objects, and put back what was there."""
-    before = [(target, name, name in target.__dict__, target.__dict__.get(name)) for target, name, _ in patches]
-    try:
-        for target, name, value in patches:
-            target.__dict__[name] = value
-        yield
-    finally:
-        for target, name, had, value in reversed(before):
-            if had:
-                target.__dict__[name] = value
-            else:
-                target.__dict__.pop(name, None)

@@ -37,6 +37,7 @@ from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Off, Pass, dormant_sites, is_dormant, run_pass
 from lightning_dropreg.passes.last_site import shares_body
+from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.session.batch import Batch, Pairable, SkippedError, loss_of, with_loss
 from lightning_dropreg.session.choosing import choose, warn_of_kinks, warn_of_no_bound
 from lightning_dropreg.session.compiled import (
@@ -103,6 +104,8 @@ class Session:
         self._own_step: Any = None
         self._installed = False
         self._batch: Batch | None = None
+        self._late: list[tuple[Tensor, Tensor]] = []
+        self._reach: Reach | None = None
         self._later: list[Tensor | None] | None = None
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._detectors = [callback for callback in callbacks if isinstance(callback, Watcher)]
@@ -197,6 +200,7 @@ class Session:
             mean=self.plan.k is None,
             key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
             copies=self._copies,
+            reach=self._reach,
             releases=self._whole_parameters,
             scaler=self._trained.scaler,
             pairable=pairable,
@@ -212,6 +216,7 @@ class Session:
             batch.logs.replay()
             return None
         batch.logs.replay(batch.corrected, batch.share)
+        self._late = batch.late
         if pairable is not None and batch.pairable is None:
             self.found[kind] = None  # one of these batches was otherwise
         self.values.add(self._values(result), always=True)
@@ -254,6 +259,7 @@ class Session:
             mean=False,
             key=key,
             copies=self._copies,
+            reach=self._reach,
             releases=True,  # module_problems has seen to the strategy
             scaler=self._trained.scaler,
         )
@@ -283,6 +289,12 @@ class Session:
             return
         self._show_noise(gradients)
         self.values.log({"noise_norm": self._trained.add(gradients)}, always=True)
+
+    def end_batch(self) -> None:
+        """Write what had to wait until no graph of the batch was left."""
+        for buffer, mean in self._late:
+            buffer.detach().copy_(mean)
+        self._late = []
 
     def _due(self) -> list[Watcher]:
         return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
@@ -327,7 +339,8 @@ class Session:
         before = fingerprints(self.module)
         try:
             with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
-                seen, found = inspect_step(batch.aside, self.plan.needs_losses)
+                generators = self._reach.generators() if self._reach is not None else []
+                seen, found = inspect_step(batch.aside, self.plan.needs_losses, generators=generators)
                 problems += compiled_problems(self.module, seen.sites, self.plan) + found
                 if not problems:
                     self._check_rows(batch, seen.sites)
@@ -390,9 +403,19 @@ class Session:
         can = self.module.automatic_optimization and self._whole_parameters and not batch.modified
         self._shares_body = self.plan.sites == "last" and can and not is_dormant() and shares_body(batch.aside)
 
+    def reach(self, original: Callable[..., Any]) -> Reach:
+        """Look for what the step can reach; what was found stays until it is looked for again."""
+        roots: dict[str, Any] = {"self": self.module, "training_step": original}
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            roots["datamodule"] = datamodule
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self._reach = Reach(roots | {type(callback).__name__: callback for callback in callbacks})
+        return self._reach
+
     def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """Return a batch whose step has a loss, however the module optimizes, to run it aside."""
-        batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True)
+        batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True, reach=self.reach(original))
         if self.module.automatic_optimization:
             return batch
         return batch.instead(ManualStep(batch, self.trainer).rehearsed)

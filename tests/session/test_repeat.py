@@ -204,7 +204,7 @@ def test_runs_before_a_restart_do_not_count():
     assert module.hidden == 2
     assert module.seen == [1.0]
     assert module.statistics is buffer
-    assert buffer.tolist() == [1, 1]
+    assert buffer.tolist() == [2, 2]  # the mean, as of the hidden state
     assert len(set(draws)) == 1
 
 

@@ -1,0 +1,91 @@
+"""Copies of state, and means of several states: tensors, arrays and plain containers of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SMALL", "copy_of", "is_copied", "mean_of"]
+
+SMALL = 256
+"""Longer containers are data (a vocabulary): what is added to them is undone, what is in them is not looked at."""
+_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict) and type(value).__module__ in {"builtins", "collections"}
+
+
+def is_copied(kind: type) -> bool:
+    """Whether values of this type are copied; everything else is shared."""
+    return (
+        issubclass(kind, (Tensor, list, set, deque, tuple))
+        or (issubclass(kind, dict) and kind.__module__ in {"builtins", "collections"})
+        or kind.__module__ == "numpy"
+    )
+
+
+def copy_of(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy tensors, arrays and plain containers; everything else is shared."""
+    if type(value) in _ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)][1]
+    copied = value
+    if isinstance(value, Tensor):
+        # parameters and other leaves that are trained are not state of a batch
+        copied = value if value.is_leaf and value.requires_grad else value.clone()
+    elif isinstance(value, (list, set, deque)) or _is_dict(value):
+        copied = value.copy() if type(value).__module__ in {"builtins", "collections"} else value
+        memo[id(value)] = (value, copied)  # before its contents, where it holds itself
+        if copied is not value and len(value) <= SMALL and not isinstance(value, set):
+            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
+                copied[k] = copy_of(v, memo)
+    elif isinstance(value, tuple) and len(value) <= SMALL:
+        items = [copy_of(v, memo) for v in value]
+        if any(a is not b for a, b in zip(items, value, strict=True)):
+            copied = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    elif type(value).__module__ == "numpy" and hasattr(value, "copy"):
+        copied = value.copy()
+    memo[id(value)] = (value, copied)  # the original too, so that its id stays its own
+    return copied
+
+
+def mean_of(values: list[Any], memo: dict[tuple[int, ...], Any]) -> Any:
+    """The mean of tensors within equal containers; the first value where that makes no sense."""
+    first = values[0]
+    key = tuple(map(id, values))
+    if type(first) in _ATOMS or any(type(v) is not type(first) or v is first for v in values[1:]):
+        return first
+    if key not in memo:
+        memo[key] = (values, first)  # where a container holds itself
+        memo[key] = (values, _mean_of_distinct(values, memo))
+    return memo[key][1]
+
+
+def _mean_of_distinct(values: list[Any], memo: dict[tuple[int, ...], Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        same = first.is_floating_point() and all(v.shape == first.shape for v in values)
+        trained = first.is_leaf and first.requires_grad
+        return sum(values[1:], first) / len(values) if same and not trained else first
+    if not (_is_dict(first) or isinstance(first, (list, tuple))) or len(first) > SMALL:
+        return first
+    if any(len(v) != len(first) for v in values):
+        return first
+    if isinstance(first, dict):
+        if any(v.keys() != first.keys() for v in values):
+            return first
+        for k in first:
+            first[k] = mean_of([v[k] for v in values], memo)
+        return first
+    items = [mean_of(list(column), memo) for column in zip(*values, strict=True)]
+    if isinstance(first, list):
+        first[:] = items
+        return first
+    if all(a is b for a, b in zip(items, first, strict=True)):
+        return first
+    return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
