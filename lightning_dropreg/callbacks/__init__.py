@@ -1,4 +1,4 @@
-"""The plug-in for `lightning.Trainer`: thin hooks around `lightning_dropreg.step.plan`."""
+"""What a user adds to a `lightning.Trainer`; what runs a fit with them is `lightning_dropreg.session`."""
 
 from lightning_dropreg.callbacks.detector import DivergenceDetector
 from lightning_dropreg.callbacks.diagnostics import DropoutDiagnostics

@@ -1,4 +1,8 @@
-"""The methods whose cost ``dropreg bench`` compares."""
+"""The methods whose cost ``dropreg bench`` compares.
+
+*Economical*: penalty and noise are estimated on an eighth of the rows of a batch. *Intercepted*: nothing is added to the
+loss, but every function that the step calls is looked at, as it is with any method.
+"""
 
 from collections.abc import Callable
 
@@ -18,12 +22,11 @@ CLOSING = ["Algorithm 2", "Algorithm 2, economical", "R_approx", "noise only", "
 """The methods whose cost is worth knowing before choosing one."""
 
 _FEW = 1 / 8
-"""Fraction of the rows of the economical modes."""
+"""Fraction of the rows where a method is economical."""
 
 METHODS: dict[str, Callable[[], list[Callback]]] = {
     NO_DROPOUT: list,
     REFERENCE: list,
-    # runs the step under the interception, which finds the sites and drops nothing
     "no dropout, intercepted": lambda: [ExplicitPenalty(strength=0)],
     "Algorithm 2": lambda: [ExplicitPenalty(), ImplicitNoise()],
     "Algorithm 2, economical": lambda: [ExplicitPenalty(batch_fraction=_FEW), ImplicitNoise(batch_fraction=_FEW)],

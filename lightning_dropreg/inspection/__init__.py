@@ -1,3 +1,3 @@
-"""Looking at a step before it is trained."""
+"""Looking at a step before anything is trained with it: what it drops, what it assumes, which estimator suits it."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""A pass: the user's step, run once with a chosen rule at its dropout sites."""
+"""A pass: the user's step, run once with a chosen rule wherever it drops something (its dropout sites)."""
 
 from lightning_dropreg.passes.directions import Directions
 from lightning_dropreg.passes.rules import Drop, Off, Perturb, Tangent, Tap, TappedTangent, draws_of_dropout, focus

@@ -1,3 +1,3 @@
-"""Which passes a batch needs, and how what they gave is put together."""
+"""Which runs of the user's step (passes) a batch needs, and how what they gave is put together."""
 
 __all__: list[str] = []
