@@ -1,7 +1,7 @@
 """The methods whose cost ``dropreg bench`` compares.
 
-*Economical*: penalty and noise are estimated on an eighth of the rows of a batch. *Intercepted*: nothing is added to the
-loss, but every function that the step calls is looked at, as it is with any method.
+*Economical*: penalty and noise are estimated on an eighth of the rows of a batch. *Intercepted*: nothing is added to
+the loss, but every function that the step calls is looked at, as it is with any method.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Parts of a model that are compiled: they stay so where there is nothing in them to see.
 
-Nobody sees what is called inside a compiled graph, so a part with dropout in it is refused. Any other part runs as it was
-compiled, hidden from the mode that looks for dropout, which would be traced into the graph otherwise.
+Nobody sees what is called inside a compiled graph, so a part with dropout in it is refused. Any other part runs as it
+was compiled, hidden from the mode that looks for dropout, which would be traced into the graph otherwise.
 """
 
 from __future__ import annotations
