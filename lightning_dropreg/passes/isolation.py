@@ -146,6 +146,12 @@ class Isolation:
         """Whether the last run drew from the global random states."""
         return self._start_random is not None and not self._start_random.is_current()
 
+    def drawn_generators(self) -> list[str]:
+        """Return the places of the generators of the step's own that the last run drew from."""
+        moved = [] if self._start_random is None else self._start_random.moved()
+        places = [place for place, _ in self._reach.generators()]
+        return [places[number - 4] for number in moved if 4 <= number < 4 + len(places)]
+
     def outcome(self, cuts: Sequence[Callable[[], None]] = ()) -> list[dict[str, Any]]:
         """Return buffers and attributes of every module as the last run would leave them, had it counted.
 

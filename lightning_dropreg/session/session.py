@@ -28,7 +28,7 @@ from lightning_dropreg.errors import (
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.estimators.reduction import check_mean_over_rows
-from lightning_dropreg.inspection.assumptions import Measured
+from lightning_dropreg.inspection.assumptions import Measured, is_due
 from lightning_dropreg.inspection.choice import Choice
 from lightning_dropreg.inspection.derivatives import compare_derivatives, measure_targets
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite, check_masks_of_rows, inspect_step
@@ -60,6 +60,7 @@ from lightning_dropreg.session.problems import (
 from lightning_dropreg.session.ranks import has_whole_parameters
 from lightning_dropreg.session.stale import StaleGradients
 from lightning_dropreg.session.values import Values, norm_of
+from lightning_dropreg.session.watching import measure_repeatability, problems_of
 from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
 
 __all__ = ["Session", "own_step"]
@@ -106,6 +107,7 @@ class Session:
         self._batch: Batch | None = None
         self._late: list[tuple[Tensor, Tensor]] = []
         self._reach: Reach | None = None
+        self._watched = 0
         self._later: list[Tensor | None] | None = None
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._detectors = [callback for callback in callbacks if isinstance(callback, Watcher)]
@@ -190,6 +192,7 @@ class Session:
         step = self.trainer.global_step
         if self.plan.only_drops_nothing(step):
             return self._step_without_dropout(original, args, kwargs)
+        self._watch(step, original, args, kwargs)
         kind, pairable = self._pairable(original, args, kwargs)
         batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx  # a step need not take it as an argument
         batch = Batch(
@@ -250,6 +253,7 @@ class Session:
     def _manual_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # optimizer steps are the user's to count here, so the penalty acts in every n-th batch
         number = self.trainer.fit_loop.total_batch_idx
+        self._watch(number, original, args, kwargs)
         key = fold_key(self.seed, self.trainer.global_rank, number, 0)
         batch = Batch(
             original,
@@ -342,6 +346,10 @@ class Session:
                 generators = self._reach.generators() if self._reach is not None else []
                 seen, found = inspect_step(batch.aside, self.plan.needs_losses, generators=generators)
                 problems += compiled_problems(self.module, seen.sites, self.plan) + found
+                if not (problems or self.plan.untouched) and self._reach is not None:
+                    measured = measure_repeatability(batch, self._reach)
+                    self.measured += measured
+                    problems += problems_of(measured)
                 if not problems:
                     self._check_rows(batch, seen.sites)
                     self._find_shared_body(batch)
@@ -361,6 +369,21 @@ class Session:
             self._choose(batch, seen)
         if seen.in_bfloat16:
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
+
+    def _watch(self, step: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measure again, now and then, whether the step can be repeated; the others were in its first batch."""
+        if not is_due(step) or step == self._watched:
+            return
+        self._watched = step
+        batch = self.to_look_at(original, args, kwargs)
+        around = attention_dropout(self.plan.attention)
+        try:
+            with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
+                problems = problems_of(measure_repeatability(batch, self.reach(original), self._copies))
+        except SkippedError:
+            return
+        if problems:
+            raise all_at_once(problems, f"{type(self.module).__name__}, in step {step},")
 
     def _choose(self, batch: Batch, seen: Pass) -> None:
         """Take an estimator where the choice was left to the model; a resumed run takes that of its checkpoint."""

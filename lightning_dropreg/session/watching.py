@@ -1,0 +1,51 @@
+"""What was measured before training is measured again while it goes on: at steps 1, 2, 4, 8, …."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_dropreg.errors import DropregError, NotRepeatableError
+from lightning_dropreg.inspection.assumptions import Measured
+from lightning_dropreg.inspection.repeatable import compare_runs
+from lightning_dropreg.passes.reach import Reach
+from lightning_dropreg.session.batch import Batch
+
+__all__ = ["measure_repeatability", "problems_of"]
+
+
+def measure_repeatability(batch: Batch, reach: Reach, copied: bool | None = None) -> list[Measured]:
+    """Find out whether the step of a batch can be repeated, and whether its batch is whole again.
+
+    Args:
+        batch: The batch, its isolation entered, with copies of its tensors for every run.
+        reach: What its step can reach.
+        copied: Whether runs get copies of the batch's tensors in training; None if that is found out here.
+
+    Returns:
+        What was found.
+    """
+    name = f"training_step of {type(batch.module).__name__}"
+    drawn = batch.isolation.drawn_generators()
+    found = compare_runs(batch.aside, batch.isolation.outcome, name, reach.moving, drawn)
+    if not batch.modified:
+        found.append(Measured("whole_batch", note="unchanged by a run"))
+    elif copied is False:
+        problem = NotRepeatableError(
+            f"{name} has changed {', '.join(batch.modified)} in place, past autograd, and in the first batch it did "
+            "not, or every run would have got a copy. Change a copy of it."
+        )
+        found.append(Measured("whole_batch", outcome="error", problem=problem))
+    else:
+        note = f"changed in place, so every pass gets a copy: {', '.join(batch.modified)}"
+        found.append(Measured("whole_batch", outcome="right value", note=note))
+    return found
+
+
+def problems_of(found: Sequence[Measured]) -> list[DropregError]:
+    """Say what is worth a warning, and return what must be raised."""
+    for each in found:
+        if each.outcome == "warning":
+            rank_zero_warn(f"lightning_dropreg: {each.note}")
+    return [each.problem for each in found if each.problem is not None]
