@@ -159,7 +159,7 @@ def _differs(a: Any, b: Any, tolerance: float) -> bool:
         plain = a.layout == b.layout == torch.strided and not (a.is_nested or b.is_nested)
         return plain and (a.shape != b.shape or not _relative(a, b) <= tolerance)
     if is_array(a) and is_array(b):
-        return a.shape != b.shape or a.tobytes() != b.tobytes()
+        return bool(a.shape != b.shape or a.tobytes() != b.tobytes())
     if type(a) is not type(b):
         return False
     if isinstance(a, (bool, int, str, bytes)):
