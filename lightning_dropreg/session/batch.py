@@ -211,7 +211,7 @@ class Batch:
                 hook(rows, dim)
             try:
                 return self.original(*args, **kwargs)
-            except (RuntimeError, IndexError) as error:
+            except (RuntimeError, IndexError, ValueError) as error:
                 told = isinstance(error, DropregError) or "out of memory" in str(error)
                 if told or hook is not None or len(rows) == count:
                     raise

@@ -1,0 +1,262 @@
+"""Random runs of the callbacks against brute force: right, refused, or (a bug) wrong without a word.
+
+    PYTHONPATH=. python tests/campaign/campaign_run.py --runs 600 --seed 1 --json examples/benchmarks/campaign.json
+
+A run fits a network with learning rate 0 on one batch, again and again, so that every step is a draw of one thing. What
+it logged and its gradients are compared with `campaign_oracle`. What looks wrong is tried again with other seeds and
+ten times the steps, so that chance is no explanation: the first comparison is at 4.5 standard errors, the second too.
+"""
+
+import argparse
+import collections
+import json
+import logging
+import math
+import platform
+import random
+import time
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from campaign_oracle import Oracle
+from campaign_problems import FLAT, LOSSES, ODD, SEQUENCES, STRUCTURES, Net, unpack
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_dropreg as dr
+from lightning_dropreg.errors import DropregError
+
+SIGMAS, BIAS = 4.5, 0.02  # the antithetic pair's step is 0.02, its error far below
+ESTIMATORS = ["antithetic", "auto", "forward", "double_backward", "exact"]
+
+
+class Module(L.LightningModule):
+    def __init__(self, net, kind):
+        super().__init__()
+        self.net, self.kind, self.gradients, self.rows = net, kind, [], []
+
+    def training_step(self, batch, batch_idx):
+        x, t = unpack(batch)
+        z, h = self.net(x)
+        return self.kind.value(self.kind.inner(z), t, h, self.net)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def on_before_optimizer_step(self, optimizer):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters()]
+        self.gradients.append(torch.cat([g.flatten() for g in grads]).clone())
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.rows.append({k: float(v) for k, v in self.trainer.callback_metrics.items()})
+
+
+def draw(seed):
+    """Draw one configuration, as plain values."""
+    r = random.Random(seed)
+    odd = r.random() < 0.25
+    names = [name for name, kind in LOSSES.items() if not kind.odd]
+    made = {"seed": seed, "loss": r.choice(names), "network": r.choice(FLAT), "sequence": False}
+    if not odd and r.random() < 0.3:
+        made |= {"sequence": True, "network": r.choice(SEQUENCES)}
+        made["loss"] = r.choice([name for name in names if LOSSES[name].tokens])
+    if odd:
+        part = r.choice(["loss", "network"])
+        made[part] = r.choice([n for n, k in LOSSES.items() if k.odd] if part == "loss" else ODD)
+    made["activation"] = r.choice(["Tanh", "Sigmoid", "SiLU", "Softplus"])
+    made["structure"] = r.choice(list(STRUCTURES))
+    made["q"] = r.choice([0.1, 0.2, 0.3, 0.5])
+    made["rows"], made["width"], made["outputs"] = r.choice([2, 3, 4]), r.choice([3, 4]), r.choice([2, 3, 4])
+    made["method"] = r.choice(["penalty"] * 5 + ["noise"] * 3 + ["both", "both", "k", "k", "k_noise"])
+    made["estimator"] = r.choice(ESTIMATORS)
+    made["curvature"] = r.choice(["loss_hessian", "loss_hessian", "identity", "loss_jacobian"])
+    made["strength"] = r.choice([1.0, 1.0, 2.0, 0.5])
+    made["mask"] = r.choice(["as_model", "as_model", "elementwise"])
+    made["batch_fraction"] = r.choice([None, None, None, 0.5])
+    made["every_n_steps"] = r.choice([1, 1, 2])
+    made["accumulate"] = r.choice([1, 1, 2])
+    made["injection"] = r.choice(["auto", "loss", "after_backward"])
+    made["source"] = r.choice(["taylor", "taylor", "dropout"])
+    made["k"] = r.choice([1, 2, 3])
+    made["low_memory"] = r.random() < 0.2
+    if made["method"] in {"k", "k_noise"} or (made["method"] == "noise" and made["source"] == "dropout"):
+        # all masks are enumerated
+        made |= {"sequence": False, "rows": 2, "width": 3}
+        made["network"] = "plain" if made["network"] not in {"plain", "residual", "shared", *ODD} else made["network"]
+        if LOSSES[made["loss"]].odd and made["loss"] != "unrecognized":
+            made["loss"] = "unrecognized"
+    if LOSSES[made["loss"]].odd or made["network"] in ODD:
+        made |= {"curvature": "loss_hessian", "sequence": False}
+        if made["network"] in SEQUENCES:
+            made["network"] = "plain"
+    return made
+
+
+def problem(made):
+    torch.manual_seed(made["seed"])
+    kind = LOSSES[made["loss"]]
+    net = Net(made["network"], getattr(nn, made["activation"])(), 3, made["width"], made["outputs"], made["q"])
+    x = torch.randn(made["rows"], 2, 3) if made["sequence"] else torch.randn(made["rows"], 3)
+    with torch.no_grad():
+        t = kind.target(net.eval()(x)[0])
+    return net.train(), x, t, kind
+
+
+def callbacks(made):
+    how = {key: made[key] for key in ("estimator", "mask", "batch_fraction")} | {"step_size": 0.02}
+    if made["estimator"] == "antithetic" and made["low_memory"]:
+        how["low_memory"] = True
+    found = []
+    if made["method"] in {"penalty", "both"}:
+        options = {key: made[key] for key in ("strength", "curvature", "every_n_steps")}
+        found.append(dr.ExplicitPenalty(**options, **how))
+    if made["method"] in {"k", "k_noise"}:
+        found.append(dr.MiniBatchDropout(made["k"]))
+    if made["method"] in {"noise", "both", "k_noise"}:
+        found.append(dr.ImplicitNoise(strength=1.0, source=made["source"], injection=made["injection"], **how))
+    return found
+
+
+def fit(made, steps, again=0):
+    """Gradients ``(steps, P)`` and rows of metrics."""
+    net, x, t, kind = problem(made)
+    L.seed_everything(made["seed"] + 7919 * again, verbose=False)
+    module = Module(net, kind)
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        callbacks=callbacks(made),
+        accumulate_grad_batches=made["accumulate"],
+        **quiet,
+    )
+    batch = STRUCTURES[made["structure"]](x, t)
+    trainer.fit(module, DataLoader([batch] * (steps * made["accumulate"]), batch_size=None))
+    return torch.stack(module.gradients), module.rows
+
+
+def expected(made):
+    """Mean gradient, trace of its covariance, penalty and loss; None for what is not known or not looked at."""
+    net, x, t, kind = problem(made)
+    oracle = Oracle(net, x, t, kind, made["mask"] == "elementwise")
+    exact = (
+        Oracle(net, x, t, kind) if made["mask"] == "elementwise" else oracle
+    )  # dropout itself is as the model has it
+    loss, plain = oracle.plain()
+    right = {"gradient": plain, "trace": None, "penalty": None, "loss": loss}
+    method = made["method"]
+    odd = kind.odd or made["network"] in ODD
+    if method in {"penalty", "both"}:
+        if odd:
+            right["gradient"], right["penalty"] = None, oracle.penalty_value()
+        else:
+            value, gradient = oracle.penalty(made["curvature"])
+            right["gradient"], right["penalty"] = plain + made["strength"] * gradient, value
+    elif method == "noise":
+        right["trace"] = exact.over_masks()[2] if made["source"] == "dropout" else oracle.noise_trace()
+    else:
+        right["loss"], right["gradient"], trace = exact.over_masks()
+        share = 0.0 if method == "k" else 1 - 1 / made["k"]
+        own = trace if made["source"] == "dropout" else oracle.noise_trace()
+        right["trace"] = trace / made["k"] + share * own
+    if right["trace"] is not None:
+        right["trace"] = right["trace"] / made["accumulate"]
+    return right
+
+
+def off(made, right, gradients, rows):
+    """What differs, as texts; empty if all is right."""
+    found = []
+    steps = len(gradients) // made["every_n_steps"] * made["every_n_steps"]
+    gradients = gradients[:steps]
+
+    def compare(name, samples, value):
+        samples, value = torch.as_tensor(samples), torch.as_tensor(value)
+        error = samples.std(0) / math.sqrt(len(samples)) if len(samples) > 1 else torch.zeros(samples.shape[1:])
+        # the steps that a penalty leaves out make a pattern of its own, not a spread: what is left is smaller
+        scale = value.abs().max().clamp_min(1e-12)
+        excess = (samples.mean(0) - value).abs() - SIGMAS * error - BIAS * scale
+        if not bool((excess <= 0).all()):
+            worst = int(excess.argmax()) if excess.ndim else 0
+            got, want = (v.flatten()[worst].item() for v in (samples.mean(0), value))
+            found.append(f"{name}: got {got:.5g}, right is {want:.5g}, standard error {error.flatten()[worst]:.2g}")
+
+    if right["gradient"] is not None:
+        blocks = gradients.view(-1, made["every_n_steps"], gradients.shape[1]).mean(1)
+        compare("mean gradient", blocks, right["gradient"])
+    if right["trace"] is not None:
+        compare("trace of the covariance", (gradients - gradients.mean(0)).square().sum(1), right["trace"])
+    if right["penalty"] is not None:
+        compare(
+            "penalty",
+            [row["dropreg/explicit_penalty"] for row in rows if "dropreg/explicit_penalty" in row],
+            right["penalty"],
+        )
+    compare(
+        "loss", [row["dropreg/loss"] for row in rows if "dropreg/loss" in row] or [float(right["loss"])], right["loss"]
+    )
+    return found
+
+
+def trial(seed, steps=60):
+    """One run: its configuration, ``"right"``, ``"refused"`` or ``"wrong"``, and why."""
+    torch.set_default_dtype(torch.float64)
+    made = draw(seed)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            gradients, rows = fit(made, steps)
+        except DropregError as error:
+            return made, "refused", f"{type(error).__name__}: {str(error)[:160]}"
+        except Exception as error:  # loud, but no answer: counts as wrong
+            return made, "wrong", f"untyped {type(error).__name__}: {str(error)[:160]}"
+        right = expected(made)
+        found = off(made, right, gradients, rows)
+        if found:  # chance?
+            found = off(made, right, *fit(made, 10 * steps, again=1))
+    ours = [str(w.message)[:160] for w in said if "dropreg" in str(w.filename) and "repeat" in str(w.message)]
+    if found and ours:
+        return made, "refused", f"warned: {ours[0]}"
+    return made, "wrong" if found else "right", "; ".join(found)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    for name in ("lightning", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    start, counts, reasons, wrong, by = time.time(), collections.Counter(), collections.Counter(), [], {}
+    for seed in range(options.seed * 100_000, options.seed * 100_000 + options.runs):
+        made, verdict, why = trial(seed)
+        counts[verdict] += 1
+        for key in ("method", "estimator", "loss", "network", "structure", "curvature", "batch_fraction"):
+            by.setdefault(key, {}).setdefault(str(made[key]), collections.Counter())[verdict] += 1
+        if verdict == "refused":
+            reasons[why[:90]] += 1
+        if verdict == "wrong":
+            wrong.append({"configuration": made, "why": why})
+            print(json.dumps(wrong[-1]), flush=True)
+    report = {
+        "command": f"python tests/campaign/campaign_run.py --runs {options.runs} --seed {options.seed}",
+        "counts": {name: counts[name] for name in ("right", "refused", "wrong")},
+        "by": by,
+        "refusals": dict(reasons.most_common()),
+        "wrong": wrong,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": L.__version__},
+        "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine()},
+        "seconds": round(time.time() - start),
+    }
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(report["counts"], f"{report['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()
