@@ -15,6 +15,8 @@ from lightning_dropreg.passes import Closure, Directions, Off, Pass, Perturb, ru
 
 __all__ = ["antithetic", "check_pair_of_steps", "combine", "second_difference"]
 
+_SEEN_IN_BFLOAT16 = 0.3
+
 
 def antithetic(
     closure: Closure,
@@ -127,6 +129,9 @@ def check_pair_of_steps(closure: Closure, step_size: float, mask: str, key: int)
     """
     directions = Directions(key, mask)
     plus = run_pass(closure, Perturb(directions, step_size), record_losses=True)
+    if plus.in_bfloat16 and step_size < _SEEN_IN_BFLOAT16:
+        step_size, directions = _SEEN_IN_BFLOAT16, Directions(key, mask)
+        plus = run_pass(closure, Perturb(directions, step_size), record_losses=True)
     directions.rewind()
     minus = run_pass(closure, Perturb(directions, -step_size), record_losses=True)
     check_fixed(plus, minus, weights_of_both(plus, minus))

@@ -1,4 +1,4 @@
-"""What is right, by brute force: `F.dropout` is patched, masks are enumerated, Jacobians and Hessians are autograd's."""
+"""What is right, by brute force: `F.dropout` is patched, masks are enumerated, derivatives are autograd's."""
 
 import contextlib
 import itertools
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 @contextlib.contextmanager
 def factors_are(factors, elementwise=False, seen=None):
-    """Let the dropouts of a step multiply by given factors, one tensor each; note shapes and probabilities in `seen`."""
+    """Let the dropouts of a step multiply by given factors, one tensor each; note masks in `seen`."""
     saved, left = (F.dropout, F.dropout1d), list(factors or ())
 
     def of(mask_shape):
@@ -127,8 +127,8 @@ class Oracle:
         else:
             h = self._ablation(curvature, z)
         total = 0.0
-        for j, (_, p) in zip(jacobians, self.sites):
-            j = j.reshape(z.numel(), -1)
+        for jacobian, (_, p) in zip(jacobians, self.sites):
+            j = jacobian.reshape(z.numel(), -1)
             total = total + p / (1 - p) / 2 * (j * (h @ j)).sum()
         return total.detach(), self.gradient(total).detach()
 

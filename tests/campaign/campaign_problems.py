@@ -1,4 +1,4 @@
-"""Random small problems: a network with dropout, a loss, a batch of some structure. Nothing here knows of the package."""
+"""Random small problems: a network with dropout, a loss, a batch of some structure. The package is not known here."""
 
 from collections import namedtuple
 
@@ -126,7 +126,7 @@ def mean(n):
 
 
 CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.7, 1.3], dtype=torch.float64)
-nll = lambda b, y: F.cross_entropy(b, y)
+nll = F.cross_entropy
 valid = lambda y: 1 / float((y >= 0).sum())
 
 
@@ -159,7 +159,7 @@ LOSSES = {
     "ce_soft": LossKind(
         lambda z, t, h, net: F.cross_entropy(z, t),
         lambda z: torch.rand_like(z).softmax(-1),
-        per_row(mean, lambda b, t: F.cross_entropy(b, t)),
+        per_row(mean, F.cross_entropy),
     ),
     "kl": LossKind(
         lambda z, t, h, net: F.kl_div(z.log_softmax(-1), t, reduction="batchmean"),
@@ -169,7 +169,7 @@ LOSSES = {
     "mse": LossKind(
         lambda z, t, h, net: F.mse_loss(z, t),
         torch.rand_like,
-        per_row(mean, lambda b, t: F.mse_loss(b, t)),
+        per_row(mean, F.mse_loss),
         tokens=True,
     ),
     "mse_sum_over_n": LossKind(
@@ -192,17 +192,17 @@ LOSSES = {
     "bce": LossKind(
         lambda z, t, h, net: F.binary_cross_entropy_with_logits(z, t),
         lambda z: (torch.rand_like(z) > 0.5).to(z),
-        per_row(mean, lambda b, t: F.binary_cross_entropy_with_logits(b, t)),
+        per_row(mean, F.binary_cross_entropy_with_logits),
     ),
     "bce_of_probabilities": LossKind(
         lambda z, t, h, net: F.binary_cross_entropy(z.sigmoid(), t),
         lambda z: (torch.rand_like(z) > 0.5).to(z),
-        per_row(mean, lambda b, t: F.binary_cross_entropy_with_logits(b, t)),
+        per_row(mean, F.binary_cross_entropy_with_logits),
     ),
     "poisson": LossKind(
         lambda z, t, h, net: F.poisson_nll_loss(z, t),
         lambda z: (3 * torch.rand_like(z)).floor(),
-        per_row(mean, lambda b, t: F.poisson_nll_loss(b, t)),
+        per_row(mean, F.poisson_nll_loss),
     ),
     "gaussian": LossKind(
         lambda z, t, h, net: F.gaussian_nll_loss(z, t, torch.full_like(z, 0.7)),
