@@ -86,6 +86,19 @@ class Checkpointed(MLP):
         return self.c(F.dropout(torch.tanh(self.b(h)), 0.4))
 
 
+class Reentrant(MLP):
+    def forward(self, x, factors=None):
+        region = lambda x: F.dropout(torch.tanh(self.a(x)), 0.3)
+        h = checkpoint(region, x.requires_grad_(), use_reentrant=True)
+        return self.c(F.dropout(torch.tanh(self.b(h)), 0.4))
+
+
+class LastInCheckpoint(MLP):
+    def forward(self, x, factors=None):
+        h = F.dropout(torch.tanh(self.a(x)), 0.3)
+        return checkpoint(lambda h: self.c(F.dropout(torch.tanh(self.b(h)), 0.4)), h, use_reentrant=False)
+
+
 class Attention(nn.Module):
     """The last site is inside a function of torch's."""
 
@@ -104,6 +117,7 @@ NETWORKS = {
     "in place": (InPlace, lambda: torch.randn(5, 3)),
     "drops in place": (DropsInPlace, lambda: torch.randn(5, 3)),
     "checkpointed": (Checkpointed, lambda: torch.randn(5, 3)),
+    "last in checkpoint": (LastInCheckpoint, lambda: torch.randn(5, 3)),
     "recurrent": (LSTM, LSTM.x),
     "transformer": (Transformer, Transformer.x),
     "attention": (Attention, lambda: torch.randn(2, 3, 2)),
@@ -142,6 +156,18 @@ def test_it_is_whole_passes_with_the_earlier_masks_repeated(name, antithetic):
         results.append((losses, gradients(losses.mean(), parameters)))
     torch.testing.assert_close(results[0], results[1])
     assert len(set(results[0][0].tolist())) == 4
+
+
+def test_reentrant_checkpoints():
+    """torch's ``autograd.grad`` passes by the parameters in them, so by a backward."""
+    NETWORKS["reentrant"] = (Reentrant, lambda: torch.randn(5, 3))
+    results = []
+    for share in (True, False):
+        net, closure = problem("reentrant")
+        sum(done.loss for done in draws_at_last_site(closure, key=3, k=3, share=share)).backward()
+        results.append([p.grad for p in net.parameters()])
+    del NETWORKS["reentrant"]
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_by_hand():
