@@ -380,6 +380,7 @@ class Session:
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
                 problems = problems_of(measure_repeatability(batch, self.reach(original), self._copies))
+                self._shares_body = self._shares_body and shares_body(batch.aside)
         except SkippedError:
             return
         if problems:
@@ -423,8 +424,12 @@ class Session:
         return kind, None if plain is None else Pairable.of(plain)
 
     def _find_shared_body(self, batch: Batch) -> None:
+        if self.plan.sites != "last" or is_dormant():
+            return
         can = self.module.automatic_optimization and self._whole_parameters and not batch.modified
-        self._shares_body = self.plan.sites == "last" and can and not is_dormant() and shares_body(batch.aside)
+        self._shares_body = can and shares_body(batch.aside)
+        told = "computed once for all draws" if self._shares_body else "computed again for every draw"
+        self.measured.append(Measured("shared_body", outcome="holds" if self._shares_body else "fallback", note=told))
 
     def reach(self, original: Callable[..., Any]) -> Reach:
         """Look for what the step can reach; what was found stays until it is looked for again."""

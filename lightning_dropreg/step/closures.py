@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,30 +116,31 @@ def carry_out(
     runner = ClosureRunner(closure, module, rows, batch_size or 0, mean)
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
     with runner.isolation, constants_marked() if plan.needs_losses else nullcontext():
-        _check_derivatives(plan, closure, runner.aside)
+        _check_derivatives(plan, closure, module, runner.aside)
         return plan.run(runner, key, 0)
 
 
-_compared: weakref.WeakKeyDictionary[Closure, set[object]] = weakref.WeakKeyDictionary()
+_compared: weakref.WeakKeyDictionary[Any, set[object]] = weakref.WeakKeyDictionary()
 
 
-def _check_derivatives(plan: Plan, closure: Closure, aside: Closure) -> None:
+def _check_derivatives(plan: Plan, closure: Closure, module: nn.Module | None, aside: Closure) -> None:
     """Compare what autograd says with finite steps, the first time that a closure comes with these settings.
 
-    A closure that is made anew for every batch is compared every time, which costs some passes; one that lives as long
-    as the training is compared once.
+    A lambda that is made anew for every batch is the same closure: the same code, for the same module if that is given.
     """
+    code = getattr(closure, "__code__", closure)
     for followed in plan.followed:
         try:
-            known = _compared.setdefault(closure, set())
+            known = _compared.setdefault(code if module is None else module, set())
+            seen = (followed, None if module is None else hash(code))
         except TypeError:  # an object that cannot be remembered
-            known = set()
-        if followed not in known:
+            known, seen = set(), (followed, None)
+        if seen not in known:
             estimator, curvature, mask = followed
             for found in measure(aside, estimator, curvature=curvature, mask=mask):
                 if found.problem is not None:
                     raise found.problem
-            known.add(followed)
+            known.add(seen)
 
 
 def check_module(module: object) -> None:
