@@ -94,6 +94,10 @@ class BatchRunner(Protocol):
         """Let go of the gradients of the step before, if they are cleared before the backward without being read."""
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Share:
     """One set of passes and the weights with which its results go into the total; 0 for what it does not bring."""
@@ -141,10 +145,11 @@ class Share:
         else:
             estimator = ESTIMATORS[chosen.estimator]
             if estimator is antithetic:
-                again = runner.aside if chosen.batch_fraction is None else closure
-                estimator = functools.partial(antithetic, aside=None if runner.looked_at else again)
-                if self.has_loss:
-                    estimator = functools.partial(estimator, restart=runner.forget)
+                estimator = functools.partial(
+                    antithetic,
+                    restart=runner.forget if self.has_loss else _nothing,
+                    aside=self._unseen(runner, closure),
+                )
             estimate = estimator(
                 closure,
                 curvature=self.curvature,
@@ -155,6 +160,12 @@ class Share:
             )
             scalars = weigh(estimate)
         return self._result(estimate, scalars, fraction)
+
+    def _unseen(self, runner: BatchRunner, closure: Closure) -> Closure | None:
+        """What runs aside on the rows at hand, where nobody has seen yet that targets and weights stand still."""
+        if self.curvature is None or runner.looked_at:
+            return None
+        return runner.aside if self.estimation.batch_fraction is None else closure
 
     @property
     def may_be_one_pass(self) -> bool:
