@@ -19,6 +19,7 @@ from lightning_dropreg.cli.step import FirstStep, look_at_first_batch
 from lightning_dropreg.errors import DropregError, LossNotRecognizedError
 from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.estimators.curvature import FULL
+from lightning_dropreg.inspection.assumptions import Measured, report
 from lightning_dropreg.inspection.kinks import EXCESS, REMEDY
 from lightning_dropreg.inspection.support import LossSupport, SiteSupport, Support
 from lightning_dropreg.session.base import RegularizerCallback
@@ -39,6 +40,7 @@ class Outlook:
     values: dict[str, float] = field(default_factory=dict)
     warning: str = ""
     refused: str = ""
+    assumptions: list[dict[str, object]] = field(default_factory=list)
 
 
 @dataclass
@@ -89,11 +91,13 @@ def _look(first: FirstStep, configured: Sequence[Any]) -> Findings:
 
 
 def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapping[str, int]) -> Outlook:
-    outlook = Outlook([type(callback).__name__ for callback in callbacks])
+    outlook, measured = Outlook([type(callback).__name__ for callback in callbacks]), list[Measured]()
+    methods = list(outlook.callbacks)
     try:
         plan = callbacks[0].plan(cast(Trainer, SimpleNamespace(callbacks=callbacks)))
         outlook.plan = describe(plan)
-        outlook.values, plan, choice = rehearse(first.trainer, first.model, plan, first.step, first.args)
+        outlook.values, plan, choice = rehearse(first.trainer, first.model, plan, first.step, first.args, measured)
+        methods += [f"estimator {name}" for name in plan.estimators] + ["batch_fraction"] * bool(plan.row_dims)
         outlook.plan = [*([f"{str(choice).capitalize()}."] if choice else []), *describe(plan)]
         excess = outlook.values.get(NOISE_EXCESS, 1.0)
         if excess > EXCESS:
@@ -101,6 +105,7 @@ def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapp
             outlook.warning = f"The noise is {excess:.2f} times as large as xi_approx: kinks ({found}). {REMEDY}"
     except DropregError as error:
         outlook.refused = str(error)
+    outlook.assumptions = report(methods, measured)
     return outlook
 
 
@@ -171,19 +176,26 @@ def _print(found: Findings, model: LightningModule) -> None:
         for number, problem in enumerate(found.problems, 1):
             console.print(escape(f"{number}. {problem}"), highlight=False)
     for outlook in found.outlooks:
-        console.print(f"\n[bold]{' and '.join(outlook.callbacks)}[/]")
-        if outlook.refused:  # and so the plan will not be carried out
-            known = [str(number) for number, problem in enumerate(found.problems, 1) if problem in outlook.refused]
-            reason = f"see {', '.join(known)} above." if known else escape(_short(outlook.refused))
-            console.print(f"[red]Refused:[/] {reason}", highlight=False)
-            continue
-        for sentence in outlook.plan:
-            console.print(escape(f"- {sentence}"), highlight=False)
-        if outlook.values:
-            values = ", ".join(f"{name} {value:.4g}" for name, value in outlook.values.items())
-            console.print(f"- On the first batch: {values}.", highlight=False)
-        if outlook.warning:
-            console.print(f"[yellow]- {escape(outlook.warning)}[/]", highlight=False)
+        _print_outlook(outlook, found.problems)
+
+
+def _print_outlook(outlook: Outlook, problems: Sequence[str]) -> None:
+    console = get_console()
+    console.print(f"\n[bold]{' and '.join(outlook.callbacks)}[/]")
+    if any(row["outcome"] != "watched" for row in outlook.assumptions):
+        console.print(_assumption_table(outlook.assumptions))
+    if outlook.refused:  # and so the plan will not be carried out
+        known = [str(number) for number, problem in enumerate(problems, 1) if problem in outlook.refused]
+        reason = f"see {', '.join(known)} above." if known else escape(_short(outlook.refused))
+        console.print(f"[red]Refused:[/] {reason}", highlight=False)
+        return
+    for sentence in outlook.plan:
+        console.print(escape(f"- {sentence}"), highlight=False)
+    if outlook.values:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in outlook.values.items())
+        console.print(f"- On the first batch: {values}.", highlight=False)
+    if outlook.warning:
+        console.print(f"[yellow]- {escape(outlook.warning)}[/]", highlight=False)
 
 
 def _site_table(sites: Sequence[SiteSupport], step: str, notes: _Notes) -> Table:
@@ -204,6 +216,18 @@ def _loss_table(losses: Sequence[LossSupport], untried: Mapping[str, str], step:
         table.add_column(heading, overflow="fold")
     for each in losses:
         table.add_row(each.name, _shape(each.shape), escape(notes.letters(each.refused, untried)))
+    return table
+
+
+def _assumption_table(rows: Sequence[Mapping[str, object]]) -> Table:
+    """What is assumed of the step; the whole of it is in docs/guarantees.md."""
+    table = Table(title="Assumed of this step, and measured on its first batch", title_justify="left")
+    for heading in ("assumption", "figure", "outcome", "what was found"):
+        table.add_column(heading, justify="right" if heading == "figure" else "left", overflow="fold")
+    for row in rows:
+        value, limit = row["value"], row["tolerance"]
+        figure = "" if value is None else f"{value:.2g}" + ("" if limit is None else f" (at most {limit:.2g})")
+        table.add_row(str(row["name"]), figure, str(row["outcome"]), escape(_short(str(row["note"]))))
     return table
 
 

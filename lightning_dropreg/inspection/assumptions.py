@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 
-__all__ = ["ASSUMPTIONS", "METHODS", "Assumption", "Measured", "assumed_by", "is_due", "table"]
+__all__ = ["ASSUMPTIONS", "METHODS", "Assumption", "Measured", "assumed_by", "is_due", "report", "table"]
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,30 @@ def assumed_by(methods: Iterable[str]) -> list[Assumption]:
             raise InvalidArgumentError(f"{method!r} is no method; choose from {', '.join(METHODS)}.")
         wanted.update(METHODS[method])
     return [assumption for name, assumption in ASSUMPTIONS.items() if name in wanted]
+
+
+def report(methods: Iterable[str], measured: Iterable[Measured]) -> list[dict[str, object]]:
+    """Put together what some methods assume and what was measured of it.
+
+    Args:
+        methods: Names; those that are not in `METHODS` assume nothing.
+        measured: What was measured on a step.
+
+    Returns:
+        One row for each assumption as plain values: ``name``, ``statement``, ``value``, ``tolerance``, ``outcome`` and
+        ``note``. What was not measured now has the outcome ``"watched"``, with how in the note.
+
+    Example:
+        >>> report(["estimator antithetic"], [Measured("smooth", 2.0, outcome="warning", note="relu")])[0]["value"]
+        2.0
+    """
+    of = {each.name: each for each in measured}
+    rows = []
+    for each in assumed_by(method for method in methods if method in METHODS):
+        watched = {"value": None, "tolerance": None, "outcome": "watched", "note": each.measured}
+        found = of[each.name].plain() if each.name in of else watched
+        rows.append({"name": each.name, "statement": each.statement, **found})
+    return rows
 
 
 def is_due(step: int) -> bool:

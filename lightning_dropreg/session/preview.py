@@ -8,6 +8,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
+from lightning_dropreg.inspection.assumptions import Measured
 from lightning_dropreg.inspection.choice import Choice
 from lightning_dropreg.inspection.kinks import noise_excess
 from lightning_dropreg.inspection.support import Support, find_support, gradient_norm
@@ -53,7 +54,12 @@ def look(
 
 
 def rehearse(
-    trainer: Trainer, module: LightningModule, plan: Plan, step: Callable[..., Any], args: tuple[Any, ...]
+    trainer: Trainer,
+    module: LightningModule,
+    plan: Plan,
+    step: Callable[..., Any],
+    args: tuple[Any, ...],
+    measured: list[Measured],
 ) -> tuple[dict[str, float], Plan, Choice | None]:
     """Carry out a plan on a batch up to the gradient, leaving no trace.
 
@@ -63,12 +69,14 @@ def rehearse(
         plan: The plan.
         step: The module's ``training_step``.
         args: What that is called with.
+        measured: Filled with what was measured of the assumptions, also where the plan is refused.
 
     Returns:
         Loss, penalty and norm of the gradient; for noise of finite steps, how many times the norm of ``xi_approx`` it
         has, where that can be measured. The plan with what was chosen for this step, and the choice.
     """
     session = Session(trainer, module, plan, seed=0)
+    session.measured = measured
     session.inspect(step, args, {})
     if plan.untouched:
         return {}, plan, None

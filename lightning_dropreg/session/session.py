@@ -60,7 +60,7 @@ from lightning_dropreg.session.problems import (
 from lightning_dropreg.session.ranks import has_whole_parameters
 from lightning_dropreg.session.stale import StaleGradients
 from lightning_dropreg.session.values import Values, norm_of
-from lightning_dropreg.session.watching import measure_repeatability, problems_of
+from lightning_dropreg.session.watching import measure_repeatability, measured_of, problems_of
 from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
 
 __all__ = ["Session", "own_step"]
@@ -362,7 +362,9 @@ class Session:
         self.kinks = seen.kinks
         self._copies = bool(batch.modified)
         if not self.plan.untouched:
-            problems += changed_parameters(self.module, before)
+            changed = changed_parameters(self.module, before)
+            problems += changed
+            self.measured += measured_of(seen, changed)
         if problems:
             raise all_at_once(problems, name)
         if self.plan.has_choice:

@@ -9,10 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_dropreg.errors import DropregError, NotRepeatableError
 from lightning_dropreg.inspection.assumptions import Measured
 from lightning_dropreg.inspection.repeatable import compare_runs
+from lightning_dropreg.passes import Pass
 from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.session.batch import Batch
 
-__all__ = ["measure_repeatability", "problems_of"]
+__all__ = ["measure_repeatability", "measured_of", "problems_of"]
 
 
 def measure_repeatability(batch: Batch, reach: Reach, copied: bool | None = None) -> list[Measured]:
@@ -49,3 +50,23 @@ def problems_of(found: Sequence[Measured]) -> list[DropregError]:
         if each.outcome == "warning":
             rank_zero_warn(f"lightning_dropreg: {each.note}")
     return [each.problem for each in found if each.problem is not None]
+
+
+def measured_of(seen: Pass, changed: Sequence[DropregError]) -> list[Measured]:
+    """Say what the look at the first step has shown by the way.
+
+    Args:
+        seen: Its pass.
+        changed: What is wrong with parameters that the step changes, if it does.
+
+    Returns:
+        What was found.
+    """
+    kinks = ", ".join(f"{name} ({count})" for name, count in seen.kinks.items())
+    return [
+        Measured("reached_site", float(len(seen.sites)), note="dropout sites"),
+        Measured("smooth", float(sum(seen.kinks.values())), 0.0, "warning" if kinks else "holds", kinks or "no kinks"),
+        Measured("fixed_parameters", outcome="error", problem=changed[0])
+        if changed
+        else Measured("fixed_parameters", note="no parameter changed"),
+    ]

@@ -104,6 +104,10 @@ def test_inspect_lists_sites_losses_and_what_would_happen(capsys):
     [outlook] = found["plans"]
     assert outlook["callbacks"] == ["ExplicitPenalty", "ImplicitNoise"]
     assert "Back-propagated: loss + 2 R_approx + 1 s (whose gradient is xi_approx)." in outlook["plan"]
+    assumed = {row["name"]: row for row in outlook["assumptions"]}
+    assert assumed["repeatable"]["value"] <= assumed["repeatable"]["tolerance"]
+    measured = ("repeatable", "whole_batch", "state_put_back", "fixed_parameters", "reached_site")
+    assert all(assumed[name]["outcome"] == "holds" for name in measured)
     assert outlook["values"].keys() == {"loss", "explicit penalty", "norm of the gradient", "noise over xi_approx"}
     assert outlook["values"]["noise over xi_approx"] == pytest.approx(1, abs=0.01)
     assert not found["problems"]
