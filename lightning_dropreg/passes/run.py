@@ -66,6 +66,12 @@ class Pass:
     kinks: dict[str, int] = field(default_factory=dict)
     reads_gradients: bool = False
 
+    def release(self) -> None:
+        """Let go of the graph: the losses, and that of the loss."""
+        self.losses = []
+        if isinstance(self.loss, Tensor):
+            self.loss = self.loss.detach()
+
 
 def run_pass(
     closure: Closure,

@@ -345,6 +345,7 @@ class Session:
             with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
                 generators = self._reach.generators() if self._reach is not None else []
                 seen, found = inspect_step(batch.aside, self.plan.needs_losses, generators=generators)
+                seen.release()
                 problems += compiled_problems(self.module, seen.sites, self.plan) + found
                 if not (problems or self.plan.untouched) and self._reach is not None:
                     measured = measure_repeatability(batch, self._reach)
