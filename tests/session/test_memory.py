@@ -84,6 +84,10 @@ class Counting(Classifier):
         super().__init__()
         self.kept = SimpleNamespace(alive=0, most=0)  # an object of its own, which no repetition puts back
 
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 1:  # the first step is looked at before it is taken, with a pair of passes
+            self.kept.most = 0
+
     def training_step(self, batch, batch_idx):
         count = self.kept
 
