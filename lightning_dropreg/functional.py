@@ -112,7 +112,7 @@ def regularize(
         mask: See there.
         batch_fraction: Fraction ``f`` of the rows, drawn afresh every time, on which penalty and noise are estimated,
             in ``(0, 1]``: one pass over the batch and two over these rows. The loss must be a mean over the rows, and
-            for the noise no mask may be shared between rows. None for all rows.
+            for the noise no mask may be shared between rows, which is tried the first time. None for all rows.
         rows: What runs forward and loss on some rows, given their numbers: ``lambda i: loss(net(x[i]), y[i])``.
         batch_size: Number of rows; needed with `batch_fraction`, as is `rows`.
         generator: Source of the seed of the noise; the global one by default. Processes of one group draw different
@@ -126,7 +126,9 @@ def regularize(
         InvalidArgumentError: If an argument is out of range or unknown, or the closure returns no scalar loss.
         NoDropoutSiteError: If nothing was dropped.
         LossNotRecognizedError: If the curvature of the loss is unknown.
-        UnsupportedSiteError: If there is a kind of dropout that the package does not understand.
+        UnsupportedSiteError: If there is a kind of dropout that the package does not understand, or rows share the
+            noise of one with `batch_fraction`.
+        UnsupportedModuleError: If the loss adds up its rows, with `batch_fraction`.
         UnsupportedOperationError: If the model has an operation that the estimator cannot differentiate.
 
     Example:

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, NoDropoutSiteError
+from lightning_dropreg.errors import (
+    InvalidArgumentError,
+    LossNotRecognizedError,
+    NoDropoutSiteError,
+    UnsupportedModuleError,
+    UnsupportedSiteError,
+)
 from lightning_dropreg.estimators import ESTIMATORS, antithetic
 from lightning_dropreg.functional import explicit_penalty, implicit_noise, plain_loss, regularize
 from lightning_dropreg.numerics.noise import draw_key, fold_key, of_this_rank
@@ -90,13 +96,14 @@ def test_absent_parts_are_none():
 def test_some_of_the_rows():
     """The loss of all rows exactly, and the estimate on the drawn ones, the noise scaled to the covariance of all."""
     p = Problem()
-    drawn = []
+    seen = []
 
     def rows(index):
-        drawn.append(index)
+        seen.append(index)
         return p.rows(index)
 
     found = regularize(p.closure, batch_fraction=0.25, rows=rows, batch_size=12, generator=seeded())
+    drawn = seen[-2:]  # before, halves were tried
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(found.loss, plain_loss(p.closure))
     how = dict(curvature="loss_hessian", noise=True, step_size=0.1, mask="as_model", key=draw_key(seeded()))
@@ -104,7 +111,7 @@ def test_some_of_the_rows():
     torch.testing.assert_close(found.penalty, alone.penalty)
     torch.testing.assert_close(found.noise, 0.5 * alone.noise)
     again = regularize(p.closure, batch_fraction=0.25, rows=rows, batch_size=12, generator=seeded(4))
-    assert not torch.equal(drawn[0], drawn[-1])
+    assert not torch.equal(drawn[0], seen[-1])
     assert again.penalty != found.penalty
 
 
@@ -154,5 +161,12 @@ def test_what_is_refused():
     assert not p.calls
     with pytest.raises(LossNotRecognizedError):
         regularize(lambda: p.net(p.x).square().mean())
+    summed = lambda rows: F.cross_entropy(p.net(p.x[rows]), p.y[rows], reduction="sum")
+    with pytest.raises(UnsupportedModuleError, match="adds up"):
+        regularize(lambda: summed(slice(None)), batch_fraction=0.5, rows=summed, batch_size=12)
+    shared = lambda rows: F.cross_entropy(p.net(p.x[rows] @ F.dropout(torch.eye(3), 0.5)), p.y[rows])
+    with pytest.raises(UnsupportedSiteError, match="All rows"):
+        regularize(lambda: shared(slice(None)), batch_fraction=0.5, rows=shared, batch_size=12)
+    regularize(lambda: shared(slice(None)), batch_fraction=0.5, rows=shared, batch_size=12, noise=False)
     with pytest.raises(NoDropoutSiteError):
         regularize(lambda: F.cross_entropy(p.net.eval()(p.x), p.y))

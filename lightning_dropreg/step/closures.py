@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lightning_dropreg.checks import check_instance
 from lightning_dropreg.estimators import Pairs
 from lightning_dropreg.estimators.layout import Layout
+from lightning_dropreg.estimators.reduction import check_mean_over_rows
 from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.choice import chosen_estimator
 from lightning_dropreg.inspection.derivatives import measure
+from lightning_dropreg.inspection.first_step import check_masks_of_rows
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.numerics.noise import draw_key, of_this_rank
-from lightning_dropreg.passes import Closure
+from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.passes.last_site import follow
@@ -65,10 +67,14 @@ class ClosureRunner:
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
         """See `lightning_dropreg.step.share.BatchRunner`."""
+        drawn = draw_rows(torch.empty(self._count), fraction, 0, key)
+        return self.on(drawn), len(drawn) / self._count
+
+    def on(self, numbers: Tensor) -> Closure:
+        """Return what runs on the rows of these numbers, leaving no trace."""
         on_rows = self._rows
         assert on_rows is not None
-        drawn = draw_rows(torch.empty(self._count), fraction, 0, key)
-        return lambda: self.isolation.run(lambda: on_rows(drawn), trace=False), len(drawn) / self._count
+        return lambda: self.isolation.run(lambda: on_rows(numbers), trace=False)
 
     def paired(self, fraction: float, dim: int, key: int, clean: bool = False) -> tuple[Closure, Layout, Pairs] | None:
         """See `lightning_dropreg.step.share.BatchRunner`; where the rows lie is not looked for in every batch anew."""
@@ -116,31 +122,53 @@ def carry_out(
     runner = ClosureRunner(closure, module, rows, batch_size or 0, mean)
     # a callback looks for unrecognized parts of the loss once, before the first step; here every call does
     with runner.isolation, constants_marked() if plan.needs_losses else nullcontext():
-        _check_derivatives(plan, closure, module, runner.aside)
+        known = _known(closure, module)
+        _check_derivatives(plan, known, runner.aside)
+        _check_rows(plan, known, runner, batch_size or 0)
         return plan.run(runner, key, 0)
 
 
-_compared: weakref.WeakKeyDictionary[Any, set[object]] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[Any, dict[int, set[object]]] = weakref.WeakKeyDictionary()
 
 
-def _check_derivatives(plan: Plan, closure: Closure, module: nn.Module | None, aside: Closure) -> None:
-    """Compare what autograd says with finite steps, the first time that a closure comes with these settings.
+def _known(closure: Closure, module: nn.Module | None) -> set[object]:
+    """Return what was found right about a closure before, to be added to.
 
     A lambda that is made anew for every batch is the same closure: the same code, for the same module if that is given.
+
+    Returns:
+        What was checked.
     """
     code = getattr(closure, "__code__", closure)
+    try:
+        return _checked.setdefault(code if module is None else module, {}).setdefault(hash(code), set())
+    except TypeError:  # an object that cannot be remembered
+        return set()
+
+
+def _check_derivatives(plan: Plan, known: set[object], aside: Closure) -> None:
+    """Compare what autograd says with finite steps, the first time that a closure comes with these settings."""
     for followed in plan.followed:
-        try:
-            known = _compared.setdefault(code if module is None else module, set())
-            seen = (followed, None if module is None else hash(code))
-        except TypeError:  # an object that cannot be remembered
-            known, seen = set(), (followed, None)
-        if seen not in known:
+        if followed not in known:
             estimator, curvature, mask = followed
             for found in measure(aside, estimator, curvature=curvature, mask=mask):
                 if found.problem is not None:
                     raise found.problem
-            known.add(seen)
+            known.add(followed)
+
+
+def _check_rows(plan: Plan, known: set[object], runner: ClosureRunner, count: int) -> None:
+    """Refuse a loss that is no mean over rows, and noise that rows share, where some stand for all; the first time."""
+    noise = plan.noise.estimation if plan.noise is not None else None
+    shared = noise is not None and noise.batch_fraction is not None
+    if not plan.row_dims or count < 2 or ("rows", shared) in known:
+        return
+    whole = run_pass(runner.aside, Off(), name_sites=True, need_sites=False)
+    first, second = (runner.on(index) for index in (torch.arange(count // 2), torch.arange(count // 2, count)))
+    check_mean_over_rows(whole.loss.item(), first().item(), second().item(), (count // 2) / count)
+    if noise is not None and shared:
+        check_masks_of_rows(whole.sites, first, noise.mask)
+    known.add(("rows", shared))
 
 
 def check_module(module: object) -> None:
