@@ -30,6 +30,7 @@ class LogCollector:
         self._module = module
         self._runs: list[list[Call]] = []
         self._last: list[Call] = []
+        self._before: dict[str, dict[str, Any]] | None = None
 
     @contextmanager
     def run(self, keep: bool) -> Iterator[None]:
@@ -51,7 +52,7 @@ class LogCollector:
         trainer = getattr(self._module, "_trainer", None)
         patches: list[tuple[Any, str, Any]] = [(self._module, "log", log)]
         if trainer is not None:
-            read = _Reading(trainer, calls, self._module.log)
+            read = _Reading(trainer, calls, self._module.log, self._before)
             patches.append((trainer, "_logger_connector", read))
         if self._runs or not keep:
             patches.append((self._module, "print", _nothing))
@@ -60,6 +61,12 @@ class LogCollector:
             yield
         if keep:
             self._runs.append(calls)
+
+    def remember(self) -> None:
+        """Let runs that come after `replay` read what was there before it."""
+        trainer = self._module.trainer
+        names = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
+        self._before = {name: dict(getattr(trainer, name)) for name in names}
 
     def forget(self) -> None:
         """Drop what was kept."""
@@ -106,8 +113,14 @@ class LogCollector:
 class _Reading:
     """The connector of a Trainer's logging, that knows what the step has logged in this run; see `LogCollector`."""
 
-    def __init__(self, trainer: Any, calls: list[Call], log: Callable[..., None]) -> None:
-        self._trainer, self._calls, self._log = trainer, calls, log
+    def __init__(
+        self,
+        trainer: Any,
+        calls: list[Call],
+        log: Callable[..., None],
+        before: Mapping[str, dict[str, Any]] | None,
+    ) -> None:
+        self._trainer, self._calls, self._log, self._before = trainer, calls, log, before
         self._connector = trainer._logger_connector
 
     def __getattr__(self, name: str) -> Any:
@@ -117,17 +130,21 @@ class _Reading:
     @property
     def callback_metrics(self) -> dict[str, Any]:
         """See Lightning."""
-        return {**self._connector.callback_metrics, **self._now("callback")}
+        return {**self._earlier("callback_metrics"), **self._now("callback")}
 
     @property
     def logged_metrics(self) -> dict[str, Any]:
         """See Lightning."""
-        return {**self._connector.logged_metrics, **self._now("log")}
+        return {**self._earlier("logged_metrics"), **self._now("log")}
 
     @property
     def progress_bar_metrics(self) -> dict[str, Any]:
         """See Lightning."""
-        return {**self._connector.progress_bar_metrics, **self._now("pbar")}
+        return {**self._earlier("progress_bar_metrics"), **self._now("pbar")}
+
+    def _earlier(self, name: str) -> dict[str, Any]:
+        earlier: dict[str, Any] = getattr(self._connector, name) if self._before is None else self._before[name]
+        return earlier
 
     def _now(self, kind: str) -> dict[str, Any]:
         """Log for real what this run has logged so far, into results of its own, and read them."""

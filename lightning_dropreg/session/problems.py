@@ -56,12 +56,18 @@ def takes_iterator(module: LightningModule) -> bool:
     return "dataloader_iter" in inspect.signature(module.training_step).parameters
 
 
-def fingerprints(module: nn.Module) -> dict[str, tuple[int, int, str]]:
-    """What shows that a parameter was changed: ``.data`` has no versions, so also where it lies and its norm."""
+def fingerprints(module: nn.Module) -> dict[str, tuple[int, str, str]]:
+    """What shows that a parameter was changed: where it lies, its norm and its sum.
+
+    Not its version: a parametrization that the step registers writes a parameter's own values into it.
+
+    Returns:
+        A mark for each parameter, by name.
+    """
     parameters = {name: p for name, p in module.named_parameters() if _has_norm(p)}
     norms = norms_of([p.detach() for p in parameters.values()])
     return {
-        name: (p._version, p.data_ptr(), repr(norm.item()))  # as text, because nan is not nan
+        name: (p.data_ptr(), repr(norm.item()), repr(p.detach().sum().item()))  # as text, because nan is not nan
         for (name, p), norm in zip(parameters.items(), norms, strict=True)
     }
 

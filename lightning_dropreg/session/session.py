@@ -210,6 +210,8 @@ class Session:
             stale=stale,
         )
         batch.shares_body = self._shares_body
+        if self.plan.noise_after_backward:
+            batch.logs.remember()
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant():
                 plan = self.plan.choosing("antithetic")  # which is open yet in a batch that the user's step skips
