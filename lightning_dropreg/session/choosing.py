@@ -12,7 +12,7 @@ from lightning_dropreg.errors import DropregError, KinkedNetworkWarning, Unbound
 from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.inspection.choice import Choice, choose_estimator
-from lightning_dropreg.inspection.kinks import EXCESS, REMEDY, WIDE_STEP
+from lightning_dropreg.inspection.kinks import EXCESS, OF_CURVATURE, REMEDY, WIDE_STEP
 from lightning_dropreg.passes import Closure, Pass
 from lightning_dropreg.session.compiled import compiled_problems
 from lightning_dropreg.session.problems import module_problems
@@ -53,6 +53,10 @@ def choose(trainer: Trainer, module: LightningModule, plan: Plan, aside: Closure
 
 def warn_of_kinks(module: nn.Module, plan: Plan, kinks: Mapping[str, int], choice: Choice | None) -> None:
     """Warn where the noise of a finite step is larger than ``xi_approx``, unless it was measured not to be."""
+    if kinks and plan.curvature_of_finite_steps is not None:
+        found = ", ".join(f"{name} ({count})" for name, count in kinks.items())
+        text = f"{type(module).__name__} has kinks behind its dropout: {found}. {OF_CURVATURE}"
+        rank_zero_warn(text, category=KinkedNetworkWarning)
     estimation = plan.noise_of_finite_steps
     if not kinks or estimation is None or estimation.step_size >= WIDE_STEP:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.checks import check_instance
+from lightning_dropreg.errors import KinkedNetworkWarning
 from lightning_dropreg.estimators import Pairs
 from lightning_dropreg.estimators.layout import Layout
 from lightning_dropreg.estimators.reduction import check_mean_over_rows
 from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.choice import chosen_estimator
 from lightning_dropreg.inspection.derivatives import measure
-from lightning_dropreg.inspection.first_step import check_masks_of_rows
+from lightning_dropreg.inspection.first_step import check_masks_of_rows, inspect_step
+from lightning_dropreg.inspection.kinks import OF_CURVATURE
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.numerics.noise import draw_key, of_this_rank
 from lightning_dropreg.passes import Closure, Off, run_pass
@@ -125,6 +128,7 @@ def carry_out(
         known = _known(closure, module)
         _check_derivatives(plan, known, runner.aside)
         _check_rows(plan, known, runner, batch_size or 0)
+        _check_kinks(plan, known, runner.aside)
         return plan.run(runner, key, 0)
 
 
@@ -169,6 +173,19 @@ def _check_rows(plan: Plan, known: set[object], runner: ClosureRunner, count: in
     if noise is not None and shared:
         check_masks_of_rows(whole.sites, first, noise.mask)
     known.add(("rows", shared))
+
+
+def _check_kinks(plan: Plan, known: set[object], aside: Closure) -> None:
+    """Warn of second differences across kinks, the first time."""
+    if plan.curvature_of_finite_steps is None or "kinks" in known:
+        return
+    known.add("kinks")
+    kinks = inspect_step(aside, need_losses=False, quiet=True)[0].kinks
+    if kinks:
+        found = ", ".join(f"{name} ({count})" for name, count in kinks.items())
+        warnings.warn(
+            f"There are kinks behind the dropout: {found}. {OF_CURVATURE}", KinkedNetworkWarning, stacklevel=4
+        )
 
 
 def check_module(module: object) -> None:

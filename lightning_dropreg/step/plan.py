@@ -120,6 +120,13 @@ class Plan:
         return self.noise.estimation if self.noise.estimation.estimator == "antithetic" else None
 
     @property
+    def curvature_of_finite_steps(self) -> Estimation | None:
+        """How the second derivative of the loss is estimated, if by finite steps: kinks make its gradient wild."""
+        if self.penalty is None or self.curvature != FULL or self.penalty.estimation.estimator != "antithetic":
+            return None
+        return self.penalty.estimation
+
+    @property
     def noise_after_backward(self) -> bool:
         """Whether the noise is added to the gradients after the backward pass."""
         return self.noise_scale != 0 and not self.noise_in_loss

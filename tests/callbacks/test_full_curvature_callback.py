@@ -9,7 +9,7 @@ from fits import Classifier, make_loader, same, train
 from torch import nn
 
 import lightning_dropreg as dr
-from lightning_dropreg.errors import DivergenceError, UnboundedPenaltyWarning
+from lightning_dropreg.errors import DivergenceError, KinkedNetworkWarning, UnboundedPenaltyWarning
 from lightning_dropreg.estimators import Pairs, antithetic, one_pass
 from lightning_dropreg.estimators.layout import find_layout
 from lightning_dropreg.numerics.noise import fold_key
@@ -125,6 +125,20 @@ def test_training_warns_once_unless_it_is_watched():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnboundedPenaltyWarning)
         train([*penalty(), dr.DivergenceDetector()], max_steps=1)
+
+
+def test_training_tells_of_kinks_unless_derivatives_are_followed():
+    class Kinked(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(4, nn.Linear(8, 8).double())
+            self.net.insert(5, nn.ReLU())
+
+    with pytest.warns(KinkedNetworkWarning, match="curvature='full'"):
+        train(penalty(estimator="antithetic"), make=Kinked, max_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KinkedNetworkWarning)
+        train(penalty(estimator="auto"), make=Kinked, max_steps=1)  # which takes forward mode there
 
 
 def test_the_detector_sees_a_penalty_far_below_zero():

@@ -15,7 +15,7 @@ from loss_table import LOSSES as RECOGNIZED
 from networks import MLP, NETWORKS, flat_gradient, variances
 from torch import nn
 
-from lightning_dropreg.errors import LossNotRecognizedError, UnboundedPenaltyWarning
+from lightning_dropreg.errors import KinkedNetworkWarning, LossNotRecognizedError, UnboundedPenaltyWarning
 from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.functional import explicit_penalty
 
@@ -164,6 +164,8 @@ def test_three_passes_and_no_recognized_loss():
         return UNKNOWN["ratio"](net(x))
 
     explicit_penalty(closure, curvature="full")
+    calls.clear()  # the first time, kinks are looked for
+    explicit_penalty(closure, curvature="full")
     assert len(calls) == 3
     with pytest.raises(LossNotRecognizedError):
         explicit_penalty(closure)
@@ -200,6 +202,19 @@ def test_the_pair_needs_no_second_derivative_of_any_operation(name):
     value = lambda: explicit_penalty(lambda: loss(net(x)), curvature="full", step_size=1e-2, generator=generator)
     sample = torch.stack([value().detach() for _ in range(400)])
     assert abs(sample.mean().item() - truth) < 4 * sample.std().item() / 20 + 1e-3 * abs(truth)
+
+
+def test_kinks_are_told():
+    """There a second difference counts every kink between its ends with one over the step."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.4), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    closure = lambda: F.cross_entropy(net(torch.ones(6, 3)), torch.arange(6) % 2)
+    with pytest.warns(KinkedNetworkWarning, match="relu"):
+        explicit_penalty(closure, curvature="full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KinkedNetworkWarning)
+        explicit_penalty(closure, curvature="full")  # once is enough
+        for estimator in ("forward", "double_backward", "exact"):
+            explicit_penalty(closure, curvature="full", estimator=estimator)
 
 
 def test_a_loss_that_is_linear_in_the_noise_has_none():
