@@ -26,10 +26,10 @@ class ExplicitPenalty(RegularizerCallback):
             function too); the antithetic estimator takes a third pass, without noise. It is **not bounded below**:
             it may be negative, and fall without end on examples that the model has wrong. In one small study (digits,
             40 % wrong labels) its best point was far better than that of the others and its last far worse, and the
-            range of good strengths (around 1) narrow; with few wrong labels it was no better.Its estimate varies two
-            to three times as much as that of ``R_approx``. Where there are kinks (ReLU), its gradient by finite steps is
-            wild, and training warns: take ``"auto"``, ``"forward"`` or ``"double_backward"`` there. Training also warns
-            unless a `DivergenceDetector` watches it.
+            range of good strengths (around 1) narrow; with few wrong labels it was no better. Its estimate varies two
+            to three times as much as that of ``R_approx``. Where there are kinks (ReLU), its gradient by finite steps
+            is wild, and training warns: take ``"auto"``, ``"forward"`` or ``"double_backward"`` there. Training also
+            warns unless a `DivergenceDetector` watches it.
         estimator: ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``, see
             `lightning_dropreg.estimators`; ``"auto"`` takes the first, or the second where there are kinks (ReLU)
             behind the dropout and the model allows it. What it took, and why, is logged when the fit starts, shown by
