@@ -62,10 +62,11 @@ def compare_runs(
     try:
         second = _trace(closure, state)
     except Exception as error:
-        if isinstance(error, DropregError):
+        if isinstance(error, (DropregError, torch.OutOfMemoryError)):
             raise
-        text = f"the second time it raised {type(error).__name__}: {error}"
-        return [Measured("repeatable", outcome="error", problem=_refusal(name, text, moving))]
+        problem = _refusal(name, f"the second time it raised {type(error).__name__}: {error}", moving)
+        problem.__cause__ = error
+        return [Measured("repeatable", outcome="error", problem=problem)]
     size, tolerance = _difference(first, second), _tolerance(first.loss)
     text = _said(first, second, size, tolerance)
     if text:
