@@ -31,7 +31,7 @@ __all__ = ["Compared", "compare_derivatives", "measure", "measure_targets"]
 
 TOLERANCE = 0.05
 """Relative difference from which on a derivative is another; trusted finite steps are far closer."""
-_KEY = 20_200_713
+_KEY = 0  # of directions that nobody trains with
 _MOST = 48  # groups of sites that are looked at one by one
 _STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
 _VECTORS = 3

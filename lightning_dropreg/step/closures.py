@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -132,21 +133,23 @@ def carry_out(
         return plan.run(runner, key, 0)
 
 
-_checked: weakref.WeakKeyDictionary[Any, dict[int, set[object]]] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], set[object]]] = weakref.WeakKeyDictionary()
 
 
 def _known(closure: Closure, module: nn.Module | None) -> set[object]:
     """Return what was found right about a closure before, to be added to.
 
-    A lambda that is made anew for every batch is the same closure: the same code, for the same module if that is given.
+    A lambda that is made anew for every batch is the same closure if it has the same code and captures the same modules
+    and functions, for the same module if that is given; the data it captures are another batch's.
 
     Returns:
         What was checked.
     """
-    code = getattr(closure, "__code__", closure)
     try:
-        return _checked.setdefault(code if module is None else module, {}).setdefault(hash(code), set())
-    except TypeError:  # an object that cannot be remembered
+        code, *captured = _captured(closure)
+        key = (*captured, None if module is None else weakref.ref(module))
+        return _checked.setdefault(code, {}).setdefault(key, set())
+    except (TypeError, ValueError, RecursionError):  # an object that cannot be remembered
         return set()
 
 
@@ -186,6 +189,21 @@ def _check_kinks(plan: Plan, known: set[object], aside: Closure) -> None:
         warnings.warn(
             f"There are kinks behind the dropout: {found}. {OF_CURVATURE}", KinkedNetworkWarning, stacklevel=4
         )
+
+
+def _captured(value: Any) -> tuple[Any, ...]:
+    """What a function does, as its code and everything that it captures but data; others are what they are."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return (value,)
+    if isinstance(value, (Tensor, list, tuple, dict, set)):
+        return (type(value),)  # data: another batch's
+    if isinstance(value, types.MethodType):
+        return (value.__func__.__code__, weakref.ref(value.__self__))
+    if not isinstance(value, types.FunctionType):
+        return (weakref.ref(value),) if not isinstance(value, types.BuiltinFunctionType) else (value,)
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    inside = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return (value.__code__, *(_captured(each) for each in inside))
 
 
 def check_module(module: object) -> None:
