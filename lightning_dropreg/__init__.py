@@ -17,8 +17,10 @@ if (
     TYPE_CHECKING
 ):  # what stands here is imported when it is asked for: `functional` needs no Lightning, `--help` nothing
     from lightning_dropreg import errors, functional
+    from lightning_dropreg.auditing import audit
     from lightning_dropreg.callbacks import (
         DivergenceDetector,
+        DropoutAudit,
         DropoutDiagnostics,
         DropProbSchedule,
         ExplicitPenalty,
@@ -26,6 +28,7 @@ if (
         MaxNorm,
         MiniBatchDropout,
         MonteCarloDropout,
+        PlaceDropout,
         RDrop,
     )
     from lightning_dropreg.interception.handlers.attention import attention_dropout
@@ -33,10 +36,12 @@ if (
     from lightning_dropreg.losses import recognize
     from lightning_dropreg.mixins import ExplicitPenaltyMixin, ImplicitNoiseMixin, MiniBatchDropoutMixin
     from lightning_dropreg.nn.pretraining import scale_pretrained_for_dropout
+    from lightning_dropreg.placing import add_dropout, remove_dropout, set_drop_prob
 
 __all__ = [
     "DivergenceDetector",
     "DropProbSchedule",
+    "DropoutAudit",
     "DropoutDiagnostics",
     "ExplicitPenalty",
     "ExplicitPenaltyMixin",
@@ -46,23 +51,41 @@ __all__ = [
     "MiniBatchDropout",
     "MiniBatchDropoutMixin",
     "MonteCarloDropout",
+    "PlaceDropout",
     "RDrop",
+    "add_dropout",
     "attention_dropout",
+    "audit",
     "drop",
     "errors",
     "functional",
     "recognize",
+    "remove_dropout",
     "scale_pretrained_for_dropout",
+    "set_drop_prob",
 ]
 
 __version__ = "0.1.0"
 
-_ROOMS = {"callbacks", "diagnostics", "errors", "functional", "losses", "metrics", "mixins", "nn", "uncertainty"}
+_ROOMS = {
+    "auditing",
+    "callbacks",
+    "diagnostics",
+    "errors",
+    "functional",
+    "losses",
+    "metrics",
+    "mixins",
+    "nn",
+    "uncertainty",
+}
 _CALLBACKS = "lightning_dropreg.callbacks"
 _MIXINS = "lightning_dropreg.mixins"
 _WHERE = {
     **{name: _MIXINS for name in __all__ if name.endswith("Mixin")},
+    **dict.fromkeys(("add_dropout", "remove_dropout", "set_drop_prob"), "lightning_dropreg.placing"),
     "attention_dropout": "lightning_dropreg.interception.handlers.attention",
+    "audit": "lightning_dropreg.auditing",
     "drop": "lightning_dropreg.interception.handlers.custom",
     "recognize": "lightning_dropreg.losses",
     "scale_pretrained_for_dropout": "lightning_dropreg.nn.pretraining",
@@ -70,7 +93,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _ROOMS or name == "auditing":
         return import_module(f"lightning_dropreg.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

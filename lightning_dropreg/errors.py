@@ -17,6 +17,7 @@ __all__ = [
     "NoDropoutSiteError",
     "NonFinitePenaltyError",
     "NotRepeatableError",
+    "PatternError",
     "UnboundedPenaltyWarning",
     "UnreadableTextError",
     "UnsupportedModuleError",
@@ -64,6 +65,10 @@ class NonFinitePenaltyError(DropregError):
 
 class CompositionError(DropregError):
     """The callbacks of a Trainer do not make sense together."""
+
+
+class PatternError(InvalidArgumentError):
+    """A pattern of module paths matches nothing that it could act on; the message names the nearest paths."""
 
 
 class MissingDependencyError(DropregError, ImportError):

@@ -305,3 +305,14 @@ def test_penalty_of_all_estimators(client):
     else:
         torch.testing.assert_close(antithetic, draw("forward"), rtol=2e-3, atol=1e-7)
     assert 0.1 < draw("double_backward") / antithetic < 10
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_the_audit_finds_nothing(client):
+    module, batch, _ = make(client)
+    before = copy.deepcopy(module.state_dict())
+    state = torch.get_rng_state()
+    found = dr.audit(module, batch)
+    assert [one for one in found if one.severity != "note"] == []
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values(), strict=True))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -11,54 +10,12 @@ from torch import nn
 
 from lightning_dropreg.checks import check_count
 from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError
-from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
+from lightning_dropreg.placing import drop_prob_attributes
 
-__all__ = ["DropProbSchedule", "drop_prob_attributes"]
+__all__ = ["DropProbSchedule"]
 
 SCHEDULES = ("early", "late", "linear")
 INTERVALS = ("epoch", "step")
-
-# torch's own; other layers are known by their names
-_ATTRIBUTES: dict[type[nn.Module], str] = {
-    **dict.fromkeys(DROPOUT_LAYERS, "p"),
-    nn.RNNBase: "dropout",
-    nn.MultiheadAttention: "dropout",
-}
-_NAMES = ("Dropout", "DropPath", "StochasticDepth", "WeightDrop", "DropConnect")
-_USUAL = ("p", "drop_prob", "prob")
-
-
-def drop_prob_attributes(
-    module: nn.Module, modules: Sequence[str] | None = None, attributes: Sequence[str] = ()
-) -> Iterator[tuple[str, nn.Module, str]]:
-    """List the places below `module` where a drop probability is kept.
-
-    Args:
-        module: The model.
-        modules: Patterns of module paths (``"encoder.*"``), as in a shell; None for all.
-        attributes: Further names of attributes that hold a drop probability, in layers that call a functional dropout.
-
-    Yields:
-        Path of the layer, the layer, and the name of its attribute.
-
-    Example:
-        >>> net = nn.Sequential(nn.LSTM(2, 3, num_layers=2, dropout=0.1), nn.Dropout(0.5))
-        >>> [(path, name) for path, _, name in drop_prob_attributes(net)]
-        [('0', 'dropout'), ('1', 'p')]
-    """
-    for path, layer in module.named_modules():
-        if modules is not None and not any(fnmatch.fnmatchcase(path, pattern) for pattern in modules):
-            continue
-        names = [name for kind, name in _ATTRIBUTES.items() if isinstance(layer, kind)]
-        if not names and type(layer).__name__.endswith(_NAMES):
-            names = [name for name in _USUAL if _is_prob(getattr(layer, name, None))][:1]
-        names += [name for name in attributes if name not in names and _is_prob(getattr(layer, name, None))]
-        for name in names:
-            yield path, layer, name
-
-
-def _is_prob(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
 
 
 class DropProbSchedule(Callback):

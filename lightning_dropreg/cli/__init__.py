@@ -18,6 +18,7 @@ COMMANDS = {
     "test": "evaluate a model on the test data",
     "predict": "run a model over the data to predict",
     "inspect": "list the dropout sites that a training step reaches",
+    "audit": "find dropout that does not do what it should",
     "bench": "time one optimization step with each method",
     "compare": "run several configurations and put their results into one table",
     "diagnose": "show what dropout does to a model on one batch, and whether the theory holds there",
@@ -65,7 +66,8 @@ def _run(args: Sequence[str] | None) -> int:
 
             DropregCLI(argv)
         else:
-            import_module(f"lightning_dropreg.cli.{argv[0]}").main(argv[1:])
+            status: int | None = import_module(f"lightning_dropreg.cli.{argv[0]}").main(argv[1:])
+            return status or 0
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -1,0 +1,140 @@
+"""Random numbers that are no dropout, normalization behind dropout, optimizers that need a repeatable loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from lightning_dropreg.auditing.findings import Finding
+from lightning_dropreg.auditing.places import Place, defined_at
+from lightning_dropreg.auditing.record import Record
+from lightning_dropreg.auditing.watch import is_dropout
+from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
+
+__all__ = ["check_certain", "check_optimizers", "check_random", "check_variance"]
+
+_SHIFT = 1.25
+"""Ratio of variances from which on `check_variance` warns."""
+
+
+def check_random(record: Record) -> Iterator[Finding]:
+    """Tell what draws random numbers and is no dropout that this package knows.
+
+    Yields:
+        Findings ``hand-made``.
+    """
+    counts: dict[tuple[str, Place], int] = {}
+    for draw in record.drawn:
+        counts[draw.what, draw.place] = counts.get((draw.what, draw.place), 0) + 1
+    for (what, place), count in counts.items():
+        yield Finding(
+            "hand-made",
+            "note",
+            str(place),
+            f"{what}: the state of a random generator changed {count} times in {record.draws} training steps "
+            "(no chance involved).",
+            "If it is a dropout, call lightning_dropreg.drop, so that it is seen and can be replaced.",
+        )
+    for tally in record.training:
+        layer, call = tally.call.layer, tally.call
+        if layer is None or call.inner or call.kind != type(layer).__name__ or not is_dropout(layer):
+            continue
+        by_torch = isinstance(layer, DROPOUT_LAYERS) or call.expected is None
+        inside = any(other.call.layer is layer and other.call.inner for other in record.training)
+        if call.drops and not by_torch and not inside:
+            yield Finding(
+                "hand-made",
+                "note",
+                str(call.place),
+                f"{type(layer).__name__} drops {tally.entries - tally.kept} of {tally.entries} entries by itself in "
+                f"{tally.draws} draws.",
+                "Let it call lightning_dropreg.drop, so that it is seen and can be replaced.",
+            )
+
+
+def check_variance(record: Record) -> Iterator[Finding]:
+    """Compare the variance of what batch norm is given with and without dropout.
+
+    The statistics that batch norm keeps are those with dropout; in evaluation it meets activations without. The ratio
+    is the mean over channels of the two variances, over the draws; from 1.25 on there is a warning if its lower bound
+    (four standard errors) is above that too.
+
+    Yields:
+        Findings ``variance-shift``.
+    """
+    for norm, without in record.norms_without.items():
+        if not norm.track_running_stats or norm not in record.norms_with:
+            continue
+        ratios = torch.tensor([_ratio(one, without) for one in record.norms_with[norm]], dtype=torch.float64)
+        if len(ratios) < 2:
+            continue
+        mean, error = float(ratios.mean()), float(ratios.std()) / len(ratios) ** 0.5
+        if max(mean, 1 / mean) < _SHIFT or abs(mean - 1) - 4 * error < abs(_SHIFT - 1):
+            continue
+        yield Finding(
+            "variance-shift",
+            "warning",
+            str(Place(record.path(norm), defined_at(record.paths.parent(norm) or norm))),
+            f"with dropout its input has {mean:.3g} +- {error:.2g} times the variance that it has without, in "
+            f"{len(ratios)} draws (warned from {_SHIFT} on, at four standard errors: 6e-5 for normal ratios).",
+            "Put the dropout behind the last batch norm, or use layer norm.",
+        )
+
+
+def _ratio(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:
+    variances = [(square - mean.square()).clamp(min=1e-12) for mean, square in (one, other)]
+    return float(variances[0].mean() / variances[1].mean())
+
+
+def check_optimizers(record: Record) -> Iterator[Finding]:
+    """Find optimizers that compare losses of several evaluations, which have different masks.
+
+    Yields:
+        Findings ``noise-on-line-search``.
+    """
+    if record.subject.configure_optimizers is None or not any(tally.call.drops for tally in record.training):
+        return
+    try:
+        configured = record.subject.configure_optimizers()
+    except Exception:  # it may need a Trainer
+        return
+    for optimizer in _optimizers(configured):
+        if isinstance(optimizer, torch.optim.LBFGS) or "SAM" in type(optimizer).__name__:
+            yield Finding(
+                "noise-on-line-search",
+                "warning",
+                record.subject.name,
+                f"{type(optimizer).__name__} evaluates the loss several times for one step, and "
+                f"{sum(tally.call.drops and not tally.call.inner for tally in record.training)} dropouts draw new "
+                "masks each time.",
+                "Use ExplicitPenalty in place of dropout (no noise), or another optimizer.",
+            )
+
+
+def _optimizers(configured: Any) -> Iterable[Any]:
+    if isinstance(configured, dict):
+        configured = configured.get("optimizer")
+    if isinstance(configured, (list, tuple)):
+        for one in configured:
+            yield from _optimizers(one)
+    elif isinstance(configured, torch.optim.Optimizer):
+        yield configured
+
+
+def check_certain(record: Record) -> Iterator[Finding]:
+    """Find dropouts that drop everything.
+
+    Yields:
+        Findings ``drops-everything``.
+    """
+    for tally in record.training:
+        if tally.readable and tally.entries and tally.kept == 0 and tally.p == 1.0:
+            yield Finding(
+                "drops-everything",
+                "error",
+                str(tally.call.place),
+                f"p = 1: 0 of {tally.entries} entries are kept in {tally.draws} draws.",
+                "Lower p; to switch a part off, remove it.",
+            )

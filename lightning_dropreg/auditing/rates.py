@@ -1,0 +1,131 @@
+"""Masks that are not what dropout's should be: their rate, their scale, and whether they are new every time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning_dropreg.auditing.chance import binomial_tail, log_agreement, percent, power_of_ten
+from lightning_dropreg.auditing.findings import Finding
+from lightning_dropreg.auditing.record import Record, Tally
+
+__all__ = ["check_evaluation", "check_frozen", "check_rates"]
+
+_LEAST = 0.002  # a smaller difference of rates does no harm, and fused kernels round p
+
+
+def check_rates(record: Record) -> Iterator[Finding]:
+    """Compare the share of kept entries with ``1 - p``, and the mean of the mask with 1.
+
+    Yields:
+        Findings ``wrong-rate`` and ``wrong-scale``.
+    """
+    for tally in record.training:
+        frozen = _is_frozen(record, tally)
+        if not tally.readable or not tally.entries or frozen:
+            continue
+        kept, n = tally.kept, tally.entries
+        rate = kept / n
+        p = tally.p
+        if p is not None and tally.call.training and abs(rate - (1 - p)) > _LEAST:
+            chance = binomial_tail(kept, n, 1 - p)
+            if chance < record.level:
+                yield Finding(
+                    "wrong-rate",
+                    "error",
+                    str(tally.call.place),
+                    f"p = {p:g}, but {kept} of {n} entries are kept ({percent(rate)}, not {percent(1 - p)}) in "
+                    f"{tally.draws} draws; by chance {power_of_ten(_log(chance))}.",
+                    "Keep an entry with probability 1 - p (a uniform number of at least p).",
+                )
+        if not 0 < rate < 1 or math.isnan(tally.scale):
+            continue
+        if abs(tally.scale * rate - 1) < max(_LEAST, 0.02):
+            continue
+        chance = binomial_tail(kept, n, min(1.0, 1 / tally.scale)) if tally.scale > 0 else 0.0
+        if chance < record.level:
+            yield Finding(
+                "wrong-scale",
+                "error",
+                str(tally.call.place),
+                f"what is kept is multiplied by {tally.scale:.4g} and {percent(rate)} of {n} entries are kept in "
+                f"{tally.draws} draws: the mean of the mask is {tally.scale * rate:.4g}, not 1; by chance "
+                f"{power_of_ten(_log(chance))}.",
+                "Divide what is kept by 1 - p.",
+            )
+
+
+def check_frozen(record: Record) -> Iterator[Finding]:
+    """Find masks that are the same in all draws, or shared along a dimension along which they should not be.
+
+    Yields:
+        Findings ``frozen-mask``.
+    """
+    level = math.log(record.level)
+    for tally in record.training:
+        if _is_frozen(record, tally):
+            yield Finding(
+                "frozen-mask",
+                "error",
+                str(tally.call.place),
+                f"the mask is the same in {tally.repeated + 1} of {tally.draws} draws ({tally.entries} entries "
+                f"compared); by chance {power_of_ten(log_agreement(_rate(tally), tally.compared))}.",
+                "Draw a new mask in every call; look for a seed that is set in the step, or a mask that is kept.",
+            )
+        expected = tally.call.expected
+        for dim, size in tally.alike.items():
+            if expected is None or expected[dim] == 1 or tally.chance > level:
+                continue
+            yield Finding(
+                "frozen-mask",
+                "warning",
+                str(tally.call.place),
+                f"all {size} entries along dimension {dim} share their mask in {tally.draws} draws; by chance "
+                f"{power_of_ten(tally.chance)}.",
+                "Draw the mask in the full shape, or use a dropout that says so (LockedDropout, Dropout2d).",
+            )
+
+
+def _is_frozen(record: Record, tally: Tally) -> bool:
+    if not tally.readable or tally.draws < 2 or tally.repeated < tally.draws - 1 or not tally.compared:
+        return False
+    rate = _rate(tally)
+    return 0 < rate < 1 and log_agreement(rate, tally.compared) < math.log(record.level)
+
+
+def _rate(tally: Tally) -> float:
+    return 1 - tally.kept / max(1, tally.entries)
+
+
+def _log(chance: float) -> float:
+    return math.log(chance) if chance > 0 else -math.inf
+
+
+def check_evaluation(record: Record) -> Iterator[Finding]:
+    """Find dropout that drops in evaluation mode.
+
+    Yields:
+        Findings ``active-in-eval``.
+    """
+    for stage, tallies in record.evaluation.items():
+        for tally in tallies:
+            call = tally.call
+            if not call.drops or call.inner:
+                continue
+            # what stands in for an evaluation is the training step, which may drop by itself
+            if record.subject.stand_in and stage == "evaluation mode" and call.layer in {None, *_steps(record)}:
+                continue
+            n = tally.entries
+            seen = f"{n - tally.kept} of {n} entries are dropped" if n else "it was asked to drop"
+            yield Finding(
+                "active-in-eval",
+                "error",
+                str(call.place),
+                f"in {stage}, {seen} ({call.kind}, p = {call.p if call.p is None else format(call.p, 'g')}, "
+                f"{tally.draws} draws; no chance involved).",
+                "Pass training=self.training (for attention: dropout_p=p if self.training else 0.0).",
+            )
+
+
+def _steps(record: Record) -> list[object]:
+    return [root for root in record.subject.roots if hasattr(root, "training_step")]

@@ -1,0 +1,324 @@
+"""Watches one run of a step: every dropout as it really happens, and every other random number.
+
+Unlike an interception it replaces nothing. A function mode sees the functions of torch, hooks on all modules see what
+goes into dropout layers, written by whomever, and what comes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from lightning_dropreg.auditing.functions import HANDLERS, LOSSES
+from lightning_dropreg.auditing.masks import Mask, read_mask
+from lightning_dropreg.auditing.places import Paths, Place, current_line
+from lightning_dropreg.auditing.randomness import RandomStates
+from lightning_dropreg.interception.handlers.dropout import channel_mask
+from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS, hidden_from_modes
+from lightning_dropreg.placing import drop_prob_attributes
+
+__all__ = ["Call", "Draw", "LossCall", "Watch", "is_dropout", "layer_drop_prob", "watching"]
+
+_DROPS = re.compile(r"drop|stochastic_?depth", re.IGNORECASE)
+_SHARES = re.compile(
+    r"lock|variational|spatial|path|depth|connect|channel|row|token|patch|word|embed|block|shared|\dd|feature|layer",
+    re.IGNORECASE,
+)
+
+
+@dataclass
+class Call:
+    """One call of a dropout.
+
+    Attributes:
+        place: Where.
+        kind: The function or the class.
+        p: The drop probability it was called with; None if it is not known.
+        drops: Whether it was asked to drop anything.
+        training: Whether the module that calls was in training mode.
+        layer: The module that calls.
+        mask: What it did, where that can be told.
+        expected: The shape of the mask that it ought to draw, None for any.
+        inner: Whether it is what a dropout layer is made of.
+        again: Whether this happened in the backward: a checkpoint computes it again.
+        before: Where the gradient of what went in can be asked for.
+        after: Where the gradient of what came out can be asked for.
+        tensors: What went in and came out, where the two gradients can be compared only as a whole (attention).
+        differentiable: Whether a graph was built.
+    """
+
+    place: Place
+    kind: str
+    p: float | None
+    drops: bool
+    training: bool
+    layer: nn.Module | None
+    mask: Mask | None = None
+    expected: tuple[int, ...] | None = None
+    inner: bool = False
+    again: bool = False
+    differentiable: bool = True
+    before: GradientEdge | None = None
+    after: GradientEdge | None = None
+    tensors: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class Draw:
+    """Random numbers that are no dropout this package knows: what drew them, and where."""
+
+    what: str
+    place: Place
+
+
+@dataclass
+class LossCall:
+    """A loss function that was called: its name, where, and the node at which its first argument was made."""
+
+    name: str
+    place: Place
+    node: Any
+    shape: tuple[int, ...]
+
+
+@dataclass
+class _Frame:
+    """A module that is running."""
+
+    module: nn.Module
+    h: Tensor | None = None
+    before: GradientEdge | None = None
+    calls: int = 0
+
+
+class Watch(TorchFunctionMode):
+    """Notes what happens while it is active; use it by `watching`.
+
+    Args:
+        paths: The paths of the modules.
+        masks: Whether to read masks.
+        gradients: Whether the gradients at the dropouts will be asked for.
+
+    Attributes:
+        calls: The calls of dropouts in order.
+        drawn: What else drew random numbers.
+        losses: The losses that were called.
+        eval_layers: Dropout layers that ran in evaluation mode.
+        seen: The modules that ran, and whether in training mode.
+    """
+
+    def __init__(self, paths: Paths, masks: bool = True, gradients: bool = False) -> None:
+        super().__init__()
+        self.paths = paths
+        self.masks = masks
+        self.gradients = gradients
+        self.calls: list[Call] = []
+        self.drawn: list[Draw] = []
+        self.losses: list[LossCall] = []
+        self.seen: dict[nn.Module, bool] = {}
+        self.backward = False
+        self.random = RandomStates(paths.roots)
+        self._stack: list[_Frame] = []
+        self.norm_inputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func` and note what it did."""
+        kwargs = kwargs or {}
+        self._note("random numbers drawn before this line")
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(self, func, *args, **kwargs)
+            self.random.changed()  # as they should
+            return result
+        result = func(*args, **kwargs)
+        generator = kwargs.get("generator")
+        self._note(str(getattr(func, "__name__", func)), drew=generator is not None)
+        if func in LOSSES and args and isinstance(args[0], Tensor):
+            self.losses.append(LossCall(func.__name__, self.place(), args[0].grad_fn, tuple(args[0].shape)))
+        return result
+
+    def place(self) -> Place:
+        """Return where the current call comes from."""
+        return Place(self.module_path(), current_line())
+
+    def module_path(self) -> str:
+        """Return the path of the module that is running."""
+        if not self._stack:
+            return ""
+        modules = [frame.module for frame in self._stack]
+        return self.paths.of(modules[-1], modules)
+
+    def layer(self) -> nn.Module | None:
+        """Return the module that is running."""
+        return self._stack[-1].module if self._stack else None
+
+    def record(self, kind: str, p: float | None, drops: bool, **known: Any) -> Call:
+        """Note a call of a function that drops.
+
+        Args:
+            kind: Its name.
+            p: Its drop probability.
+            drops: Whether it was asked to drop.
+            **known: What else is known of it, see `Call`.
+
+        Returns:
+            The note.
+        """
+        layer = self.layer()
+        call = Call(
+            self.place(),
+            kind,
+            p,
+            drops,
+            layer.training if layer is not None else True,
+            layer,
+            inner=layer is not None and is_dropout(layer),
+            again=self.backward,
+            differentiable=torch.is_grad_enabled(),
+            **known,
+        )
+        self.calls.append(call)
+        return call
+
+    def _note(self, what: str, drew: bool = False) -> None:
+        changed = self.random.changed()
+        for source in changed or ([""] if drew else []):
+            if self._in_dropout():
+                continue
+            self.drawn.append(Draw(what if source in {"", "torch"} else f"{source} ({what})", self.place()))
+
+    def _in_dropout(self) -> bool:
+        return any(is_dropout(frame.module) for frame in self._stack)
+
+    def enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Note that a module begins to run.
+
+        Returns:
+            Its arguments, where one had to be replaced; else None.
+        """
+        self._note("drawn by Python code")
+        self.seen[module] = self.seen.get(module, False) or module.training
+        frame = _Frame(module, calls=len(self.calls))
+        self._stack.append(frame)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and args and isinstance(args[0], Tensor):
+            _note_statistics(self.norm_inputs, module, args[0])
+        if not (self.masks and is_dropout(module) and args and isinstance(args[0], Tensor)):
+            return None
+        h = args[0]
+        inplace = bool(getattr(module, "inplace", False))
+        frame.h = h.detach().clone() if inplace else h
+        if not (self.gradients and h.requires_grad and torch.is_grad_enabled()) or inplace:
+            return None
+        own = h.view_as(h)
+        frame.h, frame.before = own, get_gradient_edge(own)
+        return (own, *args[1:])
+
+    def leave_module(self, module: nn.Module, output: Any) -> None:
+        """Note that a module has run."""
+        self._note("drawn by Python code")
+        while self._stack:
+            frame = self._stack.pop()
+            if frame.module is module:
+                break
+        else:
+            return
+        if not (self.masks and is_dropout(module) and frame.h is not None):
+            return
+        p = layer_drop_prob(module)
+        inside = self.calls[frame.calls :]
+        expected: tuple[int, ...] | None = tuple(frame.h.shape)
+        if isinstance(module, (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
+            unbatched = {nn.Dropout1d: 2, nn.Dropout3d: 4}.get(type(module))
+            expected = channel_mask(frame.h, unbatched)
+        elif not isinstance(module, nn.Dropout):
+            if _SHARES.search(type(module).__name__):
+                expected = None
+            for call in inside:
+                expected = call.expected
+        modules = [one.module for one in self._stack]
+        after = get_gradient_edge(output) if frame.before and output.grad_fn is not None else None
+        mask = read_mask(frame.h, output)
+        call = Call(
+            Place(self.paths.of(module, modules), current_line()),
+            type(module).__name__,
+            p,
+            any(call.drops for call in inside) or (mask is not None and mask.dropped > 0),
+            module.training,
+            module,
+            mask=mask,
+            expected=expected,
+            again=self.backward,
+            differentiable=torch.is_grad_enabled(),
+            before=frame.before,
+            after=after,
+        )
+        self.calls.append(call)
+
+
+def _note_statistics(into: dict[nn.Module, list[tuple[Tensor, Tensor]]], norm: nn.Module, h: Tensor) -> None:
+    h = h.detach().double()
+    dims = [dim for dim in range(h.ndim) if dim != 1]
+    if h.ndim >= 2 and h.numel() > h.shape[1]:
+        into.setdefault(norm, []).append((h.mean(dims), h.square().mean(dims)))
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[Watch]:
+    """Let `watch` see what runs inside.
+
+    Yields:
+        The watch.
+    """
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        with hidden_from_modes():
+            return watch.enter_module(module, args)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        with hidden_from_modes():
+            watch.leave_module(module, output)
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        with watch:
+            yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module is a dropout layer: one of torch's, or one that is called so and has no parameters."""
+    if isinstance(module, DROPOUT_LAYERS):
+        return True
+    if not _DROPS.search(type(module).__name__) or isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+        return False
+    return next(module.parameters(), None) is None
+
+
+def layer_drop_prob(module: nn.Module) -> float | None:
+    """Return the drop probability that a dropout layer keeps; None if it has none that is known."""
+    for layer, name in _own_attributes(module):
+        return float(getattr(layer, name))
+    for name in ("p", "prob", "rate", "drop_prob"):
+        value = getattr(module, name, None)
+        if isinstance(value, float) and 0 <= value <= 1:
+            return value
+    return None
+
+
+def _own_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for _, layer, name in drop_prob_attributes(module):
+        if layer is module:
+            yield layer, name

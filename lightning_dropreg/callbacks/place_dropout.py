@@ -1,0 +1,52 @@
+"""Dropout placed in a model for the length of a fit."""
+
+from __future__ import annotations
+
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_dropreg.checks import is_one_of
+from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.placing import add_dropout, remove_dropout
+from lightning_dropreg.placing.adding import KINDS
+from lightning_dropreg.placing.patterns import check_patterns
+
+__all__ = ["PlaceDropout"]
+
+
+class PlaceDropout(Callback):
+    """Places dropout on the outputs of modules that have none; see `lightning_dropreg.add_dropout`.
+
+    It is placed in ``setup``, before the strategy wraps the model, and taken away when the fit ends.
+
+    Args:
+        patterns: Patterns of module paths (``{"net.layers.*.mlp": 0.1}``) and drop probabilities.
+        kind: See `lightning_dropreg.add_dropout`.
+
+    Raises:
+        InvalidArgumentError: If a probability or the kind is out of range.
+
+    Example:
+        >>> PlaceDropout({"model.layers.*.mlp": 0.1}).kind
+        'dropout'
+    """
+
+    def __init__(self, patterns: dict[str, float], kind: str = "dropout") -> None:
+        check_patterns(patterns)
+        if not is_one_of(kind, KINDS):
+            raise InvalidArgumentError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+        self.patterns = dict(patterns)
+        self.kind = kind
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Place it."""
+        if stage == "fit":
+            add_dropout(pl_module, self.patterns, self.kind)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take it away."""
+        remove_dropout(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take it away."""
+        if stage == "fit":
+            remove_dropout(pl_module)

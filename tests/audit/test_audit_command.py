@@ -1,0 +1,72 @@
+"""``dropreg audit``, and masks compared over ranks."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_two_ranks
+from torch import nn
+from zoo import Body
+
+import lightning_dropreg as dr
+from lightning_dropreg.cli import main
+from lightning_dropreg.cli.audit import show_findings
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+SMALL = ["--model.embedding_dim=12", "--model.hidden_dim=12"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before = torch.get_num_threads(), [logger.level for logger in loggers]
+    yield
+    torch.set_num_threads(before[0])
+    for logger, level in zip(loggers, before[1], strict=True):
+        logger.setLevel(level)
+
+
+def test_shipped_configuration_is_clean(capsys):
+    assert main(["audit", "--config", QUICKSTART, *SMALL, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert [one for one in json.loads(out[out.index("[") :]) if one["severity"] != "note"] == []
+
+
+def test_an_error_is_an_exit_status(monkeypatch, capsys):
+    found = [dr.auditing.Finding("frozen-mask", "error", "net.3 (model.py:7)", "8 of 8 draws.", "Draw.")]
+    monkeypatch.setattr("lightning_dropreg.cli.audit.audit", lambda *args, **kwargs: found)
+    assert main(["audit", "--config", QUICKSTART, *SMALL]) == 1
+    out = capsys.readouterr().out
+    assert "net.3 (model.py:7)" in out
+    assert "1 error, 0 warnings, 0 notes" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_no_finding(capsys):
+    show_findings([], "Net")
+    assert capsys.readouterr().out == "Net: 0 errors, 0 warnings, 0 notes.\n"
+
+
+def masks(offset, kind):
+    def check():
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+        torch.manual_seed(offset * torch.distributed.get_rank())
+        return [(one.id, one.where) for one in dr.audit(Body(kind()), torch.randn(48, 16))]
+
+    return check
+
+
+def test_ranks(tmp_path):
+    drop = lambda: nn.Dropout(0.4)
+    deep = lambda: nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.2))
+    checks = {"same": masks(0, drop), "deeper": masks(0, deep), "own": masks(1, drop)}
+    for found in run_on_two_ranks(checks, str(tmp_path)):
+        assert [name for name, _ in found["same"]] == ["ranks-share-masks"]
+        assert found["same"][0][1].startswith("inner (")
+        assert [where[:7] for _, where in found["deeper"]] == ["inner.1"]
+        assert found["own"] == []

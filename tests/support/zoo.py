@@ -1,0 +1,186 @@
+"""Planted faults: for each id modules in which exactly that is wrong, and where."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Body(nn.Module):
+    """A network around something, with a loss."""
+
+    def __init__(self, inner, **more):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(16, 32), inner, nn.Linear(32, 3)
+        for name, module in more.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return F.softmax(self.last(self.inner(torch.tanh(self.first(x)))), -1).square().sum(-1).mean()
+
+
+class Layer(nn.Module):
+    def __init__(self, p=0.4):
+        super().__init__()
+        self.p = p
+
+
+class Always(Layer):
+    def forward(self, h):
+        return F.dropout(h, self.p)
+
+
+class AttentionAlways(Layer):
+    def forward(self, h):
+        q = h.unsqueeze(0)
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=self.p)[0]
+
+
+class UnscaledDropout(Layer):
+    def forward(self, h):
+        return h * (torch.rand_like(h) >= self.p) if self.training else h
+
+
+class UndoneDropout(nn.Dropout):
+    def forward(self, h):
+        return super().forward(h) * (1 - self.p)
+
+
+class KeepDropout(Layer):
+    def forward(self, h):
+        return h * (torch.rand_like(h) < self.p) / self.p if self.training else h
+
+
+class KeepAsDrop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout = 0.1
+
+    def forward(self, h):
+        return F.dropout(h, 1 - self.dropout, self.training)
+
+
+class OtherRate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout = 0.1
+
+    def forward(self, h):
+        return F.dropout(h, training=self.training)
+
+
+class Seeded(Layer):
+    def forward(self, h):
+        torch.manual_seed(0)
+        return F.dropout(h, self.p, self.training)
+
+
+class KeptDropout(Layer):
+    mask = None
+
+    def forward(self, h):
+        if not self.training:
+            return h
+        if self.mask is None:
+            self.mask = (torch.rand_like(h) >= self.p) / (1 - self.p)
+        return h * self.mask
+
+
+class SmallMaskDropout(Layer):
+    def forward(self, h):
+        return h * (torch.rand(h.shape[1:]) >= self.p) / (1 - self.p) if self.training else h
+
+
+class Forgets(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, h):
+        return h
+
+
+class Dead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention_dropout = 0.2
+
+    def forward(self, h):
+        return h
+
+
+class Zeroing(nn.Dropout):
+    """Sets its probability to 0 in place of asking for its mode."""
+
+    def forward(self, h):
+        if not self.training:
+            self.p = 0.0
+        return super().forward(h)
+
+
+class ByNumpy(nn.Module):
+    def forward(self, h):
+        return h + float(np.random.rand())
+
+
+class ByTorch(nn.Module):
+    def forward(self, h):
+        return h + torch.randn_like(h)
+
+
+class OneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.rnn = nn.GRU(32, 32, 1)
+        self.rnn.dropout = 0.3
+
+    def forward(self, h):
+        return self.rnn(h)[0]
+
+
+def train(module):
+    module.train()
+    return module
+
+
+def frozen_part():
+    body = Body(nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.2)))
+    body.inner.eval()
+    return body
+
+
+def frozen_layer():
+    body = Body(nn.Dropout(0.2))
+    body.inner.eval()
+    return body
+
+
+def before_norm(p):
+    return Body(nn.Sequential(nn.Dropout(p), nn.BatchNorm1d(32)))
+
+
+# id, its module, and what its place begins with
+ZOO = [
+    ("unreached", lambda: Body(Forgets()), "inner.drop.p (zoo.py:"),
+    ("unreached", lambda: Body(Dead()), "inner.attention_dropout (zoo.py:"),
+    ("unreached", lambda: Body(OneLayer()), "inner.rnn.dropout (zoo.py:"),
+    ("active-in-eval", lambda: Body(Always()), "inner (zoo.py:"),
+    ("active-in-eval", lambda: Body(AttentionAlways()), "inner (zoo.py:"),
+    ("wrong-rate", lambda: Body(KeepDropout()), "inner (zoo.py:"),
+    ("wrong-rate", lambda: Body(KeepAsDrop()), "inner.dropout (zoo.py:"),
+    ("wrong-rate", lambda: Body(OtherRate()), "inner (zoo.py:"),
+    ("wrong-scale", lambda: Body(UnscaledDropout()), "inner (zoo.py:"),
+    ("wrong-scale", lambda: Body(UndoneDropout(0.4)), "inner (zoo.py:"),
+    ("frozen-mask", lambda: Body(Seeded()), "inner (zoo.py:"),
+    ("frozen-mask", lambda: Body(KeptDropout()), "inner (zoo.py:"),
+    ("frozen-mask", lambda: Body(SmallMaskDropout()), "inner (zoo.py:"),
+    ("variance-shift", lambda: before_norm(0.5), "inner.1"),
+    ("variance-shift", lambda: before_norm(0.3), "inner.1"),
+    ("stuck-at-zero", lambda: Body(Zeroing(0.4)), "inner.p (zoo.py:"),
+    ("stuck-at-zero", lambda: Body(nn.Sequential(Zeroing(0.2))), "inner.0.p (zoo.py:"),
+    ("eval-in-train", frozen_part, "inner (zoo.py:"),
+    ("eval-in-train", frozen_layer, "inner (zoo.py:"),
+    ("hand-made", lambda: Body(ByNumpy()), "inner (zoo.py:"),
+    ("hand-made", lambda: Body(ByTorch()), "inner (zoo.py:"),
+]
