@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from lightning_dropreg.auditing.calls import Recorder
 from lightning_dropreg.auditing.masks import Mask, read_mask
 from lightning_dropreg.interception.handlers.composite import open_up
 from lightning_dropreg.interception.handlers.custom import drop
 from lightning_dropreg.interception.handlers.dropout import channel_mask
 from lightning_dropreg.losses import RECOGNIZED
-
-if TYPE_CHECKING:
-    from lightning_dropreg.auditing.watch import Watch
 
 __all__ = ["HANDLERS", "LOSSES"]
 
@@ -26,7 +24,7 @@ _MOST = 1 << 22  # probabilities of attention of which the mask is read
 
 
 def _dropping(
-    watch: Watch,
+    watch: Recorder,
     run: Callable[[Tensor], Tensor],
     h: Tensor,
     p: float,
@@ -54,7 +52,7 @@ def _dropping(
 
 def _elementwise(kind: str, shape: Callable[[Tensor], tuple[int, ...] | None]) -> Callable[..., Tensor]:
     def handle(
-        watch: Watch, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True,
+        watch: Recorder, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True,
         inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         return _dropping(
@@ -66,7 +64,7 @@ def _elementwise(kind: str, shape: Callable[[Tensor], tuple[int, ...] | None]) -
 
 def _alpha(kind: str) -> Callable[..., Tensor]:
     def handle(
-        watch: Watch, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = False,
+        watch: Recorder, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = False,
         inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         watch.record(kind, p, training and p > 0)
@@ -78,38 +76,41 @@ def _alpha(kind: str) -> Callable[..., Tensor]:
 def _namespace(kind: str, shape: Callable[[Tensor], tuple[int, ...] | None], inplace: bool) -> Callable[..., Tensor]:
     """A function of ``torch`` itself, whose arguments have other names."""
 
-    def handle(watch: Watch, func: Callable[..., Tensor], input: Tensor, p: float, train: bool) -> Tensor:
+    def handle(watch: Recorder, func: Callable[..., Tensor], input: Tensor, p: float, train: bool) -> Tensor:
         return _dropping(watch, lambda h: func(h, p, train), input, p, train, kind, shape(input), inplace)
 
     return handle
 
 
 def _native(
-    watch: Watch, func: Callable[..., tuple[Tensor, Tensor]], input: Tensor, p: float, train: bool | None
+    watch: Recorder, func: Callable[..., tuple[Tensor, Tensor]], input: Tensor, p: float, train: bool | None
 ) -> tuple[Tensor, Tensor]:
     watch.record("native_dropout", p, train is not False and p > 0)
     return func(input, p, train)
 
 
 def _custom(
-    watch: Watch, func: Callable[..., Tensor], h: Tensor, p: float, shape: tuple[int, ...], training: bool, kind: str
+    watch: Recorder, func: Callable[..., Tensor], h: Tensor, p: float, shape: tuple[int, ...], training: bool, kind: str
 ) -> Tensor:
     return _dropping(watch, lambda h: func(h, p, shape, training, kind), h, p, training, kind, tuple(shape), False)
 
 
 def _recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
-    def handle(watch: Watch, func: Callable[..., tuple[Tensor, ...]], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def handle(
+        watch: Recorder, func: Callable[..., tuple[Tensor, ...]], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
         packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
         names = ("has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
         call = {**dict(zip(names, args[4 if packed else 3 :], strict=False)), **kwargs}
         watch.record(kind, call["dropout"], bool(call["train"] and call["dropout"] > 0 and call["num_layers"] > 1))
-        return func(*args, **kwargs)
+        result: tuple[Tensor, ...] = func(*args, **kwargs)
+        return result
 
     return handle
 
 
 def _attention(
-    watch: Watch, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    watch: Recorder, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Attention in one operation: the mask is read by letting it act on the identity, in the same random state."""
     p = float(kwargs.get("dropout_p", args[1] if len(args) > 1 else 0.0))
@@ -159,7 +160,7 @@ def _channels(unbatched_ndim: int | None) -> Callable[[Tensor], tuple[int, ...]]
     return lambda h: channel_mask(h, unbatched_ndim)
 
 
-def _open(watch: Watch, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _open(watch: Recorder, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return open_up(watch, func, *args, **kwargs)  # type: ignore[arg-type]
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dropreg.auditing.calls import Call, Draw
 from lightning_dropreg.auditing.masks import Mask, along, collapse
 from lightning_dropreg.auditing.places import Paths, Place
 from lightning_dropreg.auditing.randomness import RandomStates
-from lightning_dropreg.auditing.subject import Subject
-from lightning_dropreg.auditing.watch import Call, Draw, Watch, watching
+from lightning_dropreg.auditing.subject import Subject, loss_in
+from lightning_dropreg.auditing.watch import Watch, watching
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.passes import Off
@@ -142,6 +143,7 @@ class Record:
         incomplete: What could not be looked at, and why.
         norms_with: Means of ``h`` and ``h^2`` over a channel of what each batch norm was given, by draw.
         norms_without: The same without dropout.
+        mismatches: Calls whose backward has another mask, and in how many entries of how many.
         fingerprints: Place, shape, hash and entries of the masks of the first draw.
     """
 
@@ -161,6 +163,7 @@ class Record:
     norms_with: dict[Any, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     norms_without: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     fingerprints: list[tuple[str, tuple[int, ...], str, int]] = field(default_factory=list)
+    mismatches: list[tuple[Call, int, int]] = field(default_factory=list)
 
     @functools.cached_property
     def level(self) -> float:
@@ -222,9 +225,12 @@ def _train(record: Record) -> None:
 
     def steps() -> None:
         for _ in range(record.draws):
-            watch = Watch(record.paths)
+            watch = Watch(record.paths, gradients=not tallies)
             with watching(watch):
-                subject.train()
+                output = subject.train()
+                if watch.gradients:
+                    _differentiate(record, watch, loss_in(output))
+            del output
             if not record.fingerprints:
                 record.fingerprints = [_fingerprint(call) for call in watch.calls if call.mask is not None]
             _count(watch.calls, tallies)
@@ -237,6 +243,32 @@ def _train(record: Record) -> None:
     with isolated(subject) as run, torch.enable_grad():
         run(steps)
     record.training = _done(tallies)
+
+
+def _differentiate(record: Record, watch: Watch, loss: Tensor | None) -> None:
+    """Compare the gradient of what went into each dropout with the mask that it had in the forward."""
+    calls = [call for call in watch.calls if call.before is not None and call.after is not None]
+    if loss is None or not loss.requires_grad or not calls:
+        return
+    edges = [edge for call in calls for edge in (call.before, call.after) if edge is not None]
+    watch.backward, forward = True, len(watch.calls)
+    try:
+        gradients = torch.autograd.grad(loss, edges, allow_unused=True)
+    except RuntimeError as error:  # checkpoints with reentrance refuse
+        record.incomplete["backward"] = f"{type(error).__name__}: {error}"[:200]
+        return
+    finally:
+        del watch.calls[forward:]  # what a checkpoint computes again is no draw
+        watch.backward = False
+    for number, call in enumerate(calls):
+        before, after = gradients[2 * number : 2 * number + 2]
+        mask = call.mask
+        if before is None or after is None or mask is None or call.tensors or mask.kept.shape != before.shape:
+            continue
+        told = mask.known & (after.abs() > 1e-6 * after.abs().max())
+        wrong = int(((before != 0) != mask.kept)[told].sum())
+        if wrong:
+            record.mismatches.append((call, wrong, int(told.sum())))
 
 
 def _count(calls: list[Call], tallies: dict[tuple[Place, str, int], Tally]) -> None:

@@ -18,76 +18,22 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from lightning_dropreg.auditing.calls import Call, Draw, LossCall
 from lightning_dropreg.auditing.functions import HANDLERS, LOSSES
-from lightning_dropreg.auditing.masks import Mask, read_mask
+from lightning_dropreg.auditing.masks import read_mask
 from lightning_dropreg.auditing.places import Paths, Place, current_line
 from lightning_dropreg.auditing.randomness import RandomStates
 from lightning_dropreg.interception.handlers.dropout import channel_mask
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS, hidden_from_modes
 from lightning_dropreg.placing import drop_prob_attributes
 
-__all__ = ["Call", "Draw", "LossCall", "Watch", "is_dropout", "layer_drop_prob", "watching"]
+__all__ = ["Watch", "is_dropout", "layer_drop_prob", "watching"]
 
 _DROPS = re.compile(r"drop|stochastic_?depth", re.IGNORECASE)
 _SHARES = re.compile(
     r"lock|variational|spatial|path|depth|connect|channel|row|token|patch|word|embed|block|shared|\dd|feature|layer",
     re.IGNORECASE,
 )
-
-
-@dataclass
-class Call:
-    """One call of a dropout.
-
-    Attributes:
-        place: Where.
-        kind: The function or the class.
-        p: The drop probability it was called with; None if it is not known.
-        drops: Whether it was asked to drop anything.
-        training: Whether the module that calls was in training mode.
-        layer: The module that calls.
-        mask: What it did, where that can be told.
-        expected: The shape of the mask that it ought to draw, None for any.
-        inner: Whether it is what a dropout layer is made of.
-        again: Whether this happened in the backward: a checkpoint computes it again.
-        before: Where the gradient of what went in can be asked for.
-        after: Where the gradient of what came out can be asked for.
-        tensors: What went in and came out, where the two gradients can be compared only as a whole (attention).
-        differentiable: Whether a graph was built.
-    """
-
-    place: Place
-    kind: str
-    p: float | None
-    drops: bool
-    training: bool
-    layer: nn.Module | None
-    mask: Mask | None = None
-    expected: tuple[int, ...] | None = None
-    inner: bool = False
-    again: bool = False
-    differentiable: bool = True
-    before: GradientEdge | None = None
-    after: GradientEdge | None = None
-    tensors: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass
-class Draw:
-    """Random numbers that are no dropout this package knows: what drew them, and where."""
-
-    what: str
-    place: Place
-
-
-@dataclass
-class LossCall:
-    """A loss function that was called: its name, where, and the node at which its first argument was made."""
-
-    name: str
-    place: Place
-    node: Any
-    shape: tuple[int, ...]
 
 
 @dataclass

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Body(nn.Module):
@@ -139,9 +140,28 @@ class OneLayer(nn.Module):
         return self.rnn(h)[0]
 
 
-def train(module):
-    module.train()
-    return module
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.4)
+
+    def forward(self, h):
+        return checkpoint(self.drop, h, use_reentrant=False, preserve_rng_state=False)
+
+
+class TwoMasks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h * (torch.rand_like(h) >= 0.4) / 0.6
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (torch.rand_like(grad) >= 0.4) / 0.6
+
+
+class FusedDropout(Layer):
+    def forward(self, h):
+        return TwoMasks.apply(h) if self.training else h
 
 
 def frozen_part():
@@ -175,6 +195,8 @@ ZOO = [
     ("frozen-mask", lambda: Body(Seeded()), "inner (zoo.py:"),
     ("frozen-mask", lambda: Body(KeptDropout()), "inner (zoo.py:"),
     ("frozen-mask", lambda: Body(SmallMaskDropout()), "inner (zoo.py:"),
+    ("backward-mask", lambda: Body(Checkpointed()), "inner.drop (zoo.py:"),
+    ("backward-mask", lambda: Body(FusedDropout()), "inner (zoo.py:"),
     ("variance-shift", lambda: before_norm(0.5), "inner.1"),
     ("variance-shift", lambda: before_norm(0.3), "inner.1"),
     ("stuck-at-zero", lambda: Body(Zeroing(0.4)), "inner.p (zoo.py:"),

@@ -1,0 +1,79 @@
+"""What a watch notes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from lightning_dropreg.auditing.masks import Mask
+from lightning_dropreg.auditing.places import Place
+
+__all__ = ["Call", "Draw", "LossCall", "Recorder"]
+
+
+@dataclass
+class Call:
+    """One call of a dropout.
+
+    Attributes:
+        place: Where.
+        kind: The function or the class.
+        p: The drop probability it was called with; None if it is not known.
+        drops: Whether it was asked to drop anything.
+        training: Whether the module that calls was in training mode.
+        layer: The module that calls.
+        mask: What it did, where that can be told.
+        expected: The shape of the mask that it ought to draw, None for any.
+        inner: Whether it is what a dropout layer is made of.
+        again: Whether this happened in the backward: a checkpoint computes it again.
+        before: Where the gradient of what went in can be asked for.
+        after: Where the gradient of what came out can be asked for.
+        tensors: What went in and came out, where the two gradients can be compared only as a whole (attention).
+        differentiable: Whether a graph was built.
+    """
+
+    place: Place
+    kind: str
+    p: float | None
+    drops: bool
+    training: bool
+    layer: nn.Module | None
+    mask: Mask | None = None
+    expected: tuple[int, ...] | None = None
+    inner: bool = False
+    again: bool = False
+    differentiable: bool = True
+    before: GradientEdge | None = None
+    after: GradientEdge | None = None
+    tensors: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class Draw:
+    """Random numbers that are no dropout this package knows: what drew them, and where."""
+
+    what: str
+    place: Place
+
+
+@dataclass
+class LossCall:
+    """A loss function that was called: its name, where, and the node at which its first argument was made."""
+
+    name: str
+    place: Place
+    node: Any
+    shape: tuple[int, ...]
+
+
+class Recorder(Protocol):
+    """What the functions that drop need of a watch: see `lightning_dropreg.auditing.watch.Watch`."""
+
+    masks: bool
+    gradients: bool
+
+    def record(self, kind: str, p: float | None, drops: bool, **known: Any) -> Call:
+        """Note a call."""
