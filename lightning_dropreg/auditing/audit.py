@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning_dropreg.auditing.backward import check_backward
+from lightning_dropreg.auditing.backward import check_backward, check_output
 from lightning_dropreg.auditing.findings import Finding, in_order
 from lightning_dropreg.auditing.others import check_certain, check_optimizers, check_random, check_variance
 from lightning_dropreg.auditing.ranks import check_ranks
@@ -24,6 +24,7 @@ CHECKS: tuple[Callable[[Record], Iterator[Finding]], ...] = (
     check_rates,
     check_frozen,
     check_backward,
+    check_output,
     check_evaluation,
     check_variance,
     check_optimizers,

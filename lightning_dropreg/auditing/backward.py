@@ -1,4 +1,4 @@
-"""Whether the backward has the mask of the forward."""
+"""What the graph shows: the mask of the backward, and dropout on the output itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lightning_dropreg.auditing.findings import Finding
 from lightning_dropreg.auditing.record import Record
 
-__all__ = ["check_backward"]
+__all__ = ["check_backward", "check_output"]
 
 
 def check_backward(record: Record) -> Iterator[Finding]:
@@ -24,4 +24,21 @@ def check_backward(record: Record) -> Iterator[Finding]:
             f"in {wrong} of {entries} entries the gradient has another mask than the output (1 draw; no chance "
             "involved).",
             "Use checkpoint(preserve_rng_state=True), or save the mask for the backward.",
+        )
+
+
+def check_output(record: Record) -> Iterator[Finding]:
+    """Find dropout on what a loss is given, with nothing in between.
+
+    Yields:
+        Findings ``on-output``.
+    """
+    for loss, call in record.outputs:
+        yield Finding(
+            "on-output",
+            "error",
+            str(call.place),
+            f"{loss.name} is given what comes out of this dropout, shape {loss.shape}, with no layer between (graph "
+            "of 1 training step; no chance involved).",
+            "Put the dropout before the last layer.",
         )

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.auditing.calls import Call, Draw
+from lightning_dropreg.auditing.calls import Call, Draw, LossCall
 from lightning_dropreg.auditing.masks import Mask, along, collapse
+from lightning_dropreg.auditing.output import on_outputs
 from lightning_dropreg.auditing.places import Paths, Place
 from lightning_dropreg.auditing.randomness import RandomStates
 from lightning_dropreg.auditing.subject import Subject, loss_in
@@ -143,6 +144,7 @@ class Record:
         incomplete: What could not be looked at, and why.
         norms_with: Means of ``h`` and ``h^2`` over a channel of what each batch norm was given, by draw.
         norms_without: The same without dropout.
+        outputs: Losses, and the dropout that their first argument comes right out of.
         mismatches: Calls whose backward has another mask, and in how many entries of how many.
         fingerprints: Place, shape, hash and entries of the masks of the first draw.
     """
@@ -164,6 +166,7 @@ class Record:
     norms_without: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     fingerprints: list[tuple[str, tuple[int, ...], str, int]] = field(default_factory=list)
     mismatches: list[tuple[Call, int, int]] = field(default_factory=list)
+    outputs: list[tuple[LossCall, Call]] = field(default_factory=list)
 
     @functools.cached_property
     def level(self) -> float:
@@ -248,6 +251,7 @@ def _train(record: Record) -> None:
 def _differentiate(record: Record, watch: Watch, loss: Tensor | None) -> None:
     """Compare the gradient of what went into each dropout with the mask that it had in the forward."""
     calls = [call for call in watch.calls if call.before is not None and call.after is not None]
+    record.outputs += on_outputs(watch.losses, calls)
     if loss is None or not loss.requires_grad or not calls:
         return
     edges = [edge for call in calls for edge in (call.before, call.after) if edge is not None]

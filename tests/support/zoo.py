@@ -164,6 +164,15 @@ class FusedDropout(Layer):
         return TwoMasks.apply(h) if self.training else h
 
 
+class OnOutput(Body):
+    def __init__(self, loss):
+        super().__init__(nn.Identity(), drop=nn.Dropout(0.3))
+        self.loss = loss
+
+    def forward(self, x):
+        return self.loss(self.drop(self.last(self.inner(self.first(x)))))
+
+
 def frozen_part():
     body = Body(nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.2)))
     body.inner.eval()
@@ -197,6 +206,8 @@ ZOO = [
     ("frozen-mask", lambda: Body(SmallMaskDropout()), "inner (zoo.py:"),
     ("backward-mask", lambda: Body(Checkpointed()), "inner.drop (zoo.py:"),
     ("backward-mask", lambda: Body(FusedDropout()), "inner (zoo.py:"),
+    ("on-output", lambda: OnOutput(lambda z: F.cross_entropy(z, z.argmax(-1))), "drop (zoo.py:"),
+    ("on-output", lambda: OnOutput(lambda z: F.mse_loss(z.reshape(-1), torch.ones(z.numel()))), "drop (zoo.py:"),
     ("variance-shift", lambda: before_norm(0.5), "inner.1"),
     ("variance-shift", lambda: before_norm(0.3), "inner.1"),
     ("stuck-at-zero", lambda: Body(Zeroing(0.4)), "inner.p (zoo.py:"),
