@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_dropreg.checks import check_instance
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.session.twins import is_a
 
 __all__ = ["MaxNorm", "project_units"]
 
@@ -150,7 +151,7 @@ class MaxNorm(Callback):
         Raises:
             UnsupportedModuleError: If the weights of a layer cannot be projected.
         """
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        if not is_a(trainer.strategy, SingleDeviceStrategy, DDPStrategy):
             raise UnsupportedModuleError(
                 f"MaxNorm needs a unit's weights in one place, and {type(trainer.strategy).__name__} may shard them. "
                 "Train with one device or with DDP."

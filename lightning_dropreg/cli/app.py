@@ -53,7 +53,6 @@ class DropregCLI(LightningCLI):
             parser_kwargs={"prog": "dropreg"}
             if by_lightning
             else {"prog": f"dropreg {command}", "description": description},
-            parser_class=ConfigParser,
             args=list(args) if by_lightning else options,
             run=by_lightning,
         )
@@ -68,7 +67,7 @@ class DropregCLI(LightningCLI):
             The parser.
         """
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is a mistake, not max_epochs
-        parser: LightningArgumentParser = self.parser_class(**kwargs)
+        parser: LightningArgumentParser = ConfigParser(**kwargs)
         parser.add_argument(
             "-c",
             "--config",

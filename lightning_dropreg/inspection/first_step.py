@@ -48,7 +48,7 @@ def inspect_step(
             written_out=False,
             problems=problems,
         )
-    whole = isinstance(done.loss, Tensor) and done.loss.requires_grad
+    whole = isinstance(done.loss, Tensor) and done.loss.grad_fn is not None
     if whole:
         done.kinks = find_kinks(done.loss, taps.taps)
     for loss in done.losses if whole else ():

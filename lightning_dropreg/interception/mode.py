@@ -66,6 +66,7 @@ class Interception(TorchFunctionMode):
         site_nodes: The node of the autograd graph at which each site's result was made; None for a constant.
         losses: The losses in the order in which they were computed.
         inactive: How many dropouts were reached whose drop probability is 0 at the moment (a schedule may raise it).
+        resting: What is there of dropouts that were told not to drop, because they are in evaluation mode.
         refused: What was found wrong with losses that have no known curvature.
         in_bfloat16: Whether a site was reached in bfloat16.
         reads_gradients: Whether the running code looked at the ``.grad`` of a tensor.
@@ -99,6 +100,7 @@ class Interception(TorchFunctionMode):
         self.losses: list[Loss] = []
         self._logits = LogitsTrail()
         self.inactive = 0
+        self.resting: dict[str, None] = {}
         self.in_bfloat16 = False
         self.reads_gradients = False
         self.refused: list[str] = []
@@ -169,6 +171,11 @@ class Interception(TorchFunctionMode):
     def plain(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `func`, or what replaces it in this pass, with nothing intercepted."""
         return self.replacements.get(func, func)(*args, **kwargs)
+
+    def at_rest(self, p: float, kind: str) -> None:
+        """Take note of a dropout that was told not to drop: what it belongs to is in evaluation mode."""
+        if p > 0:
+            self.resting[name_caller() if self.name_sites else f"{self._kind or kind} with p={p:g}"] = None
 
     @contextmanager
     def sites_of_kind(self, kind: str) -> Iterator[None]:

@@ -81,5 +81,8 @@ class Mode(Protocol):
     def site(self, h: Tensor, p: float, mask_shape: tuple[int, ...], kind: str, inplace: bool) -> Tensor:
         """Apply the rule of the pass where `h` is dropped from, and return what takes the place of the result."""
 
+    def at_rest(self, p: float, kind: str) -> None:
+        """Take note of a dropout that was told not to drop: what it belongs to is in evaluation mode."""
+
     def sites_of_kind(self, kind: str) -> AbstractContextManager[None]:
         """Call the sites reached inside by the name of the construct that they are part of."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError
 from lightning_dropreg.interception.mode import Interception
@@ -91,6 +91,9 @@ def check_loss(loss: object) -> None:
         found = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}"
     elif not loss.requires_grad:
         found = "a tensor that does not require a gradient"
+    elif loss.grad_fn is None and not isinstance(loss, nn.Parameter):
+        # torch.tensor(value, requires_grad=True): a number that has lost where it comes from
+        found = "a leaf, which has no graph, so it does not depend on the parameters"
     else:
         return
     raise InvalidArgumentError(

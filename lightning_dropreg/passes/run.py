@@ -126,8 +126,12 @@ def run_pass(
         problems.append(problem)
     met = interception.sites or any(isinstance(p, (UnsupportedSiteError, InvalidArgumentError)) for p in problems or ())
     if need_sites and not (met or interception.inactive or is_dormant()):
+        rests = ", ".join(interception.resting)
         missing = NoDropoutSiteError(
-            "No dropout was reached in this step, so there is nothing to regularize. Check that the model is in "
+            f"No dropout was active in this step, and some is in eval mode, where it does nothing: {rests}. "
+            "Call .train() on the model, or on the part that it belongs to."
+            if rests
+            else "No dropout was reached in this step, so there is nothing to regularize. Check that the model is in "
             "training mode, that it has dropout, and that the dropout is computed by torch.nn.functional.dropout, "
             "dropout1d, dropout2d or dropout3d (or the modules around them). Dropout inside recurrent networks and "
             "attention counts where its probability is above 0."

@@ -65,9 +65,9 @@ class RegularizerCallback(Callback):
             self._session.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note that the gradients in store are those of the batch before."""
+        """Count the batch, and note that the gradients in store are those of the one before."""
         if self._session is not None:
-            self._session.stale.begin_batch()
+            self._session.begin_batch()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the noise to the gradients."""

@@ -8,16 +8,18 @@ from collections.abc import Mapping
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_dropreg.errors import UnsupportedModuleError
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.numerics.torch_private import norms_of
 from lightning_dropreg.session.ranks import unsupported_strategy
+from lightning_dropreg.session.twins import is_a
 from lightning_dropreg.step.plan import Plan
 
-__all__ = ["changed_parameters", "fingerprints", "in_bfloat16", "module_problems", "takes_iterator"]
+__all__ = ["changed_parameters", "fingerprints", "in_bfloat16", "loss_problems", "module_problems", "takes_iterator"]
 
 
 def in_bfloat16(trainer: Trainer, module: LightningModule) -> bool:
@@ -40,7 +42,7 @@ def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> li
     if takes_iterator(module):
         found.append("training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx).")
     strategy = type(trainer.strategy).__name__
-    plain = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    plain = is_a(trainer.strategy, SingleDeviceStrategy, DDPStrategy)
     if not module.automatic_optimization and not plain:
         found.append(
             f"The module optimizes manually, and its strategy is {strategy}, with which parameters cannot be put back "
@@ -91,6 +93,49 @@ def changed_parameters(module: nn.Module, before: Mapping[str, object]) -> list[
             "Change them in on_train_batch_end (a moving average, say)."
         )
     ]
+
+
+def loss_problems(trainer: Trainer, module: nn.Module, loss: Tensor) -> list[DropregError]:
+    """Find a loss with a graph that leads to no parameter: nothing would be trained, and no dropout have an effect.
+
+    Args:
+        trainer: The trainer, whose optimizers may have parameters that are not the module's.
+        module: The module.
+        loss: What its step returned.
+
+    Returns:
+        One error or none.
+    """
+    parameters = {p for p in module.parameters() if p.requires_grad}
+    parameters.update(
+        p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+    )
+    sharded = any(isinstance(p, DTensor) for p in parameters)  # the graph has what was gathered of them
+    if loss.grad_fn is None or sharded or _leads_to(loss, parameters):
+        return []
+    return [
+        InvalidArgumentError(
+            f"The loss of {type(module).__name__} does not depend on any of its parameters that need a gradient: on "
+            "the way there it was detached (.detach(), .item(), torch.tensor(...), no_grad). Return the loss as it was "
+            "computed."
+        )
+    ]
+
+
+def _leads_to(loss: Tensor, parameters: set[nn.Parameter]) -> bool:
+    """Whether a parameter is in the graph, as far as that can be seen: not into functions of one's own."""
+    seen: set[object] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        leaf = getattr(node, "variable", None)
+        if isinstance(node, BackwardCFunction) or (leaf is not None and leaf in parameters):
+            return True
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _has_norm(parameter: nn.Parameter) -> bool:

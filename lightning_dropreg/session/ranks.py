@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import Tensor, nn
 
 from lightning_dropreg.estimators import AUTO
+from lightning_dropreg.session.twins import is_a
 from lightning_dropreg.step.plan import Plan
 
 __all__ = ["has_whole_parameters", "mean_over_ranks", "unsupported_strategy"]
@@ -63,8 +64,8 @@ def _like(mean: Tensor, parameter: nn.Parameter, gradient: Tensor | None) -> Ten
 
 def has_whole_parameters(strategy: Strategy) -> bool:
     """Whether every process has all parameters and their gradients, as plain tensors."""
-    sharded = (DeepSpeedStrategy, XLAStrategy)  # which derive from DDPStrategy, too
-    return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, sharded)
+    sharded = is_a(strategy, DeepSpeedStrategy, XLAStrategy)  # which derive from DDPStrategy, too
+    return is_a(strategy, SingleDeviceStrategy, DDPStrategy) and not sharded
 
 
 def unsupported_strategy(strategy: Strategy, plan: Plan) -> list[str]:
@@ -80,7 +81,7 @@ def unsupported_strategy(strategy: Strategy, plan: Plan) -> list[str]:
     if plan.untouched or has_whole_parameters(strategy):
         return []
     name = type(strategy).__name__
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not is_a(strategy, ModelParallelStrategy):
         return [
             f"its strategy is {name}, with which gradients of repeated passes are not known to be right. Use one "
             "device, DDPStrategy, or ModelParallelStrategy (FSDP2)."

@@ -24,11 +24,13 @@ from torch.optim import Optimizer
 
 from lightning_dropreg.errors import (
     DropregError,
+    NoDropoutSiteError,
 )
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.estimators.reduction import check_mean_over_rows
 from lightning_dropreg.inspection.assumptions import Measured, is_due
+from lightning_dropreg.inspection.at_rest import naming_what_rests
 from lightning_dropreg.inspection.choice import Choice
 from lightning_dropreg.inspection.derivatives import compare_derivatives, measure_targets
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite, check_masks_of_rows, inspect_step
@@ -51,9 +53,11 @@ from lightning_dropreg.session.manual import ManualStep, joined
 from lightning_dropreg.session.others import DropsLater, Watcher
 from lightning_dropreg.session.pairable import find_pairable, signature
 from lightning_dropreg.session.parameters import TrainedParameters
+from lightning_dropreg.session.position import Position
 from lightning_dropreg.session.problems import (
     changed_parameters,
     fingerprints,
+    loss_problems,
     module_problems,
     takes_iterator,
 )
@@ -118,6 +122,7 @@ class Session:
         self._whole_parameters = has_whole_parameters(trainer.strategy)
         self._trained = TrainedParameters(trainer, module)
         self.stale = StaleGradients(trainer, module)
+        self.position = Position(trainer)
         # a rank that ran other passes than the rest would keep them waiting
         self._in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
@@ -169,6 +174,11 @@ class Session:
         self._compiling.close()
         self._batch = self._later = None
 
+    def begin_batch(self) -> None:
+        """Expect the first ``training_step`` of a batch."""
+        self.stale.begin_batch()
+        self.position.begin_batch()
+
     def training_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's ``training_step`` as often as the plan asks and return one output.
 
@@ -192,16 +202,29 @@ class Session:
         step = self.trainer.global_step
         if self.plan.only_drops_nothing(step):
             return self._step_without_dropout(original, args, kwargs)
+        try:
+            return self._step_with_passes(original, args, kwargs, stale)
+        except NoDropoutSiteError:  # by chance there is nothing to regularize in this one (layer drop, another task)
+            return self._step_without_dropout(original, args, kwargs)
+
+    def _step_with_passes(
+        self,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        stale: Callable[[], None] | None,
+    ) -> Any:
+        """Run the user's step as the plan has it; raises `NoDropoutSiteError`, having left no trace, if it has none."""
+        step = self.trainer.global_step
         self._watch(step, original, args, kwargs)
         kind, pairable = self._pairable(original, args, kwargs)
-        batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx  # a step need not take it as an argument
         batch = Batch(
             original,
             args,
             kwargs,
             self.module,
             mean=self.plan.k is None,
-            key=fold_key(self.seed, self.trainer.global_rank, step, batch_idx),
+            key=self.position.key(self.seed),
             copies=self._copies,
             reach=self._reach,
             releases=self._whole_parameters,
@@ -215,7 +238,11 @@ class Session:
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant():
                 plan = self.plan.choosing("antithetic")  # which is open yet in a batch that the user's step skips
-                result = plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
+                try:
+                    result = plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
+                except NoDropoutSiteError:
+                    batch.forget()
+                    raise
                 self._check_finite(batch, result)
         except SkippedError:
             batch.logs.replay()
@@ -245,7 +272,7 @@ class Session:
 
         try:
             with as_compiled(self.compiled), attention_dropout(self.plan.attention), self._dormant():
-                loss = run_pass(closure, Off()).loss
+                loss = run_pass(closure, Off(), need_sites=False).loss
         except SkippedError:
             return None
         self.values.add({"loss": loss.detach()})
@@ -347,6 +374,8 @@ class Session:
             with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
                 generators = self._reach.generators() if self._reach is not None else []
                 seen, found = inspect_step(batch.aside, self.plan.needs_losses, generators=generators)
+                found = [naming_what_rests(p, self.module) if isinstance(p, NoDropoutSiteError) else p for p in found]
+                problems += loss_problems(self.trainer, self.module, seen.loss)
                 seen.release()
                 problems += compiled_problems(self.module, seen.sites, self.plan) + found
                 if not (problems or self.plan.untouched) and self._reach is not None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_dropreg.session.twins import twins
+
 __all__ = ["StaleGradients"]
 
 
@@ -75,4 +77,6 @@ class StaleGradients:
 
 def _is_changed(instance: object, base: type, name: str) -> bool:
     """Whether a method is not that of the base; one that wraps it (``functools.wraps``) is another."""
-    return name in vars(instance) or getattr(type(instance), name) is not getattr(base, name)
+    # a type without such a method answers in ways of its own (a mock, `__getattr__`), and may do anything
+    own = getattr(type(instance), name, None)
+    return name in getattr(instance, "__dict__", ()) or all(own is not getattr(twin, name) for twin in twins(base))

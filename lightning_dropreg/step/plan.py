@@ -71,7 +71,7 @@ class Plan:
     @property
     def needs_losses(self) -> bool:
         """Whether the losses of a step must be recognized."""
-        return self.alpha is not None or (self.curvature is not None and self.curvature != FULL)
+        return bool(self.alpha) or (self.penalizes and self.curvature != FULL)
 
     def strength_at(self, step: int) -> float:
         """Factor with which a penalty (or a divergence) enters the total of optimizer step `step`."""
@@ -87,6 +87,11 @@ class Plan:
         if self.noise is not None and self.noise_scale and self.noise.source == "taylor":
             found.add((self.noise.estimation.estimator, None, self.noise.estimation.mask))
         return {each for each in found if each[0] not in {"antithetic", AUTO}}
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the penalty acts at all; with strength 0 nothing has to be known of the loss."""
+        return self.penalty is not None and self.penalty.strength > 0
 
     @property
     def noise_scale(self) -> float:
@@ -180,8 +185,8 @@ class Plan:
         )
 
     def _estimations(self) -> list[Estimation]:
-        found = [] if self.penalty is None else [self.penalty.estimation]
-        if self.noise is not None and self.noise.source == "taylor":
+        found = [self.penalty.estimation] if self.penalty is not None and self.penalizes else []
+        if self.noise is not None and self.noise_scale and self.noise.source == "taylor":
             found.append(self.noise.estimation)
         return found
 

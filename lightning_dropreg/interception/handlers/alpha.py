@@ -39,6 +39,8 @@ def alpha_dropout(kind: str, shared: bool) -> Callable[..., Tensor]:
         check_drop_prob(p, kind)
         if not training or p == 0:
             mode.inactive += training
+            if not training:
+                mode.at_rest(p, kind)
             return input
         mask_shape = channel_mask(input, None) if shared else tuple(input.shape)
         mean_scale = ((1 - p) / (1 + p * ALPHA**2)) ** 0.5

@@ -127,6 +127,8 @@ def multi_head(mode: Mode, func: Callable[..., Any], *args: Any, **kwargs: Any) 
     call = _SIGNATURE.bind(*args, **kwargs)
     if mode.ignores_attention:
         call.arguments["dropout_p"] = 0.0
+    if not call.arguments.get("training", True):
+        mode.at_rest(call.arguments["dropout_p"], "attention")
     with mode.sites_of_kind("attention"):
         return open_up(mode, func, *call.args, **call.kwargs)
 

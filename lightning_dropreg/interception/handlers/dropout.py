@@ -21,7 +21,10 @@ def elementwise(
     inplace: bool = False,
 ) -> Tensor:  # fmt: skip
     """`F.dropout`: every entry has a mask of its own."""
-    return mode.site(input, p, tuple(input.shape), "dropout", inplace) if training else input
+    if not training:
+        mode.at_rest(p, "dropout")
+        return input
+    return mode.site(input, p, tuple(input.shape), "dropout", inplace)
 
 
 def channel_mask(input: Tensor, unbatched_ndim: int | None) -> tuple[int, ...]:
@@ -45,7 +48,10 @@ def featurewise(kind: str, unbatched_ndim: int | None) -> Callable[..., Tensor]:
         mode: Mode, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True,
         inplace: bool = False,
     ) -> Tensor:  # fmt: skip
-        return mode.site(input, p, channel_mask(input, unbatched_ndim), kind, inplace) if training else input
+        if not training:
+            mode.at_rest(p, kind)
+            return input
+        return mode.site(input, p, channel_mask(input, unbatched_ndim), kind, inplace)
 
     return handle
 

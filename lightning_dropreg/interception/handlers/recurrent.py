@@ -33,6 +33,8 @@ def recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
         call = {**dict(zip(_PACKED if packed else _PADDED, args, strict=False)), **kwargs}
         with _kernels(mode):
             if not (call["train"] and call["dropout"] > 0 and call["num_layers"] > 1):
+                if not call["train"] and call["num_layers"] > 1:
+                    mode.at_rest(call["dropout"], kind)
                 return func(*args, **kwargs)
             return _layer_by_layer(mode, func, call, "data" if packed else "input", kind)
 
