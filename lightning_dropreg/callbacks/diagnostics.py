@@ -35,6 +35,7 @@ from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes.batches import fresh_batch
 from lightning_dropreg.session.configured import configured
 from lightning_dropreg.session.logs import LogCollector
+from lightning_dropreg.session.searches import goes_before_finders, is_resuming
 from lightning_dropreg.session.session import Session, own_step
 from lightning_dropreg.step.plan import Plan
 
@@ -162,6 +163,11 @@ class DropoutDiagnostics(Callback):
         """
         self._loaded = state_dict
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Come before Lightning's finders, whose checkpoint is not that of a run to go on with."""
+        if stage == "fit":
+            goes_before_finders(trainer)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured.
 
@@ -179,7 +185,7 @@ class DropoutDiagnostics(Callback):
         self._seed = session.seed
         self.history, self._held, self._last_epoch = [], None, -1
         self._alone = trainer.world_size == 1
-        if self._loaded is not None and trainer.ckpt_path:  # and not a fit of its own after a test of a checkpoint
+        if self._loaded is not None and is_resuming(trainer):  # and not a fit of its own after a test of a checkpoint
             self._go_on(self._loaded, pl_module)
         self._loaded = None
 

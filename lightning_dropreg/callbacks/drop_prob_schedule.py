@@ -58,6 +58,8 @@ class DropProbSchedule(Callback):
 
     drops_later = True
 
+    acts_on_training = True
+
     def __init__(
         self,
         schedule: str = "linear",

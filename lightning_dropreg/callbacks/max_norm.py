@@ -131,6 +131,8 @@ class MaxNorm(Callback):
         3.0
     """
 
+    acts_on_training = True
+
     def __init__(self, max_norm: float = 3.0, modules: Sequence[str] | None = None) -> None:
         if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not 0 < max_norm < float("inf"):
             raise InvalidArgumentError(f"max_norm={max_norm!r} must be a finite number above 0; 3 is usual.")

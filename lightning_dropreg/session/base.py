@@ -12,6 +12,7 @@ from lightning_dropreg.errors import CompositionError, InvalidArgumentError
 from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.interception.handlers.attention import check_attention
 from lightning_dropreg.session.resume import STATE_VERSION, check_resumable, settings_of
+from lightning_dropreg.session.searches import goes_before_finders, is_resuming
 from lightning_dropreg.session.session import Session
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
 from lightning_dropreg.step.settings import check_estimation
@@ -32,6 +33,7 @@ class RegularizerCallback(Callback):
     alpha: float | None = None
     accept_checkpoint_settings = False
     from_mixin = False
+    acts_on_training = True  # so a search for a learning rate or batch size has it too
 
     def __init__(self, attention: str = "site", accept_checkpoint_settings: bool = False) -> None:
         check_attention(attention)
@@ -42,32 +44,43 @@ class RegularizerCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._used_seed: int | None = None
         self._found: dict[str, Any] = {}
+        self._found_before: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the composition of callbacks."""
         if stage == "fit" and self._leads(trainer):
             self.plan(trainer)
+            goes_before_finders(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap the module's training step."""
         if self._leads(trainer):
             companions = self._companions(trainer)
             states = [companion._loaded for companion in companions]
-            check_resumable(companions, states, resuming=bool(trainer.ckpt_path))
+            check_resumable(companions, states, resuming=is_resuming(trainer))
             seeds = [state["seed"] for state in states if state is not None]
-            self._session = Session(trainer, pl_module, self.plan(trainer), seeds[0] if seeds else None)
-            if states[0] is not None and states[0]["settings"] == settings_of(companions[0]):
-                self._session.found = states[0].get("found", {})
-            self._session.check()
-            for companion in companions:
-                companion._used_seed = self._session.seed
-                companion._loaded = None  # another fit draws other noise
-            self._session.install()
+            same = states[0] is not None and states[0]["settings"] == settings_of(companions[0])
+            self._found_before = dict(states[0].get("found", {})) if states[0] is not None and same else {}
+            self._begin(trainer, pl_module, seeds[0] if seeds else None)
+
+    def _begin(self, trainer: Trainer, module: LightningModule, seed: int | None) -> None:
+        if self._session is not None:
+            self._session.remove()
+        self._session = Session(trainer, module, self.plan(trainer), seed)
+        self._session.found = dict(self._found_before)
+        self._session.check()
+        for companion in self._companions(trainer):
+            companion._used_seed = self._session.seed
+            companion._loaded = None  # another fit draws other noise
+        self._session.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the batch, and note that the gradients in store are those of the one before."""
-        if self._session is not None:
-            self._session.begin_batch()
+        if self._session is None:
+            return
+        if self._session.search.is_over:  # what it has left is not of the training
+            self._begin(trainer, pl_module, self._session.seed)
+        self._session.begin_batch()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the noise to the gradients."""

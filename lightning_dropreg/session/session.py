@@ -62,6 +62,7 @@ from lightning_dropreg.session.problems import (
     takes_iterator,
 )
 from lightning_dropreg.session.ranks import has_whole_parameters
+from lightning_dropreg.session.searches import Search
 from lightning_dropreg.session.stale import StaleGradients
 from lightning_dropreg.session.values import Values, norm_of
 from lightning_dropreg.session.watching import measure_repeatability, measured_of, problems_of
@@ -123,6 +124,7 @@ class Session:
         self._trained = TrainedParameters(trainer, module)
         self.stale = StaleGradients(trainer, module)
         self.position = Position(trainer)
+        self.search = Search(trainer)
         # a rank that ran other passes than the rest would keep them waiting
         self._in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
@@ -190,6 +192,7 @@ class Session:
         Returns:
             The output of its first run, with the total loss in it; None if the user's step returned None.
         """
+        self.search.join()
         stale = self.stale.take()
         if not self._inspected:
             self.inspect(original, args, kwargs)
@@ -330,6 +333,8 @@ class Session:
         self._late = []
 
     def _due(self) -> list[Watcher]:
+        if self.search.joined:  # which goes to where training diverges
+            return []
         return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
 
     def _measures_noise(self) -> bool:
