@@ -128,7 +128,7 @@ def run_pass(
     if need_sites and not (met or interception.inactive or is_dormant()):
         rests = ", ".join(interception.resting)
         missing = NoDropoutSiteError(
-            f"No dropout was active in this step, and some is in eval mode, where it does nothing: {rests}. "
+            f"No dropout was active in this step, and some is in eval mode instead of training mode: {rests}. "
             "Call .train() on the model, or on the part that it belongs to."
             if rests
             else "No dropout was reached in this step, so there is nothing to regularize. Check that the model is in "

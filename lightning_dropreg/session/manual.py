@@ -26,7 +26,9 @@ from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop, Off
+from lightning_dropreg.passes.gradients import has_reentrant_checkpoint
 from lightning_dropreg.session.logs import patched
+from lightning_dropreg.session.past import Habits, Past, Watching, all_optimizers, parameters_of
 from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
 
 if TYPE_CHECKING:
@@ -43,14 +45,16 @@ class ManualStep:
     Args:
         batch: The batch and the user's step.
         trainer: The trainer, whose optimizers and schedulers the step uses.
+        habits: What the step was seen to do in its rehearsal; a rehearsal fills it in.
     """
 
-    def __init__(self, batch: Batch, trainer: Trainer) -> None:
+    def __init__(self, batch: Batch, trainer: Trainer, habits: Habits) -> None:
         self._batch = batch
         self._module: LightningModule = batch.module
-        self._optimizers: list[Any] = [*trainer.strategy._lightning_optimizers, *trainer.optimizers]
+        self._optimizers = all_optimizers([*trainer.strategy._lightning_optimizers, *trainer.optimizers])
+        self._habits = habits
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self._past = _Past(self._module)
+        self._past = Past(self._module, self._optimizers, habits)
         self._calls = 0
 
     def run(self, plan: Plan, step: int, watch: Watch, measure_noise: bool) -> Any:
@@ -73,6 +77,7 @@ class ManualStep:
             total = self._total(plan, step, loss, watch, measure_noise)
             with guard.lifted():
                 backward(total, *args, **kwargs)
+            self._past.keep_gradients()
 
         def once(*args: Any, **kwargs: Any) -> Any:
             rule = Off() if plan.k is None else Drop(fold_key(self._batch.key, 0))
@@ -90,9 +95,37 @@ class ManualStep:
             The sum of the losses that it would have back-propagated; None if there are none.
         """
         losses: list[Tensor] = []
-        with _BackwardGuard(self._module), self._replaying(losses.append):
-            self._batch.original(*args, **kwargs)
+        watching = Watching(self._past.parameters)
+        versions = [parameter._version for parameter in self._past.parameters]
+
+        def reach(loss: Tensor) -> None:
+            losses.append(loss)
+            with watching.paused():
+                self._back_propagate(loss)
+
+        with _BackwardGuard(self._module), self._past.revisited(whole=True) as advance:
+            before = [parameter.data_ptr() for parameter in self._past.parameters]
+            with watching, self._replaying(reach, advance, watching, gradients=True):
+                self._batch.original(*args, **kwargs)
+            changed = {
+                parameter
+                for parameter, version, place in zip(self._past.parameters, versions, before, strict=True)
+                if parameter._version != version or parameter.data_ptr() != place
+            }
+        self._habits.by_hand |= changed | watching.touched
+        self._habits.reads |= watching.reads
+        self._habits.rehearsed = True
         return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else None
+
+    def _back_propagate(self, loss: Tensor) -> None:
+        """Add to ``.grad`` what a backward would, with no hook of anybody called and the graph kept to be looked at."""
+        trained = [parameter for parameter in self._past.parameters if parameter.requires_grad]
+        gradients: Sequence[Tensor | None] = [torch.zeros_like(parameter) for parameter in trained]
+        if isinstance(loss, Tensor) and loss.grad_fn is not None and not has_reentrant_checkpoint(loss):
+            gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient.detach() if parameter.grad is None else parameter.grad + gradient.detach()
 
     def _total(self, plan: Plan, step: int, loss: Tensor, watch: Watch, measure_noise: bool) -> Tensor:
         replays = self._batch.instead(functools.partial(self._replay, self._calls))
@@ -124,11 +157,15 @@ class ManualStep:
             losses.append(loss)
             if len(losses) >= number:
                 raise _ReachedError
+            with watching.paused():
+                self._past.put_gradients(len(losses))
 
-        with self._replaying(reach):
+        watching = Watching(self._past.parameters)
+        with self._past.revisited() as advance, watching, self._replaying(reach, advance, watching, self._habits.reads):
             try:
                 self._batch.original(*args, **kwargs)
             except _ReachedError:
+                self._check_reads(watching)
                 return losses[number - 1]
         raise InconsistentPassesError(
             f"training_step of {type(self._module).__name__} called manual_backward {number} times, but when it was "
@@ -136,21 +173,47 @@ class ManualStep:
             "let BaseException through)."
         )
 
+    def _check_reads(self, watching: Watching) -> None:
+        if watching.reads and not self._habits.reads:
+            raise UnsupportedModuleError(
+                f"training_step of {type(self._module).__name__} reads gradients, and it did not in the first step, so "
+                "they were not kept for the passes that it takes. Read them in every step, or in a hook such as "
+                "on_before_optimizer_step."
+            )
+
     @contextmanager
-    def _replaying(self, reached: Callable[[Tensor], None]) -> Iterator[None]:
+    def _replaying(
+        self,
+        reached: Callable[[Tensor], None],
+        advance: Callable[[list[nn.Parameter]], None],
+        watching: Watching,
+        gradients: bool,
+    ) -> Iterator[None]:
         """Let the step run without doing anything that lasts; `reached` gets what it wants to back-propagate."""
 
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             reached(loss)
 
+        def aside(function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                if not gradients:
+                    return None
+                with watching.paused():
+                    return function(*args, **kwargs)
+
+            return wrapped
+
         patches: list[tuple[Any, str, Any]] = [(self._module, "manual_backward", manual_backward)]
-        patches += [(self._module, "clip_gradients", _nothing)]
+        patches += [(self._module, "clip_gradients", aside(self._module.clip_gradients))]
         patches += [(scheduler, "step", _nothing) for scheduler in self._schedulers]
-        with self._past.revisited() as advance:
-            for optimizer in self._optimizers:
-                patches += [(optimizer, "zero_grad", _nothing), (optimizer, "step", _unreal(optimizer, advance))]
-            with patched(*patches):
-                yield
+        for optimizer in self._optimizers:
+            patches += [
+                (optimizer, "zero_grad", aside(optimizer.zero_grad)),
+                (optimizer, "step", _unreal(optimizer, advance)),
+            ]
+        with patched(*patches):
+            yield
 
     def _remembered(self, optimizer: Any) -> Callable[..., Any]:
         """Make the ``step`` of an optimizer that keeps the values its parameters had before."""
@@ -159,18 +222,23 @@ class ManualStep:
         @functools.wraps(step)  # torch's schedulers look at the attributes of an optimizer's step
         def remembered(*args: Any, **kwargs: Any) -> Any:
             if not self._past.stepping:  # Lightning's optimizer calls the one that it wraps
-                self._past.keep(_parameters(optimizer))
-            args, kwargs = self._called_once(args, kwargs)
+                self._past.keep(parameters_of(optimizer))
+            args, kwargs = self._called_once(optimizer, args, kwargs)
             stepping, self._past.stepping = self._past.stepping, True
             try:
-                return step(*args, **kwargs)
+                result = step(*args, **kwargs)
             finally:
                 self._past.stepping = stepping
+            if not stepping:
+                self._past.keep_result(parameters_of(optimizer))
+            return result
 
         return remembered
 
-    def _called_once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let an optimizer call the closure that it was given only once.
+    def _called_once(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let an optimizer call the closure that it was given only once, and at the weights at which it was called.
 
         Returns:
             Its arguments, with the closure counted.
@@ -179,6 +247,7 @@ class ManualStep:
         if closure is None or self._past.stepping:
             return args, kwargs
         calls = 0
+        versions = [parameter._version for parameter in parameters_of(optimizer)]
 
         def counted() -> Any:
             nonlocal calls
@@ -188,6 +257,13 @@ class ManualStep:
                     f"{type(self._module).__name__} optimizes manually with an optimizer that calls its closure "
                     "several times in one step (LBFGS does), at weights that cannot be found again. Use another "
                     "optimizer, or the functions of lightning_dropreg.functional inside the closure."
+                )
+            if versions != [parameter._version for parameter in parameters_of(optimizer)]:
+                raise UnsupportedModuleError(
+                    f"{type(self._module).__name__} optimizes manually with an optimizer that moves the weights before "
+                    "it calls its closure (sharpness-aware minimization does), so that the closure cannot be run again "
+                    "where it was. Take its steps one by one in training_step (first_step, manual_backward, "
+                    "second_step)."
                 )
             return closure()
 
@@ -240,71 +316,15 @@ class _BackwardGuard(TorchFunctionMode):
             self._lifted = False
 
 
-class _Past:
-    """What parameters were earlier in a step, and a way to go back there for the length of a replay."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.stepping = False
-        self._parameters = list(module.parameters())
-        self._trained = [parameter.requires_grad for parameter in self._parameters]  # before any toggle_optimizer
-        self._values: dict[nn.Parameter, list[Tensor]] = {}
-
-    def keep(self, parameters: list[nn.Parameter]) -> None:
-        """Remember the values that an optimizer is about to change."""
-        for parameter in parameters:
-            self._values.setdefault(parameter, []).append(parameter.detach().clone())
-
-    @contextmanager
-    def revisited(self) -> Iterator[Callable[[list[nn.Parameter]], None]]:
-        """Put parameters, their gradients and what is toggled where they were when the step began.
-
-        Yields:
-            Moves the parameters that it is given on by one optimizer step.
-        """
-        now = [(parameter, parameter.grad, parameter.requires_grad) for parameter in self._parameters]
-        values = {parameter: [*past, parameter.data] for parameter, past in self._values.items()}
-        position = dict.fromkeys(values, 0)
-
-        def advance(parameters: list[nn.Parameter]) -> None:
-            for parameter in parameters:
-                if parameter in values:  # in a rehearsal no step was taken
-                    position[parameter] = min(position[parameter] + 1, len(values[parameter]) - 1)
-                    _set(parameter, values[parameter][position[parameter]])
-
-        try:
-            for (parameter, gradient, _), trained in zip(now, self._trained, strict=True):
-                parameter.requires_grad_(trained)
-                parameter.grad = None if gradient is None else gradient.clone()  # the step may clip it in place
-            for parameter, past in values.items():
-                _set(parameter, past[0])
-            yield advance
-        finally:
-            for parameter, past in values.items():
-                _set(parameter, past[-1])
-            for parameter, gradient, trained in now:
-                parameter.grad = gradient
-                parameter.requires_grad_(trained)
-
-
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
-    # The storage is exchanged, not written to: autograd graphs and optimizers hold the parameter itself.
-    parameter.data = value
-    torch.clear_autocast_cache()
-
-
 def _unreal(optimizer: Any, advance: Callable[[list[nn.Parameter]], None]) -> Callable[..., Any]:
     """Make a ``step`` that does nothing but move on to the values after the real one."""
 
     def step(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         loss = closure() if closure is not None else None
-        advance(_parameters(optimizer))
+        advance(parameters_of(optimizer))
         return loss
 
     return step
-
-
-def _parameters(optimizer: Any) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

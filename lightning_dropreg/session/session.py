@@ -53,6 +53,7 @@ from lightning_dropreg.session.manual import ManualStep, joined
 from lightning_dropreg.session.others import DropsLater, Watcher
 from lightning_dropreg.session.pairable import find_pairable, signature
 from lightning_dropreg.session.parameters import TrainedParameters
+from lightning_dropreg.session.past import Habits
 from lightning_dropreg.session.position import Position
 from lightning_dropreg.session.problems import (
     changed_parameters,
@@ -125,6 +126,7 @@ class Session:
         self.stale = StaleGradients(trainer, module)
         self.position = Position(trainer)
         self.search = Search(trainer)
+        self._habits = Habits()
         # a rank that ran other passes than the rest would keep them waiting
         self._in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
@@ -306,7 +308,8 @@ class Session:
             values.append(self._values(result))
 
         with as_compiled(self.compiled), batch.isolation:
-            output = ManualStep(batch, self.trainer).run(self.plan, number, watch, self.values.in_logging_step)
+            manual = ManualStep(batch, self.trainer, self._habits)
+            output = manual.run(self.plan, number, watch, self.values.in_logging_step)
         batch.logs.replay()
         self._acted = True
         self.values.add(joined(values), always=True)  # batches and optimizer steps are counted apart here
@@ -399,7 +402,8 @@ class Session:
         self.kinks = seen.kinks
         self._copies = bool(batch.modified)
         if not self.plan.untouched:
-            changed = changed_parameters(self.module, before)
+            # a manual step may change them: they are put back
+            changed = changed_parameters(self.module, before) if self.module.automatic_optimization else []
             problems += changed
             self.measured += measured_of(seen, changed)
         if problems:
@@ -485,7 +489,7 @@ class Session:
         batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True, reach=self.reach(original))
         if self.module.automatic_optimization:
             return batch
-        return batch.instead(ManualStep(batch, self.trainer).rehearsed)
+        return batch.instead(ManualStep(batch, self.trainer, self._habits).rehearsed)
 
     def _check_rows(self, batch: Batch, sites: Sequence[Site]) -> None:
         """Refuse a loss for which some of the rows do not stand for all, and noise that they share."""
