@@ -14,6 +14,7 @@ _ONE_PLACE = ("torch.nn.modules.", "lightning_dropreg.nn.")
 _OURS = (
     "lightning_dropreg.interception",
     "lightning_dropreg.session.manual",
+    "lightning_dropreg.session.past",
     "lightning_dropreg.inspection.first_step",
 )
 
