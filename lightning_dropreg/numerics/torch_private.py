@@ -31,6 +31,7 @@ __all__ = [
     "is_compiled_wrapper",
     "keeping_donated_buffers",
     "norms_of",
+    "set_version",
     "watching_saved_tensors",
     "without_fused_recurrence",
 ]
@@ -237,6 +238,31 @@ def hidden_from_modes() -> AbstractContextManager[None]:
     """Hide what runs inside from all `TorchFunctionMode`s."""
     disable = _attribute(torch._C, "DisableTorchFunction")
     return nullcontext() if disable is None else disable()  # what is compiled then sees the interception, and breaks
+
+
+def set_version(tensor: Tensor, version: int) -> None:
+    """Let a tensor count the changes made in place from another number on.
+
+    Autograd compares that number with what it was when the tensor was saved. Where torch has no way to set it, a
+    backward through what was saved raises, and nothing is wrong without a word.
+
+    Args:
+        tensor: A tensor whose storage was exchanged for one of another time.
+        version: The number of changes that it had then.
+
+    Example:
+        >>> weight = torch.zeros(2).add_(1)
+        >>> set_version(weight, 0)
+        >>> weight._version
+        0
+    """
+    write = _attribute(torch._C, "_autograd._unsafe_set_version_counter")
+    if write is None or tensor._version == version:
+        return
+    try:
+        write((tensor,), (version,))
+    except TypeError:  # before torch 2.7
+        write(tensor, version)
 
 
 # ---------------------------------------------------------------- compiled parts

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError
 from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.interception.sites import Site
-from lightning_dropreg.losses import RECOGNIZED
+from lightning_dropreg.losses import RECOGNIZED, Loss
 
-__all__ = ["check_loss", "check_losses"]
+__all__ = ["check_loss", "check_losses", "used_losses"]
 
 
 def check_losses(loss: Tensor, interception: Interception) -> None:
@@ -77,6 +77,36 @@ def _called(site: Site) -> str:
 
 def _refused(interception: Interception) -> str:
     return f" ({'; '.join(interception.refused)}.)" if interception.refused else ""
+
+
+def used_losses(total: Tensor, losses: list[Loss]) -> list[Loss]:
+    """Leave out losses that the returned one does not use: to log, or of an earlier backward of a manual step.
+
+    They count nothing, and their part of the graph may be of parameters that have changed since.
+
+    Args:
+        total: The loss that the step returned.
+        losses: The losses recognized in it.
+
+    Returns:
+        Those that it uses; all of them if it uses none, which is told elsewhere.
+    """
+    if len(losses) < 2:
+        return losses
+    ends = {loss.elements.grad_fn for loss in losses}
+    met: set[object] = set()
+    seen: set[object] = set()
+    stack, behind = [total.grad_fn], []
+    while (stack or behind) and met != ends:
+        # a loss may be in the weight of another, or behind it; usually the user's reduction tells all
+        node = stack.pop() if stack else behind.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in ends:
+            met.add(node)
+        (behind if node in ends else stack).extend(following for following, _ in node.next_functions)
+    return [loss for loss in losses if loss.elements.grad_fn in met] or losses
 
 
 def check_loss(loss: object) -> None:

@@ -14,7 +14,7 @@ from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.interception.sites import Rule, Site
 from lightning_dropreg.losses import Loss
 from lightning_dropreg.numerics.dual import REPLACEMENTS
-from lightning_dropreg.passes.recognition import check_loss, check_losses
+from lightning_dropreg.passes.recognition import check_loss, check_losses, used_losses
 from lightning_dropreg.passes.rules import Tangent, Tap, focused
 
 __all__ = ["Closure", "Pass", "dormant_sites", "is_dormant", "run_pass"]
@@ -120,6 +120,7 @@ def run_pass(
         check_loss(loss)
         if record_losses:
             check_losses(loss, interception)
+            interception.losses = used_losses(loss, interception.losses)
     except DropregError as problem:
         if problems is None:
             raise

@@ -56,6 +56,7 @@ class ManualStep:
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._past = Past(self._module, self._optimizers, habits)
         self._calls = 0
+        self._rehearsed: dict[int, list[Tensor | None]] = {}
 
     def run(self, plan: Plan, step: int, watch: Watch, measure_noise: bool) -> Any:
         """Run the step for real, with the plan's total in the place of every loss that it back-propagates.
@@ -101,7 +102,7 @@ class ManualStep:
         def reach(loss: Tensor) -> None:
             losses.append(loss)
             with watching.paused():
-                self._back_propagate(loss)
+                self._back_propagate(len(losses), loss)
 
         with _BackwardGuard(self._module), self._past.revisited(whole=True) as advance:
             before = [parameter.data_ptr() for parameter in self._past.parameters]
@@ -117,8 +118,15 @@ class ManualStep:
         self._habits.rehearsed = True
         return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else None
 
-    def _back_propagate(self, loss: Tensor) -> None:
-        """Add to ``.grad`` what a backward would, with no hook of anybody called and the graph kept to be looked at."""
+    def _back_propagate(self, number: int, loss: Tensor) -> None:
+        """Add to ``.grad`` what a backward would, with no hook of anybody called and the graph kept to be looked at.
+
+        A second rehearsal finds the gradients of the first, as all passes of a step find those that it really had.
+        """
+        if number in self._rehearsed:
+            for parameter, gradient in zip(self._past.parameters, self._rehearsed[number], strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            return
         trained = [parameter for parameter in self._past.parameters if parameter.requires_grad]
         gradients: Sequence[Tensor | None] = [torch.zeros_like(parameter) for parameter in trained]
         if isinstance(loss, Tensor) and loss.grad_fn is not None and not has_reentrant_checkpoint(loss):
@@ -126,6 +134,7 @@ class ManualStep:
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient.detach() if parameter.grad is None else parameter.grad + gradient.detach()
+        self._rehearsed[number] = [None if p.grad is None else p.grad.clone() for p in self._past.parameters]
 
     def _total(self, plan: Plan, step: int, loss: Tensor, watch: Watch, measure_noise: bool) -> Tensor:
         replays = self._batch.instead(functools.partial(self._replay, self._calls))

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg.errors import UnsupportedModuleError
+from lightning_dropreg.numerics.torch_private import set_version
 
 __all__ = ["Habits", "Past", "Watching", "all_optimizers", "parameters_of"]
 
@@ -96,6 +97,7 @@ class Past:
         self._trained = [parameter.requires_grad for parameter in self.parameters]  # before any toggle_optimizer
         self._start = {p: p.detach().clone() for p in self.parameters if p in habits.by_hand}
         self._after: dict[nn.Parameter, list[Tensor]] = {}
+        self._versions = {p: [p._version] for p in self._start}  # with which autograd knows these values
         self._gradients = [self._now()] if habits.reads else []
 
     def _now(self) -> list[Tensor | None]:
@@ -114,8 +116,9 @@ class Past:
     def keep_result(self, parameters: Iterable[nn.Parameter]) -> None:
         """Remember the values that an optimizer has made, where the step may change them further."""
         for parameter in parameters:
-            if parameter in self._habits.by_hand:
+            if parameter in self._start and parameter in self._habits.by_hand:
                 self._after.setdefault(parameter, []).append(parameter.detach().clone())
+                self._versions[parameter].append(parameter._version)
 
     def keep_gradients(self) -> None:
         """Remember what a backward has left."""
@@ -141,7 +144,7 @@ class Past:
         Raises:
             UnsupportedModuleError: If a parameter was changed by hand that had not been in the rehearsal.
         """
-        now = [(p, p.grad, p.requires_grad, p.data) for p in self.parameters]
+        now = [(p, p.grad, p.requires_grad, p.data, p._version) for p in self.parameters]
         states = [_copied(optimizer.state) for optimizer in self._optimizers]
         by_hand = self._habits.by_hand
         values = {p: [start, *self._after.get(p, [])] for p, start in self._start.items()}
@@ -156,6 +159,8 @@ class Past:
         def put(parameter: nn.Parameter) -> None:
             value = values[parameter][position[parameter]]
             _set(parameter, value.clone() if whole or parameter in by_hand else value)
+            if parameter in self._versions:
+                set_version(parameter, self._versions[parameter][position[parameter]])
 
         def advance(parameters: list[nn.Parameter]) -> None:
             for parameter in parameters:
@@ -164,7 +169,7 @@ class Past:
                     put(parameter)
 
         try:
-            for (parameter, _, _, _), trained in zip(now, self._trained, strict=True):
+            for (parameter, *_), trained in zip(now, self._trained, strict=True):
                 parameter.requires_grad_(trained)
             for parameter in values:
                 put(parameter)
@@ -172,9 +177,10 @@ class Past:
             yield advance
             self._check_untouched(versions)
         finally:
-            for parameter, gradient, trained, data in now:
+            for parameter, gradient, trained, data, version in now:
                 if parameter in values:
                     _set(parameter, data)
+                    set_version(parameter, version)
                 parameter.grad = gradient
                 parameter.requires_grad_(trained)
             for optimizer, state in zip(self._optimizers, states, strict=True):
