@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,7 +98,8 @@ def used_losses(total: Tensor, losses: list[Loss]) -> list[Loss]:
     ends = {loss.elements.grad_fn for loss in losses}
     met: set[object] = set()
     seen: set[object] = set()
-    stack, behind = [total.grad_fn], []
+    stack: list[Any] = [total.grad_fn]
+    behind: list[Any] = []
     while (stack or behind) and met != ends:
         # a loss may be in the weight of another, or behind it; usually the user's reduction tells all
         node = stack.pop() if stack else behind.pop()
