@@ -87,7 +87,9 @@ def heat_map(cells: Mapping[tuple[float, int], Difference], title: str, xlabel: 
         for x, c in enumerate(columns):
             if (c, r) in cells:
                 found = cells[c, r]
-                axes.text(x, y, f"{found.in_errors:+.1f}\n({found.mean:+.3f})", ha="center", va="center", fontsize=8)
+                ink = "#FFFFFF" if abs(found.in_errors) > 5 else "#000000"
+                text = f"{found.in_errors:+.1f}\n({found.mean:+.3f})"
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
     axes.set_yticks(range(len(rows)), [str(r) for r in rows])
     axes.set(xlabel=xlabel, ylabel=ylabel)

@@ -111,7 +111,7 @@ def dose(made: Records) -> None:
     write(folder / "dose.md", [*lines, "", PLUS_MINUS], records)
     doses(
         drawn,
-        f"Setting A: test NLL by the strength of the noise ({len(seeds)} seeds, ± 2 standard errors)",
+        f"Test NLL by the strength of the noise, {len(seeds)} seeds, ± 2 standard errors",
         "strength s of ImplicitNoise (1: dropout's own)",
         "test NLL minus that of s = 0, same seed",
         folder / "dose",
@@ -151,7 +151,7 @@ def map_of_noise(made: Records) -> None:
             )
     if cells:
         write(made.path.parent / "map.md", [*lines, "", PLUS_MINUS], records)
-        title = "DROPOUT_8 minus DROPOUT_1, test NLL: in standard errors, and (difference); 16 seeds"
+        title = "DROPOUT_8 minus DROPOUT_1, test NLL, 16 seeds (in brackets the difference)"
         heat_map(cells, title, "learning rate", "rows in a batch (of 200)", made.path.parent / "map")
 
 
@@ -162,7 +162,7 @@ def tuned(made: Records, grid: Sequence[Run], label_noise: float, name: str) -> 
     if reference is None:
         return
     lines = [
-        f"{label_noise:.0%} random labels, batches of 50, 2,400 forward and backward passes; the best of eight",
+        f"{100 * label_noise:g} % random labels, batches of 50, 2,400 forward and backward passes; the best of eight",
         f"configurations on 16 tuning seeds, on {len(reference['seeds'])} fresh seeds. Minus dropout: paired.",
         "",
         *head("method", "configuration", "tuning, held out", "fresh test NLL", "accuracy", "minus dropout", "CPU s"),
@@ -186,11 +186,23 @@ def tuned(made: Records, grid: Sequence[Run], label_noise: float, name: str) -> 
         lines.append(f"| {' | '.join(cells)} |")
         if record is not reference:
             rows.append((record["method"], {}, found))
+    lines += ["", *against(fresh, "R"), "", *against(fresh, "Algorithm 2")]
     notes = [PLUS_MINUS, "An asterisk marks a value at the end of what was tried, where more might be had."]
     write(made.path.parent / f"{name}.md", [*lines, "", *notes], fresh)
     table_of_grid(made, grid, name)
-    title = f"Digits, {label_noise:.0%} random training labels: every method tuned, 2,400 passes"
+    title = f"Digits, {100 * label_noise:g} % random labels: every method tuned, 2,400 passes"
     differences(rows, title, "tuned dropout", made.path.parent / name)
+
+
+def against(fresh: Sequence[dict[str, Any]], method: str) -> list[str]:
+    """Return a table of one method's differences to all others."""
+    own = [record for record in fresh if record["method"] == method]
+    lines = [f"| {method} minus | difference | in standard errors | wins |", "|---|---|---|---|"]
+    for record in sorted(fresh, key=lambda r: Mean.of(r["test"]).mean) if own else ():
+        if record is not own[0]:
+            label = plain_label(record["method"], {}).replace("DROPOUT_1", "dropout")
+            lines.append(f"| {label} | {difference(own[0], record).row()} |")
+    return lines
 
 
 def edges(parameters: dict[str, Any], grid: Sequence[dict[str, Any]]) -> set[str]:
