@@ -64,7 +64,7 @@ from lightning_dropreg.session.problems import (
 )
 from lightning_dropreg.session.ranks import has_whole_parameters
 from lightning_dropreg.session.searches import Search
-from lightning_dropreg.session.stale import StaleGradients
+from lightning_dropreg.session.stale import StaleGradients, acts_on_gradients
 from lightning_dropreg.session.values import Values, norm_of
 from lightning_dropreg.session.watching import measure_repeatability, measured_of, problems_of
 from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
@@ -222,6 +222,8 @@ class Session:
         """Run the user's step as the plan has it; raises `NoDropoutSiteError`, having left no trace, if it has none."""
         step = self.trainer.global_step
         self._watch(step, original, args, kwargs)
+        if self.plan.noise_after_backward and acts_on_gradients(self.trainer, self.module):
+            self.plan = self.plan.with_noise_in_loss()  # the same gradient
         kind, pairable = self._pairable(original, args, kwargs)
         batch = Batch(
             original,

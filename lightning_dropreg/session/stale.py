@@ -7,13 +7,15 @@ while the passes of a batch are made, and where nobody reads it on the way it ma
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_dropreg.numerics.torch_private import has_gradient_hooks, has_hooks_after_accumulation
 from lightning_dropreg.session.twins import twins
 
-__all__ = ["StaleGradients"]
+__all__ = ["StaleGradients", "acts_on_gradients"]
 
 
 class StaleGradients:
@@ -73,6 +75,26 @@ class StaleGradients:
             or any(_is_changed(callback, Callback, "on_before_zero_grad") for callback in callbacks)
             or _is_changed(optimizer, Optimizer, "zero_grad")
         )
+
+
+def acts_on_gradients(trainer: Trainer, module: LightningModule) -> bool:
+    """Tell whether something of the user's acts on gradients before noise could be added to them after the backward.
+
+    A clamp would act on the gradient and the noise each on its own, an optimizer step within the backward would miss
+    the noise.
+
+    Args:
+        trainer: The trainer.
+        module: The module that it fits.
+
+    Returns:
+        Whether there are hooks on parameters, or in callbacks that come before those of this package.
+    """
+    if any(has_gradient_hooks(p) or has_hooks_after_accumulation(p) for p in module.parameters() if p.requires_grad):
+        return True
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    before = takewhile(lambda callback: getattr(callback, "acts_on_training", None) is not True, callbacks)
+    return any(_is_changed(callback, Callback, "on_after_backward") for callback in before)
 
 
 def _is_changed(instance: object, base: type, name: str) -> bool:

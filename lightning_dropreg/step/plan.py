@@ -136,6 +136,10 @@ class Plan:
         """Whether the noise is added to the gradients after the backward pass."""
         return self.noise_scale != 0 and not self.noise_in_loss
 
+    def with_noise_in_loss(self) -> Plan:
+        """Return the plan with the noise in the one backward, where whatever acts on a gradient sees it once."""
+        return self if self.noise is None else replace(self, noise=replace(self.noise, injection="loss"))
+
     @property
     def untouched(self) -> bool:
         """Whether the plan leaves every step exactly as it is."""
