@@ -24,6 +24,7 @@ __all__ = [
     "is_number",
     "is_one_of",
     "is_probability",
+    "make_directory",
 ]
 
 
@@ -105,6 +106,31 @@ def check_path(name: str, value: object) -> Path:
     """
     check_instance(name, value, (str, os.PathLike), "a path (a string or a pathlib.Path)")
     return Path(value)  # type: ignore[arg-type]
+
+
+def make_directory(name: str, path: str | os.PathLike[str]) -> Path:
+    """Make a directory at once, so that what cannot be written is found out before anything takes time.
+
+    Args:
+        name: Of the argument, for the message.
+        path: Where it is to be; it may be there.
+
+    Returns:
+        Its path.
+
+    Raises:
+        InvalidArgumentError: If it cannot be made or written to.
+    """
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"{name}={str(path)!r} cannot be made a directory: {type(error).__name__}: {error}."
+        ) from error
+    if not os.access(directory, os.W_OK):
+        raise InvalidArgumentError(f"{name}={str(path)!r} is a directory that cannot be written to.")
+    return directory
 
 
 def check_strength(strength: float, name: str = "strength") -> float:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from rich import get_console
 from torch import Tensor
 
-from lightning_dropreg.checks import check_count, check_flags, check_path
+from lightning_dropreg.checks import check_count, check_flags, check_path, make_directory
 from lightning_dropreg.diagnostics import (
     Diagnosis,
     measure_effect,
@@ -30,7 +30,7 @@ from lightning_dropreg.diagnostics.figures import draw, need_matplotlib
 from lightning_dropreg.diagnostics.numbers import with_margin
 from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
 from lightning_dropreg.diagnostics.statistics import check_confidence
-from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError, UnsupportedModuleError
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes.batches import fresh_batch
 from lightning_dropreg.session.configured import configured
@@ -174,6 +174,9 @@ class DropoutDiagnostics(Callback):
         Raises:
             UnsupportedModuleError: If the step cannot be repeated.
         """
+        if self.figures is not None:
+            need_matplotlib()  # it may have been made on another machine
+            make_directory("figures", self.figures)
         if not pl_module.automatic_optimization:
             raise UnsupportedModuleError(
                 f"{type(pl_module).__name__} optimizes manually (automatic_optimization=False), so its training_step "
@@ -259,6 +262,12 @@ class DropoutDiagnostics(Callback):
                     penalty = measure_penalty(closure, **trained.penalty, **common)
         except _SkippedError:
             self._held = None
+            return
+        except NoDropoutSiteError:
+            if not self.history:
+                raise
+            self._held = None if self.batch == "current" else self._held
+            rank_zero_warn(f"DropoutDiagnostics: no dropout in the batch of step {trainer.global_step}; not measured.")
             return
         diagnosis = Diagnosis(
             effect,

@@ -16,6 +16,7 @@ from lightning_dropreg.cli.config import ConfigParser, LayeredConfigFile
 from lightning_dropreg.cli.mistakes import check_checkpoint
 from lightning_dropreg.cli.progress import FitProgress
 from lightning_dropreg.cli.summary import FitSummary, print_result
+from lightning_dropreg.session.base import RegularizerCallback
 
 __all__ = ["DropregCLI"]
 
@@ -94,6 +95,12 @@ class DropregCLI(LightningCLI):
             default=False,
             help="Whether fit ends with a test of the best checkpoint.",
         )
+        parser.add_argument(
+            "--accept_checkpoint_settings",
+            type=bool,
+            default=False,
+            help="Whether this package's callbacks go on from a checkpoint of other settings, or of plain dropout.",
+        )
         if self._add_options is not None:
             parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
             self._add_options(parser)
@@ -123,6 +130,10 @@ class DropregCLI(LightningCLI):
         bar = config.get("enable_progress_bar") is not False and not config.get("barebones")
         if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(FitProgress())
+        if self._get(self.config_init, "accept_checkpoint_settings", default=False):
+            for callback in callbacks:
+                if isinstance(callback, RegularizerCallback):
+                    callback.accept_checkpoint_settings = True
         return super().instantiate_trainer(**{**kwargs, "callbacks": [*callbacks, self.fit_summary]})
 
     def resolved_config(self) -> dict[str, Any]:

@@ -12,15 +12,20 @@ from typing import Any
 from rich import get_console
 from rich.table import Table
 
+from lightning_dropreg.checks import make_directory
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.comparison import Comparison, Run
 from lightning_dropreg.cli.config import layers
 from lightning_dropreg.cli.curves import draw_curves
 from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.summary import FitResult
+from lightning_dropreg.diagnostics.figures import need_matplotlib
 from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["main"]
+
+_SHORT = 8
+"""So much of a fingerprint tells runs apart."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -35,6 +40,9 @@ def main(args: Sequence[str]) -> None:
     cut = list(args).index("--") if "--" in args else len(args)
     options = _parser().parse_args(args[:cut])
     names = _names(options.configs)
+    make_directory("out", options.out)  # before hours of training
+    if options.figure:
+        need_matplotlib()
     problems: dict[str, str] = {}
     runs: list[Run] = []
     made_with: dict[str, Any] = {"command": shlex.join(["dropreg", "compare", *args]), "configurations": {}}
@@ -52,7 +60,6 @@ def main(args: Sequence[str]) -> None:
     if not runs:
         raise InvalidArgumentError("every run failed, as said above.")
     comparison = Comparison(runs, list(names.values()))
-    options.out.mkdir(parents=True, exist_ok=True)
     comparison.write(options.out)
     (options.out / "machine.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
     figures = draw_curves(comparison, options.out) if options.figure else []
@@ -72,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="dropreg compare",
         usage="dropreg compare FILE FILE ... [--seeds N N ...] [--out DIR] [--figure] [--json] [-- OPTIONS]",
         description="Run fit with each configuration file and seed in turn and compare the results. Finished runs\n"
-        "are kept in DIR and not repeated; a killed one goes on after its last whole epoch.",
+        "are kept in DIR and not repeated, those made with other options too; a killed one goes on after its last\n"
+        "whole epoch.",
         epilog="Example, from a clone of the repository; options after -- go to every run:\n\n"
         "  dropreg compare configs/quickstart_dropout.yaml configs/quickstart.yaml \\\n"
         "    --seeds 1 2 3 --figure -- --trainer.max_epochs 3\n\n"
@@ -101,6 +109,7 @@ def _names(configs: Sequence[str]) -> dict[str, str]:
 def _finished(folder: Path, config: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
     """Return the record of a run: the kept one if it is of the same configuration, else that of a new fit."""
     fingerprint = _fingerprint(config, seed, options)
+    _make_room(folder, fingerprint)
     record, resume = folder / "result.json", folder / "resume.ckpt"
     started = folder / "fingerprint.txt"
     if record.is_file():
@@ -108,7 +117,6 @@ def _finished(folder: Path, config: str, seed: int, options: Sequence[str]) -> d
         if kept["fingerprint"] == fingerprint:
             get_console().print("finished before", style="dim")
             return kept
-    folder.mkdir(parents=True, exist_ok=True)
     goes_on = resume.is_file() and started.is_file() and started.read_text(encoding="utf-8") == fingerprint
     if not goes_on:
         resume.unlink(missing_ok=True)
@@ -129,6 +137,24 @@ def _finished(folder: Path, config: str, seed: int, options: Sequence[str]) -> d
     part.replace(record)  # whole or not at all
     resume.unlink(missing_ok=True)
     return made
+
+
+def _make_room(folder: Path, fingerprint: str) -> None:
+    """Put a run that was made with other options aside, and take out again one that was put aside before."""
+
+    def aside(mark: str) -> Path:
+        return folder.with_name(f"{folder.name}.{mark[:_SHORT]}")
+
+    started = folder / "fingerprint.txt"
+    before = started.read_text(encoding="utf-8") if started.is_file() else ""
+    worth_keeping = (folder / "result.json").is_file() or (folder / "resume.ckpt").is_file()
+    if worth_keeping and before != fingerprint:
+        place = aside(before or "unknown")
+        folder.rename(place)
+        get_console().print(f"a run made with other options is kept in {place}", highlight=False, soft_wrap=True)
+    if not folder.exists() and aside(fingerprint).is_dir():
+        aside(fingerprint).rename(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _fingerprint(config: str, seed: int, options: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lightning_dropreg.checks import check_count
+from lightning_dropreg.checks import check_count, make_directory
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.bench import measure
 from lightning_dropreg.cli.measure import Cost
@@ -68,6 +68,7 @@ def main(args: Sequence[str]) -> None:
         from lightning_dropreg.diagnostics.figures import need_matplotlib
 
         need_matplotlib()  # before minutes of measuring
+        make_directory("figures", options["figures"])
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     diagnosis, trained, excess = look_at_first_batch(cli, lambda first: _diagnose(first, callbacks, options))
     told = costs or ("not measured" if options["no_costs"] else _measure_costs(cli, trained))

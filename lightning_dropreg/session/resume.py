@@ -88,7 +88,8 @@ def check_resumable(
     if problems:
         raise CheckpointSettingsError(
             f"This run would go on differently than the checkpoint's: {'; '.join(problems)}. Give the callbacks the "
-            "checkpoint's settings, or accept_checkpoint_settings=True if the change is meant."
+            "checkpoint's settings, or accept_checkpoint_settings=True if the change is meant (on the command line: "
+            "--accept_checkpoint_settings=true)."
         )
 
 
