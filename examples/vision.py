@@ -63,10 +63,12 @@ def main(args=None):
     common["fast_dev_run"] = 2 if options.fast else False
 
     regularizers = [dr.ExplicitPenalty(), dr.ImplicitNoise(), dr.MaxNorm(4.0)]
-    L.Trainer(max_epochs=15, callbacks=regularizers, **common).fit(model, DataLoader(make_images(600, seed=1), 32))
+    L.Trainer(max_epochs=15, callbacks=regularizers, **common).fit(
+        model, DataLoader(make_images(600, seed=1), batch_size=32)
+    )
 
     draws = dr.MonteCarloDropout(passes=32, first_order=32)
-    found = L.Trainer(callbacks=[draws], **common).predict(model, DataLoader(test, 100))
+    found = L.Trainer(callbacks=[draws], **common).predict(model, DataLoader(test, batch_size=100))
     outputs, mean, variance, first_order = (
         torch.cat([getattr(p, name) for p in found])
         for name in ("outputs", "mean", "output_variance", "first_order_variance")

@@ -88,6 +88,9 @@ class Session:
         seed: Seed of all noise; from ``seed_everything`` if None.
     """
 
+    looks_again = True
+    """Whether the first batch is not the last that is looked at; `dropreg bench` measures the steps between."""
+
     def __init__(self, trainer: Trainer, module: LightningModule, plan: Plan, seed: int | None) -> None:
         self.trainer = trainer
         self.module = module
@@ -417,7 +420,7 @@ class Session:
 
     def _watch(self, step: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure again, now and then, whether the step can be repeated; the others were in its first batch."""
-        if not is_due(step) or step == self._watched:
+        if not (self.looks_again and is_due(step)) or step == self._watched:
             return
         self._watched = step
         batch = self.to_look_at(original, args, kwargs)

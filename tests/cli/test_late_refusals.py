@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Classifier, make_loader, make_trainer, train
+from fits import Classifier, make_loader, make_trainer, train
 
 import lightning_dropreg as dr
 from lightning_dropreg.cli import main

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from conftest import Classifier, make_loader, make_trainer
+from fits import Classifier, make_loader, make_trainer
 
 import lightning_dropreg as dr
 
