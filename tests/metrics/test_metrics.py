@@ -168,8 +168,9 @@ def in_process(rank, folder):
     metrics[4].update(closure, net)
     same = MeanExplicitPenalty()
     same.update(lambda: F.cross_entropy(net(x), y), net, examples=12)
-    local = [metric.metric_state for metric in [*metrics[3:], same]]
-    local = [{name: value.clone() for name, value in state.items()} for state in local]
+    local = [
+        {name: getattr(metric, name).clone() for name in metric._defaults} for metric in [*metrics[3:], same]
+    ]  # `metric_state` is not in torchmetrics 1.0
     torch.save(([metric.compute() for metric in metrics], local), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -81,6 +81,20 @@ def test_the_rate_is_searched_on_the_loss_that_is_trained(tmp_path):
         assert min(large) > 2 * max(small)
 
 
+def test_noise_after_the_backward_is_in_the_search_too(tmp_path):
+    class Counting(dr.ImplicitNoise):
+        calls = 0
+
+        def on_after_backward(self, *args):
+            self.calls += 1
+            super().on_after_backward(*args)
+
+    noise = Counting(source="dropout", injection="after_backward")
+    finder = LearningRateFinder(num_training_steps=6, update_attr=False, early_stop_threshold=None)
+    make_trainer([noise, finder], default_root_dir=tmp_path).fit(Searched())
+    assert noise.calls == 4 + 4  # the search ends with the epoch
+
+
 class Twice(L.Callback):
     """A search of one's own in the midst of the training, as Lightning's documentation has it."""
 
