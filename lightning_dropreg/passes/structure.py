@@ -11,6 +11,7 @@ from operator import is_
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
 __all__ = ["Structure"]
@@ -34,6 +35,8 @@ class Structure:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
+        # FSDP2 exchanges sharded and whole parameters in every forward and keeps account of that itself
+        modules = [] if any(isinstance(module, FSDPModule) for module in modules) else modules
         self._modules = modules
         self._classes = [type(module) for module in modules]
         self._tables: list[dict[Any, Any]] = [
