@@ -22,6 +22,7 @@ __all__ = [
     "UnreadableTextError",
     "UnsupportedModuleError",
     "UnsupportedOperationError",
+    "UnsupportedRowsError",
     "UnsupportedSiteError",
     "VocabularyMismatchError",
 ]
@@ -77,6 +78,10 @@ class MissingDependencyError(DropregError, ImportError):
 
 class UnsupportedModuleError(DropregError):
     """A LightningModule or Trainer is set up in a way that a callback cannot work with."""
+
+
+class UnsupportedRowsError(UnsupportedModuleError):
+    """Some of the rows of a batch do not stand for all of it, as ``batch_fraction`` supposes."""
 
 
 class CheckpointSettingsError(DropregError):

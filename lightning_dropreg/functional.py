@@ -128,7 +128,7 @@ def regularize(
         LossNotRecognizedError: If the curvature of the loss is unknown.
         UnsupportedSiteError: If there is a kind of dropout that the package does not understand, or rows share the
             noise of one with `batch_fraction`.
-        UnsupportedModuleError: If the loss adds up its rows, with `batch_fraction`.
+        UnsupportedRowsError: If some of the rows do not stand for all, with `batch_fraction`.
         UnsupportedOperationError: If the model has an operation that the estimator cannot differentiate.
 
     Example:

@@ -36,11 +36,12 @@ class ExplicitPenalty(RegularizerCallback):
             ``dropreg inspect``, and kept in checkpoints.
         step_size: Step of the antithetic pair, in ``(0, 1]``.
         batch_fraction: Fraction ``f`` of the batch's rows, drawn afresh every step, on which the penalty is estimated,
-            in ``(0, 1]``; None for the whole batch, without an extra pass. The loss must be a mean over the rows. Where
-            the rows of a step have nothing to do with one another and it leaves the same traces (a batch of every
+            in ``(0, 1]``; None for the whole batch, without an extra pass. What the elements of the loss count is that
+            of the whole batch. Rows that depend on one another (in-batch negatives, batch norm) or cannot be cut are
+            refused before training. Where the rows of a step have nothing to do with one another and it leaves the same traces (a batch of every
             shape is tried), the step runs once, on ``(1 + f)`` times the rows
-            (`lightning_dropreg.estimators.one_pass`); elsewhere (batch norm, metrics or randomness in the step, a loss
-            reduced by hand) it runs on the batch and on the drawn rows. A module that carries a state with rows of its
+            (`lightning_dropreg.estimators.one_pass`); elsewhere (metrics or randomness in the step, a loss reduced
+            by hand) it runs on the batch and on the drawn rows. A module that carries a state with rows of its
             own defines ``select_rows(rows, dim)``, which picks rows of that state by number, some perhaps twice; the
             state is put back afterwards.
         batch_dim: Dimension of the rows in the tensors of a batch.

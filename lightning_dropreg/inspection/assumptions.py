@@ -183,20 +183,27 @@ _TABLE = (
     Assumption(
         "rows_found",
         "The rows of the batch can be told apart and taken one by one.",
-        "The batch's containers, and a run on some of the rows before training.",
-        error="`UnsupportedModuleError`.",
+        "The batch's containers, and runs on two disjoint parts of the rows, before training.",
+        error="`UnsupportedRowsError`.",
     ),
     Assumption(
         "independent_rows",
-        "A row's output does not depend on the other rows.",
-        "Without dropout: the mean over two disjoint parts, weighted by what their elements count, against the whole.",
-        error="`UnsupportedModuleError`.",
+        "A row's part in the loss does not depend on the other rows.",
+        "Without dropout, before training and at steps 1, 2, 4, 8, …: the elements of the losses in two disjoint parts "
+        "of the rows against those of the whole batch.",
+        fallback="Where it stops to hold, the whole batch is taken from then on, with a warning; a warning where the "
+        "step draws random numbers, so that values do not show it.",
+        error="`UnsupportedRowsError` before training; it names batch norm.",
     ),
     Assumption(
         "mean_over_rows",
-        "The loss is the (weighted) mean over the rows.",
-        "The same comparison.",
-        error="`UnsupportedModuleError`.",
+        "The loss is a weighted sum over the rows, and nothing in it is left when rows are taken away.",
+        "The same comparison: how many elements count, and how much; of a loss that is not recognized, the mean over "
+        "the two parts against the whole.",
+        right="What elements count is known from the whole batch, so that sums, ignored tokens and rows without any "
+        "target are right.",
+        fallback="Where it stops to hold, the whole batch is taken from then on, with a warning.",
+        error="`UnsupportedRowsError` before training.",
     ),
     Assumption(
         "own_masks",
@@ -207,7 +214,7 @@ _TABLE = (
     Assumption(
         "pairable",
         "With some rows in the batch twice, loss, state, logs and output stay the same.",
-        "Tried for every new shape of a batch.",
+        "Tried for every new shape of a batch, and again at steps 1, 2, 4, 8, ….",
         fallback="Drawn rows get passes of their own.",
     ),
     Assumption(

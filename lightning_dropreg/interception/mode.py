@@ -60,6 +60,7 @@ class Interception(TorchFunctionMode):
             for that are to be avoided.
         problems: Collects the errors of sites and losses that are not understood, which then do what they always do;
             without it the first one is raised.
+        lenient: Whether losses that are not understood do what they always do, without a word.
 
     Attributes:
         sites: The sites in the order in which they were reached.
@@ -83,9 +84,11 @@ class Interception(TorchFunctionMode):
         replacements: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
         written_out: bool = False,
         problems: list[DropregError] | None = None,
+        lenient: bool = False,
     ) -> None:
         super().__init__()
         self.rule = rule
+        self.lenient = lenient
         self.record_losses = record_losses
         self.name_sites = name_sites
         self.replacements = replacements or {}
@@ -127,6 +130,8 @@ class Interception(TorchFunctionMode):
                 return result
             return self.plain(func, *args, **kwargs)
         except (UnsupportedSiteError, InvalidArgumentError, LossNotRecognizedError) as problem:
+            if self.lenient and isinstance(problem, LossNotRecognizedError):
+                return self.plain(func, *args, **kwargs)
             if self.problems is None:
                 raise
             self.problems.append(problem)
@@ -162,6 +167,7 @@ class Interception(TorchFunctionMode):
             record_losses=self.record_losses,
             replacements=self.replacements,
             written_out=self.written_out,
+            lenient=self.lenient,
         )
         replay.ignores_attention = self.ignores_attention  # in the backward, where nobody's choice is in force
         replay._first = start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.losses import RECOGNIZED, Loss
 
-__all__ = ["check_loss", "check_losses", "used_losses"]
+__all__ = ["check_loss", "check_losses", "site_past_losses", "used_losses"]
 
 
 def check_losses(loss: Tensor, interception: Interception) -> None:
@@ -35,15 +36,45 @@ def check_losses(loss: Tensor, interception: Interception) -> None:
 def _check_recognized(loss: Tensor, interception: Interception) -> None:
     """Refuse a loss of which a part depends on dropout without being a recognized loss.
 
-    Walks the autograd graph from the returned loss, not entering the elements of recognized losses: usually that is
-    the user's reduction and nothing else. A dropout site found on the way is acted on by something unknown.
-
     Raises:
         LossNotRecognizedError: If there is such a part, or no recognized loss in it at all.
     """
-    elements = {recorded.elements.grad_fn for recorded in interception.losses}
-    sites = {node: site for node, site in zip(interception.site_nodes, interception.sites, strict=True) if node}
     names = ", ".join(recorded.name for recorded in interception.losses)
+    site, found = site_past_losses(loss, interception.losses, interception.sites, interception.site_nodes)
+    if site is not None:
+        raise LossNotRecognizedError(
+            f"A part of the returned loss depends on the dropout site {_called(site)} by a way that does "
+            f"not lead through a recognized loss function (found: {names}), so its "
+            f"curvature is unknown and the penalty would miss it.{_refused(interception)} Compute that part with "
+            "a loss function of torch.nn.functional that this package knows, make it known with "
+            "lightning_dropreg.recognize, or leave it out of the returned loss."
+        )
+    if not found:
+        raise LossNotRecognizedError(
+            f"{names} was computed, but the returned loss does not depend on "
+            "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
+        )
+
+
+def site_past_losses(
+    loss: Tensor, losses: Sequence[Loss], sites: Sequence[Site], nodes: Sequence[Any]
+) -> tuple[Site | None, bool]:
+    """Look for a dropout site that acts on the returned loss past all recognized losses.
+
+    Walks the autograd graph from the returned loss, not entering the elements of recognized losses: usually that is
+    the user's reduction and nothing else. A dropout site found on the way is acted on by something unknown.
+
+    Args:
+        loss: The loss that the step returned.
+        losses: The losses recognized in it.
+        sites: The dropout sites.
+        nodes: The node of the autograd graph at which each site's result was made; None for a constant.
+
+    Returns:
+        Such a site, or None, and whether a recognized loss was met on the way.
+    """
+    elements = {recorded.elements.grad_fn for recorded in losses}
+    of_node = {node: site for node, site in zip(nodes, sites, strict=True) if node}
     found, seen, stack = False, set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
@@ -52,21 +83,11 @@ def _check_recognized(loss: Tensor, interception: Interception) -> None:
         seen.add(node)
         if node in elements:
             found = True
-        elif node in sites:
-            raise LossNotRecognizedError(
-                f"A part of the returned loss depends on the dropout site {_called(sites[node])} by a way that does "
-                f"not lead through a recognized loss function (found: {names}), so its "
-                f"curvature is unknown and the penalty would miss it.{_refused(interception)} Compute that part with "
-                "a loss function of torch.nn.functional that this package knows, make it known with "
-                "lightning_dropreg.recognize, or leave it out of the returned loss."
-            )
+        elif node in of_node:
+            return of_node[node], found
         else:
             stack.extend(next_node for next_node, _ in node.next_functions)
-    if not found:
-        raise LossNotRecognizedError(
-            f"{names} was computed, but the returned loss does not depend on "
-            "it. Return the loss that these functions gave (reduced, masked or weighted as you like)."
-        )
+    return None, found
 
 
 def _torch_losses() -> list[str]:

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_flatten
 from lightning_dropreg.errors import (
     DropregError,
     InvalidArgumentError,
-    UnsupportedModuleError,
+    UnsupportedRowsError,
 )
 from lightning_dropreg.estimators import Pairs
+from lightning_dropreg.estimators.counts import Counting, Counts, Rows
 from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError
 from lightning_dropreg.estimators.rows import draw_rows, select_rows
 from lightning_dropreg.passes import Closure
@@ -81,7 +82,9 @@ class Batch:
         pairable: Pairable | None = None,
         stale: Callable[[], None] | None = None,
         reach: Reach | None = None,
+        counting: Counting | None = None,
     ) -> None:
+        self.counts, self.counting = Counts(), counting
         self.original = original
         self.arguments = Arguments(args, kwargs, copies, f"training_step of {type(module).__name__}")
         self.module = module
@@ -109,11 +112,11 @@ class Batch:
         """See `lightning_dropreg.step.share.BatchRunner`."""
         return self._run(self.original, trace=False)
 
-    def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
+    def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
         """See `lightning_dropreg.step.share.BatchRunner`."""
         rows = draw_rows(self.arguments.batch, fraction, dim, key)
         count = self.row_count(dim)
-        return self._on_rows(rows, dim, count), len(rows) / count
+        return self._on_rows(rows, dim, count), Rows(rows, count)
 
     def paired(self, fraction: float, dim: int, key: int, clean: bool = False) -> tuple[Closure, Layout, Pairs] | None:
         """See `lightning_dropreg.step.share.BatchRunner`."""
@@ -173,6 +176,7 @@ class Batch:
         self.isolation.restart()
         self.logs.forget()
         self.output = self.pairable = None
+        self.counts.known = None
 
     def drop_stale_gradients(self) -> None:
         """See `lightning_dropreg.step.share.BatchRunner`."""
@@ -186,15 +190,6 @@ class Batch:
     def on_rows(self, rows: Tensor, dim: int) -> Closure:
         """Return what runs on the rows of these numbers, leaving no trace."""
         return self._on_rows(rows, dim, self.row_count(dim))
-
-    def halves(self, dim: int) -> tuple[Closure, Closure, float] | None:
-        """Return what runs on a random half of the rows, on the others, and the first's fraction; None if one row."""
-        count = self.row_count(dim)
-        if count < 2:
-            return None
-        rows = draw_rows(self.arguments.batch, 0.5, dim, self.key)
-        others = torch.tensor(sorted(set(range(count)) - set(rows.tolist())))
-        return self._on_rows(rows, dim, count), self._on_rows(others, dim, count), len(rows) / count
 
     def row_count(self, dim: int) -> int:
         """Return how many rows the batch has along `dim`; 0 if nothing in it has that dimension."""
@@ -215,7 +210,7 @@ class Batch:
                 told = isinstance(error, DropregError) or "out of memory" in str(error)
                 if told or hook is not None or len(rows) == count:
                     raise
-                raise UnsupportedModuleError(
+                raise UnsupportedRowsError(
                     f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
                     f"({str(error).splitlines()[0]}). If the module carries a state with a row for every row of the "
                     "batch (a hidden state, a memory), let it define select_rows(self, rows, dim), which cuts that "
@@ -229,6 +224,7 @@ class Batch:
         """Return the same batch for another step; no run of it leaves a trace."""
         other = copy.copy(self)
         other.original, other.lasting, other.shares_body = step, False, False
+        other.counts = Counts()
         return other
 
     def call(self, step: Callable[..., Any], trace: bool) -> Any:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_dropreg.estimators.layout import RowsNotFoundError, find_layout
+from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError, find_layout
 from lightning_dropreg.estimators.one_pass import without_pairs
 from lightning_dropreg.passes import Off, run_pass
 from lightning_dropreg.session.batch import Batch, Pairable, structure
 
-__all__ = ["find_pairable", "signature"]
+__all__ = ["find_pairable", "signature", "still_pairable"]
 
 _CLOSE = 1e-3  # rounding in another order, not another value
 
@@ -54,8 +54,26 @@ def find_pairable(batch: Batch, fraction: float, dim: int, clean: bool = False) 
         What was found; None if rows have no place of their own, or a trace differs.
     """
     layout = find_layout(partial(batch.on_rows, dim=dim), batch.row_count(dim))
-    if layout is None:
-        return None
+    return None if layout is None else _tried(batch, layout, fraction, dim, clean)
+
+
+def still_pairable(batch: Batch, found: Pairable, fraction: float, dim: int, clean: bool = False) -> bool:
+    """Try again what was found in another batch: terms of the loss may have come since that do not bear rows twice.
+
+    Args:
+        batch: See `find_pairable`.
+        found: What was found.
+        fraction: See `find_pairable`.
+        dim: See `find_pairable`.
+        clean: See `find_pairable`.
+
+    Returns:
+        Whether it holds.
+    """
+    return _tried(batch, found.layout, fraction, dim, clean) is not None
+
+
+def _tried(batch: Batch, layout: Layout, fraction: float, dim: int, clean: bool) -> Pairable | None:
     loss = run_pass(batch.aside, Off()).loss.detach()
     if batch.isolation.drew_randomness():
         return None

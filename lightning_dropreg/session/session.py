@@ -18,17 +18,18 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dropreg.errors import (
     DropregError,
     NoDropoutSiteError,
+    UnsupportedRowsError,
 )
+from lightning_dropreg.estimators.counts import Counting
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.precision import bfloat16_step_size
-from lightning_dropreg.estimators.reduction import check_mean_over_rows
 from lightning_dropreg.inspection.assumptions import Measured, is_due
 from lightning_dropreg.inspection.at_rest import naming_what_rests
 from lightning_dropreg.inspection.choice import Choice
@@ -51,7 +52,7 @@ from lightning_dropreg.session.compiled import (
 )
 from lightning_dropreg.session.manual import ManualStep, joined
 from lightning_dropreg.session.others import DropsLater, Watcher
-from lightning_dropreg.session.pairable import find_pairable, signature
+from lightning_dropreg.session.pairable import find_pairable, signature, still_pairable
 from lightning_dropreg.session.parameters import TrainedParameters
 from lightning_dropreg.session.past import Habits
 from lightning_dropreg.session.position import Position
@@ -63,16 +64,19 @@ from lightning_dropreg.session.problems import (
     takes_iterator,
 )
 from lightning_dropreg.session.ranks import has_whole_parameters
+from lightning_dropreg.session.rows import RowsLook
 from lightning_dropreg.session.searches import Search
 from lightning_dropreg.session.stale import StaleGradients, acts_on_gradients
 from lightning_dropreg.session.values import Values, norm_of
 from lightning_dropreg.session.watching import measure_repeatability, measured_of, problems_of
-from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
+from lightning_dropreg.step.plan import BatchRunner, Estimation, Plan, StepResult
 
 __all__ = ["Session", "own_step"]
 
 _CHOSEN = "estimator"
 """Under this name stands, in what was found, the estimator that was chosen."""
+_WHOLE = "whole batches"
+"""Under this name stands why batch_fraction was given up."""
 _KINDS = 8
 """So many shapes of a batch are looked at; in batches of all others, drawn rows get passes of their own."""
 _REFUSED = " cannot be trained with this package's callbacks and"
@@ -105,6 +109,8 @@ class Session:
         self.measured: list[Measured] = []  # of what the plan assumes, before training
         self.kinks: dict[str, int] = {}
         self._copies = self._shares_body = False
+        self._counting: Counting | None = None
+        self._rows_are_due = False
         self.compiled = list(compiled_parts(module).values())
         self._compiling = ExitStack()
         self._acted = False  # in the last step
@@ -237,6 +243,7 @@ class Session:
             key=self.position.key(self.seed),
             copies=self._copies,
             reach=self._reach,
+            counting=self._counting,
             releases=self._whole_parameters,
             scaler=self._trained.scaler,
             pairable=pairable,
@@ -250,17 +257,23 @@ class Session:
                 plan = self.plan.choosing("antithetic")  # which is open yet in a batch that the user's step skips
                 try:
                     result = plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
-                except NoDropoutSiteError:
+                except (NoDropoutSiteError, UnsupportedRowsError):
                     batch.forget()
                     raise
                 self._check_finite(batch, result)
         except SkippedError:
             batch.logs.replay()
             return None
+        except UnsupportedRowsError as problem:
+            if self._in_step_with_others or not self._whole_parameters:
+                raise
+            self._take_whole_batches(problem)
+            return self._step_with_passes(original, args, kwargs, stale)
         batch.logs.replay(batch.corrected, batch.share)
         self._late = batch.late
         if pairable is not None and batch.pairable is None:
             self.found[kind] = None  # one of these batches was otherwise
+            self._rows_are_due = True
         self.values.add(self._values(result), always=True)
         self._acted = True
         self._show(result)
@@ -303,6 +316,7 @@ class Session:
             key=key,
             copies=self._copies,
             reach=self._reach,
+            counting=self._counting,
             releases=True,  # module_problems has seen to the strategy
             scaler=self._trained.scaler,
         )
@@ -396,7 +410,8 @@ class Session:
                     self.measured += measured
                     problems += problems_of(measured)
                 if not problems:
-                    self._check_rows(batch, seen.sites)
+                    problems += self._check_rows(batch, seen.sites)
+                if not problems:
                     self._find_shared_body(batch)
                     problems += self._derivative_problems(batch, seen.sites)
         except SkippedError:
@@ -420,15 +435,18 @@ class Session:
 
     def _watch(self, step: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure again, now and then, whether the step can be repeated; the others were in its first batch."""
-        if not (self.looks_again and is_due(step)) or step == self._watched:
+        if not (self.looks_again and is_due(step) and step != self._watched) and not self._rows_are_due:
             return
-        self._watched = step
+        self._watched, self._rows_are_due = step, False
         batch = self.to_look_at(original, args, kwargs)
         around = attention_dropout(self.plan.attention)
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
                 problems = problems_of(measure_repeatability(batch, self.reach(original), self._copies))
                 self._shares_body = self._shares_body and shares_body(batch.aside)
+                if not problems and self.plan.on_rows:
+                    self._watch_rows(batch)
+                    self._watch_pairs(batch)
         except SkippedError:
             return
         if problems:
@@ -458,7 +476,7 @@ class Session:
         chosen = self.plan.in_one_pass
         if chosen is None or chosen.batch_fraction is None or not self._whole_parameters or self._in_step_with_others:
             return "", None
-        kind = signature(self.module, args[0], chosen.batch_dim)
+        kind = self._kind(args[0], chosen)
         if kind not in self.found and len(self.found) < _KINDS:
             batch = self.to_look_at(original, args, kwargs)
             around = attention_dropout(self.plan.attention)
@@ -470,6 +488,22 @@ class Session:
             self.found[kind] = None if found is None else found.plain()
         plain = self.found.get(kind)
         return kind, None if plain is None else Pairable.of(plain)
+
+    def _kind(self, batch: Any, chosen: Estimation) -> str:
+        return signature(self.module, batch, chosen.batch_dim)
+
+    def _watch_pairs(self, batch: Batch) -> None:
+        """Try again whether rows may be in a batch twice."""
+        chosen = self.plan.in_one_pass
+        if chosen is None or chosen.batch_fraction is None:
+            return
+        kind = self._kind(batch.arguments.batch, chosen)
+        plain = self.found.get(kind)
+        if plain is None:
+            return
+        clean = self.plan.curvature == FULL
+        if not still_pairable(batch, Pairable.of(plain), chosen.batch_fraction, chosen.batch_dim, clean):
+            self.found[kind] = None
 
     def _find_shared_body(self, batch: Batch) -> None:
         if self.plan.sites != "last" or is_dormant():
@@ -492,22 +526,47 @@ class Session:
     def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """Return a batch whose step has a loss, however the module optimizes, to run it aside."""
         batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True, reach=self.reach(original))
+        batch.counting = self._counting
         if self.module.automatic_optimization:
             return batch
         return batch.instead(ManualStep(batch, self.trainer, self._habits).rehearsed)
 
-    def _check_rows(self, batch: Batch, sites: Sequence[Site]) -> None:
-        """Refuse a loss for which some of the rows do not stand for all, and noise that they share."""
-        for dim in self.plan.row_dims:
-            halves = batch.halves(dim)
-            if halves is not None:
-                first, second, fraction = halves
-                check_mean_over_rows(batch.aside().item(), first().item(), second().item(), fraction)
+    def _check_rows(self, batch: Batch, sites: Sequence[Site]) -> list[DropregError]:
+        """Find out whether some of the rows stand for all, and refuse noise that they share."""
+        if _WHOLE in self.found:
+            self.plan = self.plan.on_whole_batches()
+        look = RowsLook.at(batch, self.plan)
+        self.measured += look.measured
+        if problems_of(look.measured):
+            return look.problems
+        self._counting = look.counting
         chosen = self.plan.noise.estimation if self.plan.noise is not None else None
         if chosen is not None and chosen.batch_fraction is not None:
-            on_rows, fraction = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
-            if fraction < 1:
+            on_rows, rows = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
+            if rows.fraction < 1:
                 check_masks_of_rows(sites, on_rows, chosen.mask)
+        return []
+
+    def _watch_rows(self, batch: Batch) -> None:
+        """Look at the rows again; where some of them have stopped to stand for all, all are taken from then on."""
+        look = RowsLook.at(batch, self.plan)
+        if self._agreed(not look.problems):
+            self._counting = look.counting
+        else:
+            self._take_whole_batches(look.problems[0] if look.problems else "Another process has found it so.")
+
+    def _take_whole_batches(self, why: object) -> None:
+        self.plan = self.plan.on_whole_batches()
+        self.found[_WHOLE] = str(why)
+        rank_zero_warn(
+            f"From step {self.trainer.global_step} on, batch_fraction is given up and the whole batch is taken. {why}"
+        )
+
+    def _agreed(self, held: bool) -> bool:
+        """Whether something held in all processes, which must go on in the same way."""
+        if self.trainer.world_size == 1:
+            return held
+        return bool(self.trainer.strategy.reduce_boolean_decision(held, all=True))
 
     def _derivative_problems(self, batch: Batch, sites: Sequence[Site]) -> list[DropregError]:
         """Find out whether targets stand still and derivatives are those of the function."""

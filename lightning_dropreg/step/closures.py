@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from lightning_dropreg.checks import check_instance
 from lightning_dropreg.errors import KinkedNetworkWarning
 from lightning_dropreg.estimators import Pairs
+from lightning_dropreg.estimators.counts import Counting, Counts, Rows
 from lightning_dropreg.estimators.layout import Layout
-from lightning_dropreg.estimators.reduction import check_mean_over_rows
 from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.choice import chosen_estimator
 from lightning_dropreg.inspection.derivatives import measure
 from lightning_dropreg.inspection.first_step import check_masks_of_rows, inspect_step
 from lightning_dropreg.inspection.kinks import OF_CURVATURE
+from lightning_dropreg.inspection.rows import batch_norms, measure_rows
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.numerics.noise import draw_key, of_this_rank
 from lightning_dropreg.passes import Closure, Off, run_pass
@@ -60,6 +61,8 @@ class ClosureRunner:
         self._closure = closure
         self._rows = rows
         self._count = count
+        self.counts = Counts()
+        self.counting: Counting | None = None
 
     def whole(self) -> Tensor:
         """See `lightning_dropreg.step.share.BatchRunner`."""
@@ -69,10 +72,10 @@ class ClosureRunner:
         """See `lightning_dropreg.step.share.BatchRunner`."""
         return self.isolation.run(self._closure, trace=False)
 
-    def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
+    def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
         """See `lightning_dropreg.step.share.BatchRunner`."""
         drawn = draw_rows(torch.empty(self._count), fraction, 0, key)
-        return self.on(drawn), len(drawn) / self._count
+        return self.on(drawn), Rows(drawn, self._count)
 
     def on(self, numbers: Tensor) -> Closure:
         """Return what runs on the rows of these numbers, leaving no trace."""
@@ -128,7 +131,8 @@ def carry_out(
     with runner.isolation, constants_marked() if plan.needs_losses else nullcontext():
         known = _known(closure, module)
         _check_derivatives(plan, known, runner.aside)
-        _check_rows(plan, known, runner, batch_size or 0)
+        _check_rows(plan, known, runner, batch_size or 0, module)
+        runner.counting = next((each for each in known if isinstance(each, Counting)), None)
         _check_kinks(plan, known, runner.aside)
         return plan.run(runner, key, 0)
 
@@ -164,17 +168,23 @@ def _check_derivatives(plan: Plan, known: set[object], aside: Closure) -> None:
             known.add(followed)
 
 
-def _check_rows(plan: Plan, known: set[object], runner: ClosureRunner, count: int) -> None:
-    """Refuse a loss that is no mean over rows, and noise that rows share, where some stand for all; the first time."""
+def _check_rows(plan: Plan, known: set[object], runner: ClosureRunner, count: int, module: nn.Module | None) -> None:
+    """Refuse rows of which some do not stand for all, and noise that rows share; the first time."""
     noise = plan.noise.estimation if plan.noise is not None else None
     shared = noise is not None and noise.batch_fraction is not None
     if not plan.row_dims or count < 2 or ("rows", shared) in known:
         return
-    whole = run_pass(runner.aside, Off(), name_sites=True, need_sites=False)
-    first, second = (runner.on(index) for index in (torch.arange(count // 2), torch.arange(count // 2, count)))
-    check_mean_over_rows(whole.loss.item(), first().item(), second().item(), (count // 2) / count)
+    for _, fraction in sorted(plan.on_rows):
+        drawn = Rows(draw_rows(torch.empty(count), fraction, 0, 0), count)
+        norms = [] if module is None else batch_norms(module)
+        draws = runner.isolation.drew_randomness
+        found = measure_rows(runner.aside, runner.on, drawn, noise=noise is not None, norms=norms, draws=draws)
+        if found.problem is not None:
+            raise found.problem
+        known.add(found.counting)
     if noise is not None and shared:
-        check_masks_of_rows(whole.sites, first, noise.mask)
+        whole = run_pass(runner.aside, Off(), name_sites=True, need_sites=False)
+        check_masks_of_rows(whole.sites, runner.on(torch.arange(count // 2)), noise.mask)
     known.add(("rows", shared))
 
 

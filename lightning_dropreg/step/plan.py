@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,7 @@ from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop, draws_of_dropout, is_dormant, run_pass
 from lightning_dropreg.passes.gradients import GradientSum, backpropagate, leaves_of
 from lightning_dropreg.passes.last_site import draws_at_last_site
+from lightning_dropreg.passes.run import recounted
 from lightning_dropreg.step.settings import Estimation, NoiseSettings, PenaltySettings
 from lightning_dropreg.step.share import BatchRunner, Share, StepResult, clean
 
@@ -176,6 +178,15 @@ class Plan:
         """Whether an estimator is to be chosen yet."""
         return AUTO in self.estimators
 
+    def on_whole_batches(self) -> Plan:
+        """Return the plan with nothing estimated on some of the rows."""
+        return self._changed(lambda chosen: replace(chosen, batch_fraction=None))
+
+    @property
+    def on_rows(self) -> set[tuple[int, float]]:
+        """Dimensions and fractions of the rows on which something is estimated."""
+        return {(e.batch_dim, e.batch_fraction) for e in self._estimations() if e.batch_fraction is not None}
+
     def choosing(self, estimator: str) -> Plan:
         """Return the plan with `estimator` wherever the choice was left open."""
         return self._changed(lambda e: replace(e, estimator=estimator) if e.estimator == AUTO else e)
@@ -206,7 +217,9 @@ class Plan:
         Returns:
             Total loss and its parts.
         """
-        with attention_dropout(self.attention):
+        # the first pass over the whole batch shows what its elements count, for passes over some rows
+        noted = recounted(runner.counts.note) if self.row_dims else nullcontext()
+        with attention_dropout(self.attention), noted:
             return self._run(runner, key, step, measure_noise)
 
     def _run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool) -> StepResult:
@@ -219,9 +232,9 @@ class Plan:
         shares = self._shares(step)
         result = shares[0].in_one_pass(runner, key, measure_noise) if len(shares) == 1 else None
         for share in shares if result is None else ():
-            part = share.carry_out(runner, key, measure_noise)
             if result is None and not share.has_loss:
                 result = clean(runner)
+            part = share.carry_out(runner, key, measure_noise)
             result = part if result is None else result.plus(part)
         result = clean(runner) if result is None else result
         if self.noise_in_loss and self.noise is not None and self.noise.source == "dropout":

@@ -10,11 +10,13 @@ from typing import Protocol
 from torch import Tensor
 
 from lightning_dropreg.estimators import ESTIMATORS, Estimate, Pairs, antithetic, antithetic_in_turn, one_pass
+from lightning_dropreg.estimators.counts import Counting, Counts, Rows
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.gradients import Scaler
+from lightning_dropreg.passes.run import recounted
 from lightning_dropreg.step.settings import Estimation
 
 __all__ = ["BatchRunner", "Share", "StepResult", "clean"]
@@ -59,12 +61,16 @@ class BatchRunner(Protocol):
         shares_body: Whether draws that differ at the last site only may run what comes before it once.
         looked_at: Whether the step was looked at before, so that not every estimate must show what it assumes.
         scaler: Multiplies a loss by the scale of a gradient scaler; None without one.
+        counts: What the elements of the losses count in the whole batch, once a pass has been made over it.
+        counting: How those of some rows find it, as was found out before; None if nobody looked.
     """
 
     releases: bool
     shares_body: bool
     looked_at: bool
     scaler: Scaler | None
+    counts: Counts
+    counting: Counting | None
 
     def whole(self) -> Tensor:
         """Run on the whole batch; the run counts for module state and logs."""
@@ -72,8 +78,8 @@ class BatchRunner(Protocol):
     def aside(self) -> Tensor:
         """Run on the whole batch, leaving no trace."""
 
-    def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, float]:
-        """Return what runs on random rows, those of `key`, leaving no trace, and the fraction they really are."""
+    def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
+        """Return what runs on random rows, those of `key`, leaving no trace, and which they are."""
 
     def paired(self, fraction: float, dim: int, key: int, clean: bool = False) -> tuple[Closure, Layout, Pairs] | None:
         """Return what runs on the whole batch with random rows in it twice; the run counts for module state and logs.
@@ -120,10 +126,21 @@ class Share:
         Returns:
             This share's part of the total, and the values in it.
         """
-        closure, fraction = runner.whole if self.has_loss else runner.aside, 1.0
         chosen = self.estimation
-        if chosen.batch_fraction is not None:  # estimates of penalty and noise alone, on these rows
-            closure, fraction = runner.rows(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
+        if chosen.batch_fraction is None:
+            return self._carried_out(runner, runner.whole if self.has_loss else runner.aside, 1.0, key, measure_noise)
+        # estimates of penalty and noise alone, on some rows
+        closure, rows = runner.rows(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
+        if runner.counts.known is None:
+            with recounted(runner.counts.note):
+                run_pass(runner.aside, Off())
+        with recounted(runner.counts.on(rows, runner.counting)):
+            return self._carried_out(runner, closure, rows.fraction, key, measure_noise)
+
+    def _carried_out(
+        self, runner: BatchRunner, closure: Closure, fraction: float, key: int, measure_noise: bool
+    ) -> StepResult:
+        chosen = self.estimation
         spread = self._spread(fraction)
 
         def weigh(estimate: Estimate) -> list[Tensor]:
@@ -201,16 +218,17 @@ class Share:
             return returned[0]
 
         try:
-            estimate = one_pass(
-                keeping,
-                layout,
-                pairs,
-                curvature=self.curvature,
-                noise=bool(self.noise or self.later),
-                step_size=chosen.step_size,
-                mask=chosen.mask,
-                key=key,
-            )
+            with recounted(None):  # it knows by itself what rows count that are there twice
+                estimate = one_pass(
+                    keeping,
+                    layout,
+                    pairs,
+                    curvature=self.curvature,
+                    noise=bool(self.noise or self.later),
+                    step_size=chosen.step_size,
+                    mask=chosen.mask,
+                    key=key,
+                )
         except RowsNotFoundError:
             runner.forget()
             return None
@@ -219,7 +237,7 @@ class Share:
         return share._result(estimate, share._weigh(estimate, pairs.fraction, measure_noise), pairs.fraction)
 
     def _spread(self, fraction: float) -> float:
-        # the mean over a fraction f of the rows has 1/f times the covariance of the mean over all
+        # see `lightning_dropreg.estimators.counts`
         return math.sqrt(fraction) * (self.noise or self.later)
 
     def _weigh(self, estimate: Estimate, fraction: float, measure_noise: bool) -> list[Tensor]:

@@ -18,6 +18,13 @@ from lightning_dropreg.passes import Off, run_pass
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_dropreg.errors.UnboundedPenaltyWarning")
 
 
+class OwnMean(Classifier):
+    """A loss that nobody knows, and a mean over rows."""
+
+    def training_step(self, batch, batch_idx):
+        return F.multi_margin_loss(torch.tanh(self.net(batch[0])), batch[1], p=2)
+
+
 class OwnLoss(Classifier):
     """A loss that nobody knows, behind a nonlinearity."""
 
@@ -98,7 +105,7 @@ def test_in_one_pass_the_drawn_rows_stand_there_three_times():
     torch.testing.assert_close(ours.noise, apart.noise)
 
 
-@pytest.mark.parametrize("make", [Classifier, OwnLoss], ids=["known", "unknown"])
+@pytest.mark.parametrize("make", [Classifier, OwnMean], ids=["known", "unknown"])
 def test_a_fraction_of_the_rows(make):
     """In one pass where the loss is known and a mean, else one pass for the loss and three over the rows."""
     sizes = []

@@ -312,17 +312,6 @@ def test_several_optimizers_are_refused_by_lightning_itself():
         train(ALGORITHM_2["loss"](), make=Two)
 
 
-@pytest.mark.parametrize("callback", [dr.ExplicitPenalty, dr.ImplicitNoise])
-def test_a_sum_over_the_rows_on_some_of_the_rows_is_refused(callback):
-    class Summed(Classifier):
-        def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
-
-    with pytest.raises(errors.UnsupportedModuleError, match="adds up over the rows"):
-        train([callback(batch_fraction=0.5)], make=Summed)
-    train([callback()], make=Summed)
-
-
 def test_the_step_is_wider_in_bfloat16_only():
     steps = {}
     for precision in ("32-true", "bf16-mixed", "bf16-true"):

@@ -44,8 +44,8 @@ class Stateful(torch.utils.data.DataLoader):
 class Recorded(Classifier):
     """Writes every loss down, and dies in a given step."""
 
-    def __init__(self, folder, die_at=None):
-        super().__init__(norm=True)
+    def __init__(self, folder, die_at=None, norm=True):
+        super().__init__(norm=norm)
         self.folder, self.die_at = Path(folder), die_at
 
     def configure_optimizers(self):
@@ -69,7 +69,7 @@ def fit(folder, method, die_at=None, resume=False):
     keep = ModelCheckpoint(folder, filename="last", every_n_train_steps=1, save_top_k=1, enable_version_counter=False)
     callbacks = [*METHODS[method](), keep]
     L.seed_everything(6 if resume else 5, verbose=False)  # the seed of the checkpoint counts
-    model = Recorded(folder, die_at)
+    model = Recorded(folder, die_at, norm=method != "rows")
     trainer = make_trainer(callbacks, max_epochs=2, enable_checkpointing=True, accumulate_grad_batches=2)
     data = Stateful(make_loader(48, 6).dataset, batch_size=6)
     trainer.fit(model, data, ckpt_path=folder / "last.ckpt" if resume else None)
