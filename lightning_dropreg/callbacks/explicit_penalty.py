@@ -38,10 +38,10 @@ class ExplicitPenalty(RegularizerCallback):
         batch_fraction: Fraction ``f`` of the batch's rows, drawn afresh every step, on which the penalty is estimated,
             in ``(0, 1]``; None for the whole batch, without an extra pass. What the elements of the loss count is that
             of the whole batch. Rows that depend on one another (in-batch negatives, batch norm) or cannot be cut are
-            refused before training. Where the rows of a step have nothing to do with one another and it leaves the same traces (a batch of every
-            shape is tried), the step runs once, on ``(1 + f)`` times the rows
-            (`lightning_dropreg.estimators.one_pass`); elsewhere (metrics or randomness in the step, a loss reduced
-            by hand) it runs on the batch and on the drawn rows. A module that carries a state with rows of its
+            refused before training. Where rows have nothing to do with one another and the step leaves the same traces
+            (a batch of every shape is tried), it runs once, on ``(1 + f)`` times the rows
+            (`lightning_dropreg.estimators.one_pass`); elsewhere (metrics or randomness in the step, a loss reduced by
+            hand) it runs on the batch and on the drawn rows. A module that carries a state with rows of its
             own defines ``select_rows(rows, dim)``, which picks rows of that state by number, some perhaps twice; the
             state is put back afterwards.
         batch_dim: Dimension of the rows in the tensors of a batch.

@@ -10,6 +10,7 @@ import functools
 import inspect
 import os
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -550,23 +551,22 @@ class Session:
     def _watch_rows(self, batch: Batch) -> None:
         """Look at the rows again; where some of them have stopped to stand for all, all are taken from then on."""
         look = RowsLook.at(batch, self.plan)
-        if self._agreed(not look.problems):
+        if not look.problems:
             self._counting = look.counting
+        elif self._in_step_with_others or not self._whole_parameters:
+            raise look.problems[0]
         else:
-            self._take_whole_batches(look.problems[0] if look.problems else "Another process has found it so.")
+            # this process alone: the others find out by themselves, and nothing waits for them, since the noise keeps
+            # its way into the gradient
+            self._take_whole_batches(look.problems[0])
 
     def _take_whole_batches(self, why: object) -> None:
         self.plan = self.plan.on_whole_batches()
         self.found[_WHOLE] = str(why)
-        rank_zero_warn(
-            f"From step {self.trainer.global_step} on, batch_fraction is given up and the whole batch is taken. {why}"
+        warnings.warn(  # by the process that found it
+            f"From step {self.trainer.global_step} on, batch_fraction is given up and the whole batch is taken. {why}",
+            stacklevel=2,
         )
-
-    def _agreed(self, held: bool) -> bool:
-        """Whether something held in all processes, which must go on in the same way."""
-        if self.trainer.world_size == 1:
-            return held
-        return bool(self.trainer.strategy.reduce_boolean_decision(held, all=True))
 
     def _derivative_problems(self, batch: Batch, sites: Sequence[Site]) -> list[DropregError]:
         """Find out whether targets stand still and derivatives are those of the function."""

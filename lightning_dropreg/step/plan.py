@@ -179,8 +179,10 @@ class Plan:
         return AUTO in self.estimators
 
     def on_whole_batches(self) -> Plan:
-        """Return the plan with nothing estimated on some of the rows."""
-        return self._changed(lambda chosen: replace(chosen, batch_fraction=None))
+        """Return the plan with nothing estimated on some of the rows; the noise keeps its way into the gradient."""
+        injection = "loss" if self.noise_in_loss else "after_backward"
+        plan = replace(self, noise=self.noise and replace(self.noise, injection=injection))
+        return plan._changed(lambda chosen: replace(chosen, batch_fraction=None))
 
     @property
     def on_rows(self) -> set[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""Weights of the whole batch for passes over some of its rows: unbiased penalty and exact covariance, by enumeration."""
+"""Weights of the whole batch for passes over some of its rows, by enumeration: unbiased penalty, exact covariance."""
 
 from itertools import combinations
 

@@ -7,7 +7,7 @@ from fits import Classifier, make_trainer
 from torch.utils.data import DataLoader
 
 import lightning_dropreg as dr
-from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.paper.models import LSTMLanguageModel, TransformerLanguageModel
 
 
@@ -59,7 +59,7 @@ def test_carried_state_of_some_rows():
     assert model._train_state[0][0].shape == (1, 4, 4)
 
 
-def test_carried_state_without_the_hook_is_refused():
+def test_carried_state_without_the_hook_is_estimated_on_whole_batches():
     class Carrying(Classifier):
         state = 0.0
 
@@ -68,5 +68,5 @@ def test_carried_state_without_the_hook_is_refused():
             self.state = z.detach()
             return F.cross_entropy(z, batch[1][:, 0] % 3)
 
-    with pytest.raises(UnsupportedModuleError, match="select_rows"):
+    with pytest.warns(UserWarning, match="the whole batch is taken.*select_rows"):  # from the batch that has a state
         make_trainer([dr.ExplicitPenalty(batch_fraction=0.5)]).fit(Carrying(), batches())
