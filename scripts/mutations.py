@@ -107,7 +107,7 @@ MUTATIONS = [
     Mutation(
         "hooks on gradients see the noise once",
         S + "session.py",
-        "self.plan = self.plan.with_noise_in_loss()",
+        "self.looks.plan = self.plan.with_noise_in_loss()",
         "pass",
         T + "test_gradient_hooks.py",
     ),

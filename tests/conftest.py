@@ -5,7 +5,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers run side by side
 
 import pytest
 import torch
-from fits import Classifier, make_loader, make_trainer, same, train  # noqa: F401
 
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 

@@ -30,7 +30,7 @@ from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 from lightning_dropreg.mixins import without_mixins
 from lightning_dropreg.session.base import RegularizerCallback
-from lightning_dropreg.session.session import Session
+from lightning_dropreg.session.looking import Looks
 
 __all__ = ["main", "measure"]
 
@@ -140,11 +140,11 @@ def _run(cli: DropregCLI, method: str, batches: DataLoader[Any], watch: Callback
     )
     own = nullcontext() if method == CONFIGURED else without_mixins(cli.model)
     with own, without_dropout(cli.model) if method == NO_DROPOUT else nullcontext():
-        Session.looks_again = False
+        Looks.again = False
         try:
             trainer.fit(cli.model, train_dataloaders=batches)
         finally:
-            Session.looks_again = True
+            Looks.again = True
 
 
 def _callbacks(cli: DropregCLI, method: str) -> list[Callback]:

@@ -67,7 +67,7 @@ class RegularizerCallback(Callback):
         if self._session is not None:
             self._session.remove()
         self._session = Session(trainer, module, self.plan(trainer), seed)
-        self._session.found = dict(self._found_before)
+        self._session.looks.found = dict(self._found_before)
         self._session.check()
         for companion in self._companions(trainer):
             companion._used_seed = self._session.seed
@@ -124,7 +124,7 @@ class RegularizerCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings, and the seed, so that a resumed run draws the noise of an uninterrupted one."""
         if self._used_seed is not None:  # after fit too, for Trainer.save_checkpoint
-            found = self._found if self._session is None else self._session.found
+            found = self._found if self._session is None else self._session.looks.found
             settings = settings_of(self)
             state = {"version": STATE_VERSION, "seed": self._used_seed, "settings": settings, "found": found}
             checkpoint.setdefault("lightning_dropreg", {})[type(self).__name__] = state
@@ -206,7 +206,7 @@ class RegularizerCallback(Callback):
     def _end(self) -> None:
         self._loaded = None
         if self._session is not None:
-            self._found = self._session.found
+            self._found = self._session.looks.found
             self._session.remove()
             self._session = None
 

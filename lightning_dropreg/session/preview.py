@@ -41,7 +41,7 @@ def look(
     Raises:
         InvalidArgumentError: If there is nothing to look at.
     """
-    batch = Session(trainer, module, Plan(), seed=0).to_look_at(step, args, {})
+    batch = Session(trainer, module, Plan(), seed=0).looks.to_look_at(step, args, {})
     before = fingerprints(module)
     try:
         with batch.isolation, uncompiled():
@@ -76,13 +76,13 @@ def rehearse(
         has, where that can be measured. The plan with what was chosen for this step, and the choice.
     """
     session = Session(trainer, module, plan, seed=0)
-    session.measured = measured
-    session.inspect(step, args, {})
+    session.looks.measured = measured
+    session.looks.inspect(step, args, {})
     if plan.untouched:
         return {}, plan, None
-    batch = session.to_look_at(step, args, {})
+    batch = session.looks.to_look_at(step, args, {})
     batch.lasting = False
-    with as_compiled(session.compiled), batch.isolation:
+    with as_compiled(session.looks.compiled), batch.isolation:
         result = session.plan.run(batch, 0, 0)
         total = result.total
         if result.later is not None:
@@ -98,4 +98,4 @@ def rehearse(
                 trained = [p for p in module.parameters() if p.requires_grad]
                 excess = noise_excess(batch.aside, trained, step_size=estimation.step_size, mask=estimation.mask)
             values |= {} if excess is None else {NOISE_EXCESS: excess}
-    return values, session.plan, session.choice
+    return values, session.plan, session.looks.choice

@@ -34,7 +34,7 @@ def uses(callbacks, **options):
 
 
 def test_kernels_are_named_and_kept(monkeypatch):
-    monkeypatch.setattr("lightning_dropreg.session.session.Session.looks_again", False)  # looks write nothing out
+    monkeypatch.setattr("lightning_dropreg.session.looking.Looks.again", False)  # looks write nothing out
     plain = uses([])
     assert plain == ["flash attention", "oneDNN RNN"]
     assert uses([dr.ExplicitPenalty(), dr.ImplicitNoise()]) == plain

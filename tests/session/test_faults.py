@@ -68,7 +68,7 @@ def fit_until_the_fault(callbacks, fault, in_pass, **options):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fault_in_any_pass_leaves_the_state_of_a_lightning_run(method, monkeypatch):
     """The second step has begun: its state and random numbers are those of the run without dropout that fails there."""
-    monkeypatch.setattr("lightning_dropreg.session.session.is_due", lambda step: False)  # or it would not have begun
+    monkeypatch.setattr("lightning_dropreg.session.looking.is_due", lambda step: False)  # or it would not have begun
     faults = ZeroDivisionError(), KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory.")
     passes = {"forward": (1,), "double backward": (1,), "rows": (1, 2, 3)}.get(method, (1, 2))
     norm = method != "rows"  # which it would refuse

@@ -217,7 +217,7 @@ class Watching(Callback):
 
 def gradients_seen(callbacks, monkeypatch, make=Gradients, **options):
     seen = []
-    monkeypatch.setattr("lightning_dropreg.session.session.is_due", lambda step: False)  # no looks in between
+    monkeypatch.setattr("lightning_dropreg.session.looking.is_due", lambda step: False)  # no looks in between
     monkeypatch.setattr(Gradients, "seen", seen.append)  # a list of the module's own would be put back
     make_trainer(callbacks, max_steps=2, **options).fit(make(), make_loader())
     return seen

@@ -1,0 +1,300 @@
+"""What is known of a user's step: found out with its first batch, before any training, and watched afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_dropreg.errors import DropregError, NoDropoutSiteError
+from lightning_dropreg.estimators.counts import Counting
+from lightning_dropreg.estimators.curvature import FULL
+from lightning_dropreg.estimators.precision import bfloat16_step_size
+from lightning_dropreg.inspection.assumptions import Measured, is_due
+from lightning_dropreg.inspection.at_rest import naming_what_rests
+from lightning_dropreg.inspection.choice import Choice
+from lightning_dropreg.inspection.derivatives import compare_derivatives, measure_targets
+from lightning_dropreg.inspection.first_step import all_at_once, check_masks_of_rows, inspect_step
+from lightning_dropreg.interception.handlers.attention import attention_dropout
+from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.passes import Pass, is_dormant
+from lightning_dropreg.passes.last_site import shares_body
+from lightning_dropreg.passes.reach import Reach
+from lightning_dropreg.session.batch import Batch, Pairable, SkippedError
+from lightning_dropreg.session.choosing import choose
+from lightning_dropreg.session.compiled import as_compiled, compiled_parts, compiled_problems, uncompiled
+from lightning_dropreg.session.manual import ManualStep
+from lightning_dropreg.session.pairable import find_pairable, signature, still_pairable
+from lightning_dropreg.session.past import Habits
+from lightning_dropreg.session.problems import changed_parameters, fingerprints, loss_problems, module_problems
+from lightning_dropreg.session.ranks import has_whole_parameters
+from lightning_dropreg.session.rows import RowsLook
+from lightning_dropreg.session.watching import measure_repeatability, measured_of, problems_of
+from lightning_dropreg.step.plan import Estimation, Plan
+
+__all__ = ["REFUSED", "Looks"]
+
+_CHOSEN = "estimator"
+"""Under this name stands, in what was found, the estimator that was chosen."""
+_WHOLE = "whole batches"
+"""Under this name stands why batch_fraction was given up."""
+_KINDS = 8
+"""So many shapes of a batch are looked at; in batches of all others, drawn rows get passes of their own."""
+REFUSED = " cannot be trained with this package's callbacks and"
+"""What follows a module's name where something about it is refused."""
+
+
+class Looks:
+    """Looks at a module's step, and makes of the plan what the step allows.
+
+    Args:
+        trainer: The trainer that fits.
+        module: The module that is fitted.
+        plan: What to do with every batch.
+        dormant: Lets passes reach no site, where a schedule may hold all probabilities at 0.
+
+    Attributes:
+        plan: The plan as the step allows it.
+        inspected: Whether there was a first look.
+        measured: What was measured of what the plan assumes, before training.
+        kinks: Operations with a kink behind a dropout site, and how often they were found.
+        found: What the looks showed and a resumed run must not find otherwise, in plain values for the checkpoint.
+        copies: Whether the step changes its batch, so that every pass needs a copy.
+        shares_body: Whether what lies before the last site is the same for all draws.
+        counting: How elements of some rows find what they count; None where no rows are drawn.
+        compiled: The compiled parts of the module.
+        whole_parameters: Whether parameters have gradients at any time (not with FSDP2, which shards them).
+        in_step_with_others: Whether a process that ran other passes than the rest would keep them waiting.
+        found_in_reach: What the step can reach; None before it was looked for.
+    """
+
+    again = True
+    """Whether the first batch is not the last that is looked at; `dropreg bench` measures the steps between."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        plan: Plan,
+        dormant: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.plan = plan
+        self.inspected = False
+        self.measured: list[Measured] = []
+        self.kinks: dict[str, int] = {}
+        self.found: dict[str, Any] = {}
+        self.copies = self.shares_body = False
+        self.counting: Counting | None = None
+        self.compiled = list(compiled_parts(module).values())
+        self.whole_parameters = has_whole_parameters(trainer.strategy)
+        self.in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+        self.found_in_reach: Reach | None = None
+        self.habits = Habits()
+        self._dormant = dormant
+        self._rows_are_due = False
+        self._watched = 0
+
+    @property
+    def may_go_its_own_way(self) -> bool:
+        """Whether this process may run other passes than the others."""
+        return self.whole_parameters and not self.in_step_with_others
+
+    def inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the first step before anything is trained, leaving no trace."""
+        name = f"{type(self.module).__name__}{REFUSED}"
+        batch = self.to_look_at(original, args, kwargs)
+        problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
+        before = fingerprints(self.module)
+        try:
+            with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
+                generators = self.found_in_reach.generators() if self.found_in_reach is not None else []
+                seen, found = inspect_step(batch.aside, self.plan.needs_losses, generators=generators)
+                found = [naming_what_rests(p, self.module) if isinstance(p, NoDropoutSiteError) else p for p in found]
+                problems += loss_problems(self.trainer, self.module, seen.loss)
+                seen.release()
+                problems += compiled_problems(self.module, seen.sites, self.plan) + found
+                if not (problems or self.plan.untouched) and self.found_in_reach is not None:
+                    measured = measure_repeatability(batch, self.found_in_reach)
+                    self.measured += measured
+                    problems += problems_of(measured)
+                if not problems:
+                    problems += self._check_rows(batch, seen.sites)
+                if not problems:
+                    self._find_shared_body(batch)
+                    problems += self._derivative_problems(batch, seen.sites)
+        except SkippedError:
+            if problems:
+                raise all_at_once(problems, name) from None
+            return  # nothing to see in this batch; look at the next one
+        self.inspected = True
+        self.kinks = seen.kinks
+        self.copies = bool(batch.modified)
+        if not self.plan.untouched:
+            # a manual step may change them: they are put back
+            changed = changed_parameters(self.module, before) if self.module.automatic_optimization else []
+            problems += changed
+            self.measured += measured_of(seen, changed)
+        if problems:
+            raise all_at_once(problems, name)
+        if self.plan.has_choice:
+            self._choose(batch, seen)
+        if seen.in_bfloat16:
+            self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
+
+    def watch(self, step: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measure again, now and then, whether the step can be repeated; the others were in its first batch."""
+        if not self.again or not ((is_due(step) and step != self._watched) or self._rows_are_due):
+            return
+        self._watched, self._rows_are_due = step, False
+        batch = self.to_look_at(original, args, kwargs)
+        around = attention_dropout(self.plan.attention)
+        try:
+            with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
+                problems = problems_of(measure_repeatability(batch, self.reach(original), self.copies))
+                self.shares_body = self.shares_body and shares_body(batch.aside)
+                if not problems and self.plan.on_rows:
+                    self._watch_rows(batch)
+                    self._watch_pairs(batch)
+        except SkippedError:
+            return
+        if problems:
+            raise all_at_once(problems, f"{type(self.module).__name__}, in step {step},")
+
+    def _choose(self, batch: Batch, seen: Pass) -> None:
+        """Take an estimator where the choice was left to the model; a resumed run takes that of its checkpoint."""
+        if _CHOSEN not in self.found:
+            with as_compiled(self.compiled), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
+                self.found[_CHOSEN] = asdict(choose(self.trainer, self.module, self.plan, batch.aside, seen))
+        self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
+        rank_zero_info(f"lightning_dropreg: {self.choice}.")
+
+    @property
+    def choice(self) -> Choice | None:
+        """The estimator that was chosen for ``estimator="auto"``, and why; None before that, and where none was."""
+        return Choice(**self.found[_CHOSEN]) if _CHOSEN in self.found else None
+
+    def pairable(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, Pairable | None]:
+        """Find out, for every new shape of a batch, whether estimates on some rows can be had in the pass of the whole.
+
+        Returns:
+            What describes the batch, and what was found for such batches.
+        """
+        chosen = self.plan.in_one_pass
+        if chosen is None or chosen.batch_fraction is None or not self.may_go_its_own_way:
+            return "", None
+        kind = self._kind(args[0], chosen)
+        if kind not in self.found and len(self.found.keys() - {_CHOSEN, _WHOLE}) < _KINDS:
+            batch = self.to_look_at(original, args, kwargs)
+            around = attention_dropout(self.plan.attention)
+            with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
+                found = None
+                if not is_dormant():
+                    clean = self.plan.curvature == FULL
+                    found = find_pairable(batch, chosen.batch_fraction, chosen.batch_dim, clean)
+            self.found[kind] = None if found is None else found.plain()
+        plain = self.found.get(kind)
+        return kind, None if plain is None else Pairable.of(plain)
+
+    def _kind(self, batch: Any, chosen: Estimation) -> str:
+        return signature(self.module, batch, chosen.batch_dim)
+
+    def _watch_pairs(self, batch: Batch) -> None:
+        """Try again whether rows may be in a batch twice."""
+        chosen = self.plan.in_one_pass
+        if chosen is None or chosen.batch_fraction is None:
+            return
+        kind = self._kind(batch.arguments.batch, chosen)
+        plain = self.found.get(kind)
+        if plain is None:
+            return
+        clean = self.plan.curvature == FULL
+        if not still_pairable(batch, Pairable.of(plain), chosen.batch_fraction, chosen.batch_dim, clean):
+            self.found[kind] = None
+
+    def _find_shared_body(self, batch: Batch) -> None:
+        if self.plan.sites != "last" or is_dormant():
+            return
+        can = self.module.automatic_optimization and self.whole_parameters and not batch.modified
+        self.shares_body = can and shares_body(batch.aside)
+        told = "computed once for all draws" if self.shares_body else "computed again for every draw"
+        self.measured.append(Measured("shared_body", outcome="holds" if self.shares_body else "fallback", note=told))
+
+    def reach(self, original: Callable[..., Any]) -> Reach:
+        """Look for what the step can reach; what was found stays until it is looked for again."""
+        roots: dict[str, Any] = {"self": self.module, "training_step": original}
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            roots["datamodule"] = datamodule
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self.found_in_reach = Reach(roots | {type(callback).__name__: callback for callback in callbacks})
+        return self.found_in_reach
+
+    def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """Return a batch whose step has a loss, however the module optimizes, to run it aside."""
+        batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True, reach=self.reach(original))
+        batch.counting = self.counting
+        if self.module.automatic_optimization:
+            return batch
+        return batch.instead(ManualStep(batch, self.trainer, self.habits).rehearsed)
+
+    def _check_rows(self, batch: Batch, sites: Sequence[Site]) -> list[DropregError]:
+        """Find out whether some of the rows stand for all, and refuse noise that they share."""
+        if _WHOLE in self.found:
+            self.plan = self.plan.on_whole_batches()
+        look = RowsLook.at(batch, self.plan)
+        self.measured += look.measured
+        if problems_of(look.measured):
+            return look.problems
+        self.counting = look.counting
+        chosen = self.plan.noise.estimation if self.plan.noise is not None else None
+        if chosen is not None and chosen.batch_fraction is not None:
+            on_rows, rows = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
+            if rows.fraction < 1:
+                check_masks_of_rows(sites, on_rows, chosen.mask)
+        return []
+
+    def _watch_rows(self, batch: Batch) -> None:
+        """Look at the rows again; where some of them have stopped to stand for all, all are taken from then on."""
+        look = RowsLook.at(batch, self.plan)
+        if not look.problems:
+            self.counting = look.counting
+        elif not self.may_go_its_own_way:
+            raise look.problems[0]
+        else:
+            # this process alone: the others find out by themselves, and nothing waits for them, since the noise keeps
+            # its way into the gradient
+            self.take_whole_batches(look.problems[0])
+
+    def take_whole_batches(self, why: object) -> None:
+        """Estimate nothing on some of the rows from now on, and say why."""
+        self.plan = self.plan.on_whole_batches()
+        self.found[_WHOLE] = str(why)
+        warnings.warn(  # by the process that found it
+            f"From step {self.trainer.global_step} on, batch_fraction is given up and the whole batch is taken. {why}",
+            stacklevel=2,
+        )
+
+    def _derivative_problems(self, batch: Batch, sites: Sequence[Site]) -> list[DropregError]:
+        """Find out whether targets stand still and derivatives are those of the function."""
+        names = [site.name for site in sites]
+        found = [measure_targets(batch.aside)] if self.plan.needs_losses else []
+        for estimator, curvature, mask in sorted(self.plan.followed, key=str):
+            compared = compare_derivatives(batch.aside, estimator, curvature=curvature, mask=mask, names=names)
+            found.append(compared.measured)
+        self.measured += found
+        return [each.problem for each in found if each.problem is not None]
+
+    def pairs_failed(self, kind: str) -> None:
+        """Note that one of the batches of a kind was otherwise; what else is known of rows is looked at again."""
+        self.found[kind] = None
+        self._rows_are_due = True
