@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_dropreg.checks import check_count
+from lightning_dropreg.checks import check_count, is_number, is_one_of
 from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError
-from lightning_dropreg.placing import drop_prob_attributes
+from lightning_dropreg.placing import drop_prob_attributes, matched_drop_probs
+from lightning_dropreg.placing.patterns import check_patterns
 
 __all__ = ["DropProbSchedule"]
 
@@ -26,6 +28,8 @@ class DropProbSchedule(Callback):
     | ``"early"``  | 1 while ``t < length``, then 0: early dropout, against underfitting  |
     | ``"late"``   | 0 while ``t < length``, then 1: late dropout, against overfitting    |
     | ``"linear"`` | from `start` at ``t = 0`` to `end` at ``t = length``, constant after |
+    | a dict       | piecewise linear through ``{t: factor}``, constant before and after  |
+    | a function   | what it returns for ``t``                                            |
 
     ``"linear"`` with ``start=1, end=0`` is the linear early dropout of Liu et al., *Dropout Reduces Underfitting*
     (ICML 2023), which has also the other two. The regularizers of this package follow: their sites have the probability
@@ -38,13 +42,16 @@ class DropProbSchedule(Callback):
     `attributes`.
 
     Args:
-        schedule: ``"early"``, ``"late"`` or ``"linear"``.
-        length: How long the first part lasts, at least 1.
-        interval: ``"epoch"`` or ``"step"`` (optimizer steps): unit of `length`. A linear schedule moves with every step
-            either way.
+        schedule: ``"early"``, ``"late"`` or ``"linear"``; a dict of times and factors (``{0: 0.0, 2: 1.0, 10: 0.5}``),
+            or a function of the time that returns the factor; in YAML the path by which it is imported.
+        length: How long the first part of a named schedule lasts, at least 1.
+        interval: ``"epoch"`` or ``"step"`` (optimizer steps): unit of `length` and of all times. All but ``"early"``
+            and ``"late"`` move with every step either way.
         start: First factor of a linear schedule, at least 0.
         end: Last factor of a linear schedule, at least 0.
-        modules: Patterns of the paths of the layers to act on (``["encoder.*"]``); None for all.
+        modules: Patterns of the paths of the layers to act on (``["encoder.*"]``), or of layers and the probabilities
+            that factor 1 stands for (``{"encoder.*.attn": 0.1, "*.mlp": 0.2}``, as in
+            `lightning_dropreg.set_drop_prob`); None for all, with the probabilities that they have.
         attributes: Further names of attributes that hold drop probabilities.
 
     Raises:
@@ -54,6 +61,8 @@ class DropProbSchedule(Callback):
         >>> schedule = DropProbSchedule("linear", length=4, interval="step")
         >>> [schedule.factor(t) for t in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
+        >>> [DropProbSchedule({0: 0.0, 2: 1.0, 10: 0.5}).factor(t) for t in (1, 2, 6, 20)]
+        [0.5, 1.0, 0.75, 0.5]
     """
 
     drops_later = True
@@ -62,23 +71,31 @@ class DropProbSchedule(Callback):
 
     def __init__(
         self,
-        schedule: str = "linear",
+        schedule: Callable[[float], float] | Mapping[float, float] | str = "linear",
         length: int = 1,
         interval: str = "epoch",
         start: float = 0.0,
         end: float = 1.0,
-        modules: Sequence[str] | None = None,
+        modules: Sequence[str] | Mapping[str, float] | None = None,
         attributes: Sequence[str] = (),
     ) -> None:
-        if schedule not in SCHEDULES:
-            raise InvalidArgumentError(f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
+        if isinstance(schedule, Mapping):
+            _check_points(schedule)
+            schedule = {float(time): float(factor) for time, factor in sorted(schedule.items())}
+        elif not callable(schedule) and not is_one_of(schedule, SCHEDULES):
+            raise InvalidArgumentError(
+                f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or give a dict of times and "
+                "factors, or a function of the time."
+            )
         if interval not in INTERVALS:
             raise InvalidArgumentError(f"interval={interval!r} is unknown; choose one of {', '.join(INTERVALS)}.")
         check_count("length", length)
         for name, value in (("start", start), ("end", end)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            if not _is_factor(value):
                 raise InvalidArgumentError(f"{name}={value!r} must be a finite number of at least 0.")
-        for name, names in (("modules", modules), ("attributes", attributes)):
+        if isinstance(modules, Mapping):
+            check_patterns(modules, "modules")
+        for name, names in (("modules", None if isinstance(modules, Mapping) else modules), ("attributes", attributes)):
             if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
                 raise InvalidArgumentError(f"{name}={names!r} must be a list of strings, also for one.")
         self.schedule = schedule
@@ -88,10 +105,24 @@ class DropProbSchedule(Callback):
         self.end = float(end)
         self.modules = modules
         self.attributes = tuple(attributes or ())
-        self._places: list[tuple[nn.Module, str, float]] = []
+        self._places: dict[str, tuple[nn.Module, str, float]] = {}  # with the probability at factor 1
+        self._before: list[tuple[nn.Module, str, Any]] = []
 
     def factor(self, time: float) -> float:
-        """Return the factor at `time`, in units of `interval`."""
+        """Return the factor at `time`, in units of `interval`.
+
+        Raises:
+            InvalidArgumentError: If a function of one's own returns what is no factor.
+        """
+        if isinstance(self.schedule, Mapping):
+            return _through(self.schedule, time)
+        if callable(self.schedule):
+            factor = self.schedule(time)
+            if not _is_factor(factor):
+                raise InvalidArgumentError(
+                    f"The schedule returned {factor!r} for time {time:g}; it must return a finite number of at least 0."
+                )
+            return float(factor)
         if self.schedule == "early":
             return float(time < self.length)
         if self.schedule == "late":
@@ -105,22 +136,25 @@ class DropProbSchedule(Callback):
             NoDropoutSiteError: If there is none.
             InvalidArgumentError: If a probability would reach 1.
         """
-        found = list(drop_prob_attributes(pl_module, self.modules, self.attributes))
-        self._places = [(layer, name, float(getattr(layer, name))) for _, layer, name in found]
-        if not any(p > 0 for _, _, p in self._places):
+        if isinstance(self.modules, Mapping):
+            self._places = matched_drop_probs(pl_module, self.modules, self.attributes)
+        else:
+            self._places = {
+                f"{path}.{name}" if path else name: (layer, name, float(getattr(layer, name)))
+                for path, layer, name in drop_prob_attributes(pl_module, self.modules, self.attributes)
+            }
+        if not any(p > 0 for _, _, p in self._places.values()):
             where = "" if self.modules is None else f" among the modules {', '.join(self.modules)}"
+            count = len(self._places)
+            self._places = {}
             raise NoDropoutSiteError(
                 f"{type(pl_module).__name__} has no layer with a positive drop probability to schedule{where} "
-                f"({len(found)} with probability 0). Name the attribute that holds it (attributes=['dropout_rate']), "
+                f"({count} with probability 0). Name the attribute that holds it (attributes=['dropout_rate']), "
                 "or give the layers the probability that the schedule's factor 1 stands for."
             )
-        largest = max(self.start, self.end) if self.schedule == "linear" else 1.0
-        for (path, _, name), (_, _, p) in zip(found, self._places, strict=True):
-            if largest * p >= 1:
-                raise InvalidArgumentError(
-                    f"The schedule would raise {path}.{name} from {p} to {largest * p:g}; a drop probability must stay "
-                    "below 1. Lower start, end or the probability."
-                )
+        self._before = [(layer, name, getattr(layer, name)) for layer, name, _ in self._places.values()]
+        if not callable(self.schedule):
+            self._check(self._largest())
         self._set(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -140,22 +174,58 @@ class DropProbSchedule(Callback):
         """Put the probabilities back."""
         self._restore()
 
+    def _largest(self) -> float:
+        if isinstance(self.schedule, Mapping):
+            return max(self.schedule.values())
+        return max(self.start, self.end) if self.schedule == "linear" else 1.0
+
+    def _check(self, factor: float) -> None:
+        for place, (_, _, p) in self._places.items():
+            if factor * p >= 1:
+                raise InvalidArgumentError(
+                    f"The schedule would raise {place} from {p} to {factor * p:g}; a drop probability must stay "
+                    "below 1. Lower the schedule's factors or the probability."
+                )
+
     def _set(self, trainer: Trainer) -> float:
         factor = self.factor(self._time(trainer))
-        for layer, name, p in self._places:
+        self._check(factor)
+        for layer, name, p in self._places.values():
             setattr(layer, name, p * factor)
         return factor
 
     def _time(self, trainer: Trainer) -> float:
         if self.interval == "step":
             return float(trainer.global_step)
-        if self.schedule != "linear":
+        if isinstance(self.schedule, str) and self.schedule != "linear":
             return float(trainer.current_epoch)
         batches = trainer.num_training_batches
         done = trainer.fit_loop.epoch_loop.batch_idx / batches if 0 < batches < float("inf") else 0.0
         return trainer.current_epoch + done
 
     def _restore(self) -> None:
-        for layer, name, p in self._places:
+        for layer, name, p in self._before:
             setattr(layer, name, p)
-        self._places = []
+        self._places, self._before = {}, []
+
+
+def _is_factor(value: Any) -> bool:
+    return is_number(value) and value >= 0
+
+
+def _check_points(points: Mapping[Any, Any]) -> None:
+    if not points or not all(_is_factor(number) for pair in points.items() for number in pair):
+        raise InvalidArgumentError(
+            f"schedule={dict(points)!r} must have at least one time, and its times and factors must be finite numbers "
+            "of at least 0."
+        )
+
+
+def _through(points: Mapping[float, float], time: float) -> float:
+    """The value at `time` of the line through sorted points."""
+    times = list(points)
+    after = bisect_right(times, time)
+    if after in {0, len(times)}:
+        return points[times[max(after - 1, 0)]]
+    left, right = times[after - 1], times[after]
+    return points[left] + (points[right] - points[left]) * (time - left) / (right - left)

@@ -12,7 +12,7 @@ from lightning_dropreg.errors import PatternError
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 from lightning_dropreg.placing.patterns import check_patterns, covers, nearest_paths
 
-__all__ = ["drop_prob_attributes", "set_drop_prob"]
+__all__ = ["drop_prob_attributes", "matched_drop_probs", "set_drop_prob"]
 
 # torch's own; other layers are known by their names
 _ATTRIBUTES: dict[type[nn.Module], str] = {
@@ -92,16 +92,39 @@ def set_drop_prob(model: nn.Module, patterns: Mapping[str, float]) -> dict[str, 
         >>> set_drop_prob(net, {"*": 0.2, "2": 0.0})
         {'0.dropout': 0.2, '1.p': 0.2, '2.p': 0.0}
     """
+    found = matched_drop_probs(model, patterns)
+    for layer, name, p in found.values():
+        setattr(layer, name, p)
+    return {place: p for place, (_, _, p) in found.items()}
+
+
+def matched_drop_probs(
+    model: nn.Module, patterns: Mapping[str, float], attributes: Sequence[str] = ()
+) -> dict[str, tuple[nn.Module, str, float]]:
+    """Find what `set_drop_prob` would set.
+
+    Args:
+        model: The model.
+        patterns: See there.
+        attributes: Further names of attributes that hold a drop probability.
+
+    Returns:
+        The layer, the name of its attribute and the new probability, by the path of the attribute.
+
+    Raises:
+        InvalidArgumentError: If a probability is outside ``[0, 1)``.
+        PatternError: If a pattern matches nothing, or nothing that holds a drop probability.
+    """
     check_patterns(patterns)
-    places = {f"{path}.{name}" if path else name: (layer, name) for path, layer, name in drop_prob_attributes(model)}
-    wanted = {place: p for pattern, p in patterns.items() for place in places if covers(pattern, place)}
+    places = {
+        f"{path}.{name}" if path else name: (layer, name)
+        for path, layer, name in drop_prob_attributes(model, attributes=attributes)
+    }
     for pattern in patterns:
         if not any(covers(pattern, place) for place in places):
             raise PatternError(_no_place(model, pattern, list(places)))
-    for place, p in wanted.items():
-        layer, name = places[place]
-        setattr(layer, name, float(p))
-    return {place: float(wanted[place]) for place in places if place in wanted}
+    wanted = {place: p for pattern, p in patterns.items() for place in places if covers(pattern, place)}
+    return {place: (*places[place], float(wanted[place])) for place in places if place in wanted}
 
 
 def _no_place(model: nn.Module, pattern: str, places: Sequence[str]) -> str:

@@ -1,26 +1,16 @@
-"""What goes beside dropout: max-norm, schedules of the drop probability, scaled pretrained weights, and others' own."""
+"""What goes beside dropout: max-norm, scaled pretrained weights, and others' own."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from companions import METHODS, Watched
 from fits import Classifier, make_loader, make_trainer, train
 from torch import nn
 
 import lightning_dropreg as dr
 from lightning_dropreg import errors
 from lightning_dropreg.callbacks.max_norm import project_units
-
-METHODS = {
-    "algorithm 2": lambda: [dr.ExplicitPenalty(), dr.ImplicitNoise()],
-    "noise after backward": lambda: [dr.ImplicitNoise(injection="after_backward")],
-    "true noise": lambda: [dr.ImplicitNoise(source="dropout")],
-    "algorithm 4": lambda: [dr.MiniBatchDropout(2), dr.ImplicitNoise()],
-    "forward": lambda: [dr.ExplicitPenalty(estimator="forward")],
-    "double backward": lambda: [dr.ExplicitPenalty(estimator="double_backward"), dr.ImplicitNoise()],
-    "exact": lambda: [dr.ExplicitPenalty(estimator="exact")],
-    "nothing": list,
-}
 
 EVERYTHING = {  # what may stand beside a method, all at once
     **METHODS,
@@ -133,22 +123,6 @@ def test_max_norm_of_tied_weights_embeddings_and_unknown_layers():
         dr.MaxNorm(modules=["net.4", "up"])._find(tied)
 
 
-class Watched(Classifier):
-    """Notes the largest incoming norm, and the drop probability, wherever weights may be seen."""
-
-    def __init__(self, p=0.4, lr=2.0):
-        super().__init__(p=p, lr=lr)
-        self.norms, self.ps = [], []
-
-    def training_step(self, batch, batch_idx):
-        self.ps.append(self.net[3].p)
-        return super().training_step(batch, batch_idx)
-
-    def on_train_batch_end(self, *args):
-        super().on_train_batch_end(*args)
-        self.norms.append([layer.weight.norm(dim=1).max().item() for layer in (self.net[0], self.net[4])])
-
-
 @pytest.mark.parametrize("method", ["algorithm 2", "algorithm 4", "nothing"])
 def test_max_norm(method):
     free = torch.tensor(train(METHODS[method](), make=Watched).norms)
@@ -187,75 +161,6 @@ def test_max_norm_refuses():
     for wrong in (0, -1.0, float("nan"), float("inf"), True, "3"):
         with pytest.raises(errors.InvalidArgumentError, match="max_norm"):
             dr.MaxNorm(wrong)
-
-
-SCHEDULES = {  # 8 steps, 4 in an epoch
-    "early": (lambda: dr.DropProbSchedule("early"), [1, 1, 1, 1, 0, 0, 0, 0]),
-    "late, in steps": (lambda: dr.DropProbSchedule("late", 3, "step"), [0, 0, 0, 1, 1, 1, 1, 1]),
-    "linear, in steps": (lambda: dr.DropProbSchedule("linear", 4, "step"), [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
-    "linear, down": (lambda: dr.DropProbSchedule("linear", 1, start=1, end=0), [1, 0.75, 0.5, 0.25, 0, 0, 0, 0]),
-}
-
-
-EACH = [("linear, in steps", method) for method in METHODS]
-
-
-@pytest.mark.parametrize(("schedule", "method"), EACH + [(schedule, "algorithm 2") for schedule in SCHEDULES])
-def test_schedule(schedule, method):
-    """The probabilities are those of the schedule; where they are 0 the gradient is that of the plain loss."""
-    make, factors = SCHEDULES[schedule]
-    seen = train([make(), *METHODS[method]()], make=Watched, max_epochs=2)
-    assert set(seen.ps) == {0.4 * factor for factor in factors}
-    assert seen.net[3].p == 0.4  # put back
-    plain = train(make=Watched, max_epochs=2, model_options={"p": 0.0})
-    off = [step for step in range(8) if not any(factors[: step + 1])]  # before anything was dropped
-    for step in off:
-        torch.testing.assert_close(seen.gradients[step], plain.gradients[step], rtol=1e-12, atol=1e-14)
-    assert not torch.equal(seen.gradients[-1], plain.gradients[-1])
-
-
-class Recurrent(Classifier):
-    """Dropout that does not show itself where its probability is 0: inside an LSTM, and in attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.rnn = nn.LSTM(4, 4, num_layers=2, dropout=0.3, batch_first=True).double()
-        self.attention = nn.MultiheadAttention(4, 2, dropout=0.2, batch_first=True).double()
-        self.net = nn.Linear(4, 3).double()
-        self.ps = []
-
-    def training_step(self, batch, batch_idx):
-        self.ps.append((self.rnn.dropout, self.attention.dropout))
-        h = self.rnn(batch[0].unsqueeze(1).expand(-1, 3, -1))[0]
-        return F.cross_entropy(self.net(self.attention(h, h, h, need_weights=False)[0][:, -1]), batch[1])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_schedule_of_hidden_dropout(method):
-    seen = train([dr.DropProbSchedule("late", 2, "step"), *METHODS[method]()], make=Recurrent)
-    assert set(seen.ps) == {(0.0, 0.0), (0.3, 0.2)}
-    with pytest.raises(errors.NoDropoutSiteError, match="positive drop probability to schedule among"):
-        train([dr.DropProbSchedule(modules=["net"]), *METHODS[method]()], make=Recurrent)
-
-
-def test_schedule_is_undone_after_an_exception():
-    class Failing(Watched):
-        def on_train_batch_end(self, *args):
-            raise KeyError
-
-    model = Failing()
-    with pytest.raises(KeyError):
-        make_trainer([dr.DropProbSchedule("late", 2)]).fit(model, make_loader())
-    assert model.ps == [0.0]
-    assert model.net[3].p == 0.4
-
-
-def test_schedule_refuses():
-    with pytest.raises(errors.InvalidArgumentError, match=r"net\.3\.p from 0\.4 to 1\.2; .* below 1"):
-        train([dr.DropProbSchedule("linear", 2, end=3.0)])
-    for wrong in ({"schedule": "cosine"}, {"length": 0}, {"interval": "batch"}, {"start": -0.1}, {"modules": "net"}):
-        with pytest.raises(errors.InvalidArgumentError, match=next(iter(wrong))):
-            dr.DropProbSchedule(**wrong)
 
 
 @pytest.mark.parametrize(
