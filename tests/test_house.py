@@ -52,3 +52,17 @@ def test_what_contributing_names_exists():
     named = re.findall(r"`([A-Za-z]+)` in `([\w/]+\.py)`", text)
     assert len(named) >= 5
     assert not [(name, path) for name, path in named if name not in names_in(ROOT / path)]
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    assert [each for each in targets if "://" not in each and not (page.parent / each).exists()] == []
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index] == ["README.md"]
