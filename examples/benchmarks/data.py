@@ -20,6 +20,8 @@ class Data:
     test: tuple[Tensor, Tensor]
     classes: int | None
     """Number of classes; None for regression."""
+    wrong: Tensor | None = None
+    """Which training labels are wrong, ``(S, N)``; None where none is."""
 
 
 class Batches:
@@ -74,6 +76,7 @@ def digits(seeds: Sequence[int], label_noise: float, rows: int = 200, held_out: 
     found = load_digits()
     x, y = torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
     parts: list[list[tuple[Tensor, Tensor]]] = []
+    changed: list[Tensor] = []
     for seed in seeds:
         g = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(x), generator=g)
@@ -81,7 +84,8 @@ def digits(seeds: Sequence[int], label_noise: float, rows: int = 200, held_out: 
         wrong = torch.rand(rows, generator=g) < label_noise
         labels = torch.where(wrong, torch.randint(10, (rows,), generator=g), y[train])
         parts.append([(x[train], labels), (x[held], y[held]), (x[test], y[test])])
-    return Data(*_stacked(parts), classes=10)
+        changed.append(labels != y[train])
+    return Data(*_stacked(parts), classes=10, wrong=torch.stack(changed) if label_noise else None)
 
 
 def friedman(seeds: Sequence[int], rows: int = 200) -> Data:

@@ -9,7 +9,7 @@ from typing import Any
 from .paired import Difference, Mean
 from .style import finish, label_of, new_figure, save, style_of
 
-__all__ = ["curves", "differences", "doses", "heat_map"]
+__all__ = ["curves", "differences", "doses", "fitted", "heat_map"]
 
 ERRORS = 2
 """Half the length of an interval, in standard errors."""
@@ -117,4 +117,26 @@ def curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     finish(axes)
+    save(figure, path)
+
+
+def fitted(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw which share of the wrong and of the right training labels is predicted, against the step.
+
+    Args:
+        records: One for each method.
+        title: Above the figure.
+        path: The file, without ending.
+    """
+    figure = new_figure(8.5, 3.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, which in zip(panels, ("wrong", "right"), strict=True):
+        for record in records:
+            label = label_of(record["method"], record["parameters"])
+            shares = [100 * share for share in record[f"mean_fitted_{which}"]]
+            axes.plot(record["steps"], shares, label=label, markevery=4, **style_of(record["method"]))
+        axes.set(xlabel="step", ylabel=f"{which} labels predicted (%)")
+        finish(axes)
+    figure.suptitle(title, fontsize=10)
+    panels[0].legend(frameon=False, fontsize=8)
     save(figure, path)

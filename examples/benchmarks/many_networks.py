@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .data import Data
 
-__all__ = ["Losses", "ManyNetworks"]
+__all__ = ["Losses", "ManyNetworks", "start_of"]
 
 Losses = Callable[["ManyNetworks", Tensor, Tensor], Tensor]
 """From networks, inputs ``(S, B, D)`` and targets to one loss for every row, ``(S * B,)``."""
@@ -52,15 +52,20 @@ class ManyNetworks(L.LightningModule):
         super().__init__()
         self.data, self.drop_probs, self.activation = data, drop_probs, activation
         self.optimizer, self.losses = optimizer, losses or plain
-        sizes = [data.train[0].shape[-1], *widths, data.classes or 1]
+        self.make_parameters(seeds, widths)
+        self.history: list[dict[str, Tensor]] = []
+        """What was measured after each epoch, one value for each network: `evaluate`, held out and on the test rows;
+        where some training labels are wrong, of which share of these, and of the others, the label is predicted."""
+
+    def make_parameters(self, seeds: Sequence[int], widths: Sequence[int]) -> None:
+        """Make the parameters of every network, from its own seed."""
+        sizes = [self.data.train[0].shape[-1], *widths, self.data.classes or 1]
         shapes = list(itertools.pairwise(sizes))
         start = [
-            [torch.randn(shape, generator=g) / math.sqrt(shape[0]) for shape in shapes] for g in map(_start, seeds)
+            [torch.randn(shape, generator=g) / math.sqrt(shape[0]) for shape in shapes] for g in map(start_of, seeds)
         ]
         self.weights = nn.ParameterList(torch.stack(layer) for layer in zip(*start, strict=True))
         self.biases = nn.ParameterList(torch.zeros(len(seeds), 1, size) for size in sizes[1:])
-        self.history: list[dict[str, Tensor]] = []
-        """What was measured after each epoch, one value for each network: `evaluate`, held out and on the test rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer, (weight, bias, q) in enumerate(zip(self.weights, self.biases, self.drop_probs, strict=True)):
@@ -70,9 +75,8 @@ class ManyNetworks(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        return (
-            self.losses(self, x, y).sum() / x.shape[1]
-        )  # the mean over its rows for each network, summed over networks
+        losses = self.losses(self, x, y)
+        return len(x) * losses.sum() / losses.numel()  # the mean for each network, summed over networks
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.history.append(
@@ -81,7 +85,17 @@ class ManyNetworks(L.LightningModule):
                 for part, rows in (("held_out", self.data.held_out), ("test", self.data.test))
                 for name, value in self.evaluate(*rows).items()
             }
+            | self.fitted()
         )
+
+    def fitted(self) -> dict[str, Tensor]:
+        """Return for each network how many wrong and how many right training labels it predicts, as shares ``(S,)``."""
+        if self.data.wrong is None:
+            return {}
+        x, y = self.data.train
+        hit = self(x).argmax(-1) == y
+        rows = {"fitted_wrong": self.data.wrong, "fitted_right": ~self.data.wrong}
+        return {name: (hit & chosen).sum(1) / chosen.sum(1) for name, chosen in rows.items()}
 
     def evaluate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Return each network's mean loss, and its accuracy in classification, both ``(S,)``."""
@@ -97,11 +111,12 @@ class ManyNetworks(L.LightningModule):
 
 def plain(networks: ManyNetworks, x: Tensor, y: Tensor) -> Tensor:
     """Cross entropy, or for regression the squared error, of every row."""
-    z = networks(x).flatten(0, 1)
+    z = networks(x).flatten(0, -2)
     if networks.data.classes is None:
         return F.mse_loss(z, y.flatten(0, 1), reduction="none").flatten()
     return F.cross_entropy(z, y.flatten(), reduction="none")
 
 
-def _start(seed: int) -> torch.Generator:
+def start_of(seed: int) -> torch.Generator:
+    """Return what draws the initial weights of a seed."""
     return torch.Generator().manual_seed(1_000_003 * (seed + 1))  # another stream than the split's

@@ -6,7 +6,7 @@ Whatever is the package's is a list of its callbacks in an ordinary Trainer. The
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor
 
 import lightning_dropreg as dr
 
+from ..baselines.generalized_cross_entropy import generalized_cross_entropy
 from ..baselines.label_smoothing import label_smoothing_loss
+from ..baselines.mixup import mixup_loss
 from ..baselines.noise_stability import NoiseStability
 from ..baselines.r_drop import r_drop_loss
 from ..baselines.sam import SAM
@@ -55,6 +57,10 @@ def _r_drop(networks: ManyNetworks, x: Tensor, y: Tensor, alpha: float) -> Tenso
     return r_drop_loss(networks(x).flatten(0, 1), networks(x).flatten(0, 1), y.flatten(), alpha)
 
 
+def _generalized(networks: ManyNetworks, x: Tensor, y: Tensor, power: float) -> Tensor:
+    return generalized_cross_entropy(networks(x).flatten(0, 1), y.flatten(), power)
+
+
 def _averaged(k: int, noise: str | None = None, strength: float = 1.0) -> Recipe:
     callbacks: list[L.Callback] = [dr.MiniBatchDropout(k)]
     if noise is not None:
@@ -64,7 +70,50 @@ def _averaged(k: int, noise: str | None = None, strength: float = 1.0) -> Recipe
 
 def _penalty(strength: float = 1.0, noise: float | None = None, **options: Any) -> Recipe:
     callbacks: list[L.Callback] = [dr.ExplicitPenalty(strength, **options)]
-    return Recipe(callbacks if noise is None else [*callbacks, dr.ImplicitNoise(noise)], passes=2)
+    passes = 3 if options.get("curvature") == "full" else 2
+    return Recipe(callbacks if noise is None else [*callbacks, dr.ImplicitNoise(noise)], passes=passes)
+
+
+def _full(strength: float = 1.0, clip: float | None = None, fade: int | None = None) -> Recipe:
+    found = _penalty(strength, curvature="full")
+    if clip is not None:
+        found.optimizer, found.options = ClippedSGD, {"clip": clip}
+    if fade is not None:
+        found.callbacks.insert(0, Fading(fade))
+    return found
+
+
+class ClippedSGD(torch.optim.SGD):
+    """Shortens the gradient of every network to `clip`, where it is longer; the first dimension numbers networks."""
+
+    def __init__(self, params: Iterable[Tensor], clip: float, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.clip = clip
+
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure()
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        for g in gradients:
+            g.mul_((self.clip / norm).clamp(max=1).reshape(-1, *[1] * (g.ndim - 1)))
+        super().step()
+        return loss
+
+
+class Fading(L.Callback):
+    """Lets ``q / (1 - q)``, to which penalties are proportional, fall linearly to a fifth in `length` steps."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start = pl_module.drop_probs
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        factor = 1 - 0.8 * min(1, trainer.global_step / self.length)
+        ratios = [factor * q / (1 - q) for q in self.start]
+        pl_module.drop_probs = [c / (1 + c) for c in ratios]
 
 
 def _sam(rho: float, dropout: bool) -> Recipe:
@@ -83,6 +132,10 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "R, quarter": lambda strength=1.0: Recipe(
         [dr.ExplicitPenalty(strength, batch_fraction=0.25, batch_dim=1)], passes=1.5
     ),
+    "curvature full": _full,
+    "mixup": lambda alpha: Recipe(dropout=False, losses=partial(mixup_loss, alpha=alpha)),
+    "generalized CE": lambda power: Recipe(dropout=False, losses=partial(_generalized, power=power)),
+    "generalized CE with dropout": lambda power: Recipe(losses=partial(_generalized, power=power)),
     "identity": partial(_penalty, curvature="identity"),
     "loss Jacobian": partial(_penalty, curvature="loss_jacobian"),
     "l2": lambda strength: Recipe(dropout=False, options={"weight_decay": strength}),

@@ -2,9 +2,9 @@
 
 python -m examples.benchmarks.run [STUDY ...] [--report]
 
-Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative. Run from the root of a clone; all
-of them take about two hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a command
-that was stopped goes on. `--report` trains nothing and draws what is there.
+Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative text labels r_drop. Run from the root of a
+clone; all of them take about two hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a
+command that was stopped goes on. `--report` trains nothing and draws what is there.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples import claims
-from examples.benchmarks import reports, studies
+from examples.benchmarks import later_reports, reports, studies, text
 from examples.benchmarks.records import Records, Run
 from examples.benchmarks.style import plain_label
 
 HERE = Path(__file__).parent
 TUNED = {"tuned40": 0.4, "tuned10": 0.1, "tuned0": 0.0}
-STUDIES = ["ablations", "claims", "dose", "dose8", "map", *TUNED, "negative"]
+STUDIES = ["ablations", "claims", "dose", "dose8", "map", *TUNED, "negative", "text", "labels", "r_drop"]
 
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", default=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--report", action="store_true", help="draw what is there, train nothing")
+    parser.add_argument("--root", type=Path, help="where Penn Treebank lies, for text; without: the embedded corpus")
     options = parser.parse_args(args)
     claims.quiet()
+    text.ROOT = options.root
     for study in options.studies:
         run_study(study, train=not options.report)
 
@@ -73,6 +75,12 @@ def run_study(study: str, train: bool) -> None:
             make(grid)
             make(studies.chosen(grid, made, studies.SEEDS["negative"]))
         reports.negative(made)
+    elif study == "text":
+        make(studies.text("python manual" if text.ROOT is None else "ptb"))
+        later_reports.text(made)
+    elif study in {"labels", "r_drop"}:
+        make(studies.labels() if study == "labels" else studies.r_drop())
+        (later_reports.labels if study == "labels" else later_reports.r_drop)(made)
     else:
         sys.exit(f"{study} is none of {', '.join(STUDIES)}")
 

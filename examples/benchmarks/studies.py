@@ -9,7 +9,20 @@ from typing import Any
 from .records import Records, Run
 from .training import Setting
 
-__all__ = ["ABLATIONS", "SEEDS", "A", "chosen", "claims", "dose", "map_of_noise", "negative", "tuned"]
+__all__ = [
+    "ABLATIONS",
+    "SEEDS",
+    "A",
+    "chosen",
+    "claims",
+    "dose",
+    "labels",
+    "map_of_noise",
+    "negative",
+    "r_drop",
+    "text",
+    "tuned",
+]
 
 SEEDS = {
     "tuning": list(range(100, 116)),
@@ -17,6 +30,9 @@ SEEDS = {
     "map": list(range(2000, 2016)),
     "tuned": list(range(3000, 3032)),
     "negative": list(range(4000, 4032)),
+    "text": list(range(5000, 5008)),
+    "labels": list(range(6000, 6016)),
+    "r_drop": list(range(7000, 7016)),
 }
 A = Setting()
 """Full batch, 40 % random labels: no noise but dropout's."""
@@ -90,6 +106,12 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "noise stability": [{"sigma": sigma} for sigma in (0.03, 0.06, 0.12, 0.24)],
     "l2": [{"strength": s} for s in (0.001, 0.003, 0.006, 0.012)],
     "label smoothing": [{"amount": a} for a in (0.01, 0.05, 0.1, 0.2)],
+    "curvature full": [{"strength": s} for s in (0.5, 0.7, 0.85, 1.0)],
+    "mixup": [{"alpha": a} for a in (0.2, 1.0, 4.0, 16.0)],
+    "generalized CE": [{"power": p} for p in (0.3, 0.5, 0.7, 0.9)],
+    "generalized CE with dropout": [
+        {"power": p, "q": q} for p, q in ((0.3, 0.4), (0.3, 0.55), (0.7, 0.4), (0.7, 0.55))
+    ],
 }
 NO_DROPOUT = [{"rate": rate} for rate in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)]
 
@@ -103,6 +125,67 @@ def tuned(label_noise: float) -> list[Run]:
         for method, grid in grids.items()
         for parameters in grid
     ]
+
+
+TEXT = Setting(
+    data="ptb",
+    label_noise=0.0,
+    drop_probs=(0.0, 0.5, 0.5),
+    batch_size=160,
+    rate=4.0,
+    passes=300,
+    evaluations=15,
+)
+
+
+def text(data: str) -> list[Run]:
+    """The paper's findings on text, and twice the noise."""
+    arms: list[tuple[str, dict[str, Any]]] = [
+        ("none", {}),
+        ("dropout", {}),
+        ("DROPOUT_k", {"k": 4}),
+        ("DROPOUT_k + 3.1", {"k": 4}),
+        ("R", {}),
+        ("Algorithm 2", {}),
+        ("Algorithm 2", {"noise": 2.0}),
+    ]
+    return [Run(method, parameters, replace(TEXT, data=data), SEEDS["text"]) for method, parameters in arms]
+
+
+def labels() -> list[Run]:
+    """What becomes of wrong labels in a long run, and four ways to keep the whole curvature stable."""
+    setting = replace(A, batch_size=50, rate=0.4, passes=2400)
+    full = {"strength": 0.85}
+    arms: list[tuple[str, dict[str, Any]]] = [
+        ("none", {}),
+        ("dropout", {"q": 0.55}),
+        ("R", {"strength": 1.2}),
+        ("curvature full", full),
+        ("curvature full", {**full, "rate": 0.1}),
+        ("curvature full", {**full, "clip": 0.5}),
+        ("curvature full", {**full, "fade": 2400}),
+        ("generalized CE with dropout", {"power": 0.7, "q": 0.55}),
+        ("mixup", {"alpha": 4.0}),
+        ("Algorithm 2", {"strength": 1.3, "noise": 1.5}),
+    ]
+    return [Run(method, parameters, setting, SEEDS["labels"]) for method, parameters in arms]
+
+
+def r_drop() -> list[Run]:
+    """R-Drop, and the penalty of the same strength on all rows and on a quarter, for equal passes and equal steps."""
+    passes = replace(A, label_noise=0.1, batch_size=50, rate=0.4, passes=2400, count_steps=False)
+    steps = replace(passes, passes=1200, count_steps=True)
+    runs = []
+    for q in (0.1, 0.4):
+        for alpha in (0.5, 1.0, 2.0, 5.0):
+            strength = {"q": q, "strength": 1 + 2 * alpha}
+            runs += [
+                Run("R-Drop", {"q": q, "alpha": alpha}, passes, SEEDS["r_drop"]),
+                Run("R", strength, passes, SEEDS["r_drop"]),
+                Run("R, quarter", strength, passes, SEEDS["r_drop"]),
+                Run("R, quarter", strength, steps, SEEDS["r_drop"], "equal steps"),
+            ]
+    return runs
 
 
 REGRESSION = Setting(

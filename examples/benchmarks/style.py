@@ -33,6 +33,9 @@ STYLES: dict[str, tuple[str, str, str]] = {  # colour, line, marker
     "SAM": (SKY, "-", "^"),
     "SAM with dropout": (SKY, "-.", "<"),
     "noise stability": (SKY, ":", "D"),
+    "mixup": (GREY, "-", "D"),
+    "generalized CE": (RED, "--", "<"),
+    "generalized CE with dropout": (RED, "-.", "s"),
 }
 LABELS = {
     "dropout": "dropout (DROPOUT_1)",

@@ -19,10 +19,19 @@ from lightning_dropreg.errors import DropregError
 from .data import Batches, Data, diabetes, digits, friedman
 from .many_networks import ManyNetworks
 from .methods import recipe
+from .text import ManyLSTMs, ptb, python_manual
 
 __all__ = ["DATA", "Setting", "train"]
 
-DATA: dict[str, Callable[..., Data]] = {"digits": digits, "friedman": friedman, "diabetes": diabetes}
+DATA: dict[str, Callable[..., Data]] = {
+    "digits": digits,
+    "friedman": friedman,
+    "diabetes": diabetes,
+    "ptb": ptb,
+    "python manual": python_manual,
+}
+TEXTS = ("ptb", "python manual")
+TEXT_WIDTH = 32
 NOISE_SEED = 1
 """The seed of the Trainer's randomness: what is drawn in training depends on it and on nothing else."""
 
@@ -73,7 +82,7 @@ def train(
     parameters: dict[str, Any],
     seeds: Sequence[int],
     on_step: Callable[[], None] = lambda: None,
-    widths: Sequence[int] = (64, 64),
+    widths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Train one network for every seed and return what was measured.
@@ -103,10 +112,10 @@ def train(
     every = max(1, steps // setting.evaluations)
     data = setting.rows(seeds)
     optimizer = torch.optim.Adam if setting.adam else how.optimizer
-    networks = ManyNetworks(
+    networks = (ManyLSTMs if setting.data in TEXTS else ManyNetworks)(
         data,
         seeds,
-        widths,
+        widths or ((TEXT_WIDTH,) if setting.data in TEXTS else (64, 64)),
         drop_probs=setting.drop_probs if how.dropout else (0.0, 0.0, 0.0),
         activation=F.silu if setting.silu else torch.tanh,
         optimizer=lambda parameters: optimizer(parameters, lr=rate, **how.options),
@@ -155,6 +164,7 @@ def best(history: list[dict[str, Tensor]], every: int) -> dict[str, Any]:
         return _rounded(curves[name].gather(0, at[None])[0])
 
     accuracy = {"accuracy": there("test_accuracy")} if "test_accuracy" in curves else {}
+    fitted = {f"mean_{name}": _rounded(curves[name].mean(1)) for name in curves if name.startswith("fitted")}
     return {
         "test": there("test_loss"),
         **accuracy,
@@ -164,6 +174,7 @@ def best(history: list[dict[str, Tensor]], every: int) -> dict[str, Any]:
         "steps": [every * (i + 1) for i in range(len(history))],
         "mean_held_out": _rounded(held_out.mean(1)),
         "mean_test": _rounded(curves["test_loss"].mean(1)),
+        **fitted,
     }
 
 

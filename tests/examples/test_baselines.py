@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from examples.baselines.generalized_cross_entropy import generalized_cross_entropy
 from examples.baselines.l2 import l2
 from examples.baselines.label_smoothing import label_smoothing_loss
+from examples.baselines.mixup import mixup_loss
 from examples.baselines.noise_stability import NoiseStability
 from examples.baselines.r_drop import r_drop_loss
 from examples.baselines.sam import SAM
@@ -100,3 +102,26 @@ def test_noise_stability_averages_two_opposite_points(sigma):
     taken = step(net, NoiseStability(net.parameters(), sigma=sigma, lr=0.1))
     for ours, a, b in zip(taken, plus, minus, strict=True):
         torch.testing.assert_close(ours, (a + b) / 2)
+
+
+def test_generalized_cross_entropy_lies_between_cross_entropy_and_absolute_error():
+    z = torch.randn(7, 3, dtype=torch.float64)
+    p = z.softmax(-1)[torch.arange(7), Y]
+    torch.testing.assert_close(generalized_cross_entropy(z, Y, 0.7), (1 - p**0.7) / 0.7)
+    torch.testing.assert_close(generalized_cross_entropy(z, Y, 1.0), 1 - p)
+    torch.testing.assert_close(generalized_cross_entropy(z, Y, 1e-7), -p.log(), rtol=1e-6, atol=1e-6)
+
+
+def test_mixup_mixes_rows_and_labels_alike(monkeypatch):
+    shares = torch.tensor([0.8, 0.3], dtype=torch.float64)
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self, shape: shares.reshape(shape))
+    torch.manual_seed(1)
+    order = torch.rand(2, 7).argsort(-1)  # the same draw as the function's, of two batches at once
+    x, y, w = torch.stack([X, X + 1]), torch.stack([Y, Y]), torch.randn(4, 3, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = mixup_loss(lambda inputs: inputs @ w, x, y, 0.5)
+    for batch in range(2):
+        share, partner = shares[batch], order[batch]
+        z = (share * x[batch] + (1 - share) * x[batch][partner]) @ w
+        target = share * F.one_hot(Y, 3) + (1 - share) * F.one_hot(Y[partner], 3)
+        torch.testing.assert_close(found[7 * batch : 7 * batch + 7], -(target * z.log_softmax(-1)).sum(-1))
