@@ -4,15 +4,21 @@ import json
 import math
 from dataclasses import replace
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from examples import claims
-from examples.benchmarks import figures, methods, run, studies, style
+from examples.benchmarks import figures, methods, run, studies, style, text
+from examples.benchmarks.data import digits
 from examples.benchmarks.paired import Difference, Mean, difference
 from examples.benchmarks.records import Records, Run
 from examples.benchmarks.reports import edges
 from examples.benchmarks.training import train
+from lightning_dropreg.functional import find_sites
+from lightning_dropreg.paper.data import PythonManual
+from lightning_dropreg.paper.data.encoding import TextEncoder
 
 pytest.importorskip("sklearn")
 TINY = replace(studies.A, passes=4, evaluations=2)
@@ -67,6 +73,8 @@ def test_every_method_trains_as_many_steps_as_its_passes_allow(method):
         "l2": {"strength": 0.1},
     }
     parameters |= {"label smoothing": {"amount": 0.1}, "R-Drop": {"alpha": 0.5}, "noise stability": {"sigma": 0.1}}
+    parameters |= {"mixup": {"alpha": 1.0}, "generalized CE": {"power": 0.7}}
+    parameters |= {"generalized CE with dropout": {"power": 0.7, "q": 0.3}}
     parameters |= {"SAM": {"rho": 0.1}, "SAM with dropout": {"rho": 0.1, "q": 0.3}}
     chosen = parameters.get(method, {})
     steps = []
@@ -76,6 +84,51 @@ def test_every_method_trains_as_many_steps_as_its_passes_allow(method):
     assert len(steps) == int(12 / passes)
     assert len(record["test"]) == 2
     assert style.style_of(method)
+
+
+def test_gradients_are_cut_for_every_network_by_itself():
+    start = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    w = torch.nn.Parameter(start.clone())
+
+    def closure():
+        w.grad = start.clone()
+
+    methods.ClippedSGD([w], clip=1.0, lr=1.0).step(closure)
+    torch.testing.assert_close(start - w.detach(), torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+
+
+def test_a_fading_penalty_ends_at_a_fifth_of_its_strength():
+    module, trainer = SimpleNamespace(drop_probs=(0.2, 0.5, 0.5)), SimpleNamespace(global_step=0)
+    fading = methods.Fading(10)
+    fading.on_fit_start(trainer, module)
+    found = []
+    for trainer.global_step in (0, 5, 10, 20):
+        fading.on_train_batch_start(trainer, module)
+        found.append(module.drop_probs[0] / (1 - module.drop_probs[0]))
+    assert found == pytest.approx([0.25, 0.15, 0.05, 0.05])
+
+
+def test_wrong_labels_are_known_and_what_is_predicted_is_counted():
+    data = digits([1, 2], label_noise=0.4)
+    assert data.wrong is not None
+    assert data.wrong.float().mean() == pytest.approx(0.36, abs=0.07)  # of 400 rows: three standard errors
+    assert digits([1], label_noise=0.0).wrong is None
+    record = train(TINY, "none", {}, [1, 2], **SMALL)
+    shares = record["mean_fitted_wrong"] + record["mean_fitted_right"]
+    assert len(shares) == 4
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def test_a_language_model_gets_the_gradient_of_each_alone_and_drops_whole_sequences():
+    setting = replace(studies.TEXT, data="python manual", passes=2, evaluations=1)
+    together, swapped = (train(setting, "none", {}, seeds) for seeds in ([1, 2], [2, 1]))
+    assert together["test"] == pytest.approx(swapped["test"][::-1], abs=2e-5)  # five decimals are kept
+    data = text.windows(TextEncoder(PythonManual(), text.VOCABULARY), [1], rows=4, held_out=1, test=1)
+    x, y = data.train
+    assert torch.equal(x[..., 1:], y[..., :-1])
+    networks = text.ManyLSTMs(data, [1], (6,), (0.0, 0.5, 0.5))
+    sites = find_sites(lambda: networks.training_step((x, y), 0))
+    assert [site.mask_shape for site in sites] == [(1, 4, 1, 6)] * 2
 
 
 def test_same_split_and_start_for_every_method():
