@@ -36,18 +36,19 @@ from lightning_dropreg.checks import (
     check_flags,
     check_sites,
     check_strength,
-    is_number,
 )
 from lightning_dropreg.errors import InvalidArgumentError, UnboundedPenaltyWarning
+from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.estimators.r_drop import RDropped, r_drop
+from lightning_dropreg.inspection.choice import too_small
 from lightning_dropreg.inspection.support import find_support
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.step.closures import OnRows, carry_out
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
-from lightning_dropreg.step.settings import check_curvature, check_estimation
+from lightning_dropreg.step.settings import AUTO_FRACTION, check_curvature, check_estimation, check_fraction
 
 __all__ = [
     "RDropped",
@@ -90,7 +91,7 @@ def regularize(
     estimator: str = "antithetic",
     step_size: float = 0.1,
     mask: str = "as_model",
-    batch_fraction: float | None = None,
+    batch_fraction: float | str | None = None,
     rows: OnRows | None = None,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
@@ -113,6 +114,8 @@ def regularize(
         batch_fraction: Fraction ``f`` of the rows, drawn afresh every time, on which penalty and noise are estimated,
             in ``(0, 1]``: one pass over the batch and two over these rows. The loss must be a mean over the rows, and
             for the noise no mask may be shared between rows, which is tried the first time. None for all rows.
+            ``"auto"`` for a quarter, unless the batch or the model is so small, or the model is recurrent (it takes as
+            many steps in time for few rows as for all), that fewer rows take as long; the model is `module`.
         rows: What runs forward and loss on some rows, given their numbers: ``lambda i: loss(net(x[i]), y[i])``.
         batch_size: Number of rows; needed with `batch_fraction`, as is `rows`.
         generator: Source of the seed of the noise; the global one by default. Processes of one group draw different
@@ -139,14 +142,19 @@ def regularize(
         True
     """
     check_flags(penalty=penalty, noise=noise)
+    fraction = check_fraction(batch_fraction)
     if batch_fraction is not None:
         check_count("batch_size", batch_size)
-        if rows is None or not is_number(batch_fraction) or not 0 < batch_fraction <= 1:
+        if rows is None:
             raise InvalidArgumentError(
-                f"batch_fraction={batch_fraction!r} must be a number in (0, 1], and needs rows=, what runs forward and "
-                "loss on the rows of given numbers: lambda i: loss(net(x[i]), y[i])."
+                f"batch_fraction={batch_fraction!r} needs rows=, what runs forward and loss on the rows of given "
+                "numbers: lambda i: loss(net(x[i]), y[i])."
             )
-    how = _how(estimator, step_size, mask, batch_fraction)
+    if batch_fraction == AUTO and module is not None and not any(isinstance(m, nn.RNNBase) for m in module.modules()):
+        count = batch_size or 0
+        small = too_small(count, count, sum(p.numel() for p in module.parameters() if p.requires_grad))
+        fraction = None if small else AUTO_FRACTION
+    how = _how(estimator, step_size, mask, fraction)
     plan = Plan(
         penalty=_penalty(strength, curvature, how) if penalty else None,
         noise=NoiseSettings(check_strength(noise_strength, "noise_strength"), "taylor", "loss", how) if noise else None,

@@ -85,6 +85,30 @@ def test_what_it_costs(options, passes):
     assert sorted(p.calls) == passes
 
 
+@pytest.mark.parametrize(
+    ("layer", "rows", "passes"),
+    [
+        (nn.Linear(4, 4), 32, [8, 8, 32]),
+        (nn.Linear(4, 4), 31, [31, 31]),
+        (nn.GRU(4, 4), 32, [32, 32]),
+        (None, 32, [32, 32]),
+    ],
+    ids=["large enough", "few rows", "recurrent", "no module"],
+)
+def test_what_an_automatic_fraction_costs(layer, rows, passes, monkeypatch):
+    monkeypatch.setattr("lightning_dropreg.inspection.choice.LITTLE_WORK", 0)
+    x, w = torch.randn(rows, 4), torch.randn(4, 4, requires_grad=True)
+
+    def on(numbers):
+        calls.append(len(numbers))
+        return nn.functional.mse_loss(nn.functional.dropout(x[numbers] @ w, 0.5), x[numbers])
+
+    for _ in range(2):
+        calls = []
+        regularize(lambda: on(range(rows)), rows=on, batch_size=rows, batch_fraction="auto", module=layer)
+    assert sorted(calls) == passes
+
+
 def test_absent_parts_are_none():
     p = Problem()
     found = regularize(p.closure, penalty=False, noise=False)

@@ -36,7 +36,10 @@ class ExplicitPenalty(RegularizerCallback):
             ``dropreg inspect``, and kept in checkpoints.
         step_size: Step of the antithetic pair, in ``(0, 1]``.
         batch_fraction: Fraction ``f`` of the batch's rows, drawn afresh every step, on which the penalty is estimated,
-            in ``(0, 1]``; None for the whole batch, without an extra pass. What the elements of the loss count is that
+            in ``(0, 1]``; None for the whole batch, without an extra pass; ``"auto"`` for a quarter where that takes
+            part in the one pass over the batch and pays, else the whole batch: small batches and tiny models gain
+            nothing. What was taken, and why, is logged when the fit starts, shown by ``dropreg inspect``, and kept in
+            checkpoints. What the elements of the loss count is that
             of the whole batch. Rows that depend on one another (in-batch negatives, batch norm) or cannot be cut are
             refused before training. Where rows have nothing to do with one another and the step leaves the same traces
             (a batch of every shape is tried), it runs once, on ``(1 + f)`` times the rows
@@ -72,7 +75,7 @@ class ExplicitPenalty(RegularizerCallback):
         curvature: str = "loss_hessian",
         estimator: str = "auto",
         step_size: float = 0.1,
-        batch_fraction: float | None = None,
+        batch_fraction: float | str | None = None,
         batch_dim: int = 0,
         every_n_steps: int = 1,
         mask: str = "as_model",

@@ -63,7 +63,7 @@ class ImplicitNoise(RegularizerCallback):
         injection: str = "auto",
         estimator: str = "auto",
         step_size: float = 0.1,
-        batch_fraction: float | None = None,
+        batch_fraction: float | str | None = None,
         batch_dim: int = 0,
         mask: str = "as_model",
         low_memory: bool = False,

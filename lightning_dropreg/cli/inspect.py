@@ -96,9 +96,9 @@ def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapp
     try:
         plan = callbacks[0].plan(cast(Trainer, SimpleNamespace(callbacks=callbacks)))
         outlook.plan = describe(plan)
-        outlook.values, plan, choice = rehearse(first.trainer, first.model, plan, first.step, first.args, measured)
+        outlook.values, plan, choices = rehearse(first.trainer, first.model, plan, first.step, first.args, measured)
         methods += [f"estimator {name}" for name in plan.estimators] + ["batch_fraction"] * bool(plan.row_dims)
-        outlook.plan = [*([f"{str(choice).capitalize()}."] if choice else []), *describe(plan)]
+        outlook.plan = [*(f"{each[0].upper()}{each[1:]}." for each in choices), *describe(plan)]
         excess = outlook.values.get(NOISE_EXCESS, 1.0)
         if excess > EXCESS:
             found = ", ".join(kinks) or "in a custom function, perhaps"

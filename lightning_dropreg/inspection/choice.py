@@ -20,7 +20,12 @@ from lightning_dropreg.inspection.support import failure
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.passes.isolation import Isolation
 
-__all__ = ["Choice", "choose_estimator", "chosen_estimator"]
+__all__ = ["Choice", "FractionChoice", "choose_estimator", "chosen_estimator", "short", "too_small"]
+
+FEW_ROWS, FEW_EXAMPLES = 8, 32
+"""Below either, a quarter of the rows is too few to tell anything of all of them."""
+LITTLE_WORK = 10_000_000
+"""Rows times parameters, a rough count of multiplications, below which the time of a step does not depend on rows."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,49 @@ class Choice:
     def __str__(self) -> str:
         """Return both as people read it."""
         return f"estimator {self.estimator}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class FractionChoice:
+    """What ``batch_fraction="auto"`` is, and why.
+
+    Attributes:
+        fraction: A fraction of the rows, in the pass that gives the loss; None for the whole batch.
+        reason: Half a sentence.
+    """
+
+    fraction: float | None
+    reason: str
+
+    def __str__(self) -> str:
+        """Return both as people read it."""
+        return f"batch_fraction {'None' if self.fraction is None else f'{self.fraction:g}'}: {self.reason}"
+
+
+def too_small(rows: int, examples: int, parameters: int) -> str:
+    """Say why less than the whole batch would save nothing, or tell too little; nothing if neither is so.
+
+    Args:
+        rows: Rows of the batch.
+        examples: How many examples the loss is a mean of, as far as is known: tokens, where each has a loss.
+        parameters: Number of trained parameters.
+
+    Returns:
+        Half a sentence, or nothing.
+
+    Example:
+        >>> too_small(16, 16, 1_000_000)
+        'a batch of 16 rows is small'
+        >>> too_small(64, 64, 9_000)
+        'the model is so small that fewer rows take as long (64 rows times 9,000 parameters)'
+        >>> too_small(20, 700, 1_000_000)
+        ''
+    """
+    if rows < FEW_ROWS or max(rows, examples) < FEW_EXAMPLES:
+        return f"a batch of {rows} rows is small"
+    if rows * parameters < LITTLE_WORK:
+        return f"the model is so small that fewer rows take as long ({rows} rows times {parameters:,} parameters)"
+    return ""
 
 
 def choose_estimator(
@@ -84,11 +132,11 @@ def choose_estimator(
     if not against:
         return Choice("forward", found)
     excess = noise_excess(closure, noise_of, step_size=step_size, mask=mask) if noise_of else None
-    return Choice("antithetic", f"{found}, but forward mode is not possible: {_short(against)}", excess)
+    return Choice("antithetic", f"{found}, but forward mode is not possible: {short(against)}", excess)
 
 
-def _short(reason: str) -> str:
-    """What was found, without the advice that follows."""
+def short(reason: str) -> str:
+    """Return what was found, without the advice that follows."""
     return reason.partition(" Use ")[0].rstrip(".")
 
 

@@ -15,7 +15,7 @@ from lightning_dropreg.session.resume import STATE_VERSION, check_resumable, set
 from lightning_dropreg.session.searches import goes_before_finders, is_resuming
 from lightning_dropreg.session.session import Session
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
-from lightning_dropreg.step.settings import check_estimation
+from lightning_dropreg.step.settings import check_estimation, check_fraction
 
 __all__ = ["RegularizerCallback", "estimation"]
 
@@ -212,7 +212,7 @@ class RegularizerCallback(Callback):
 
 
 def estimation(
-    estimator: str, step_size: float, batch_fraction: float | None, batch_dim: int, mask: str, low_memory: bool
+    estimator: str, step_size: float, batch_fraction: float | str | None, batch_dim: int, mask: str, low_memory: bool
 ) -> Estimation:
     """Check and collect what penalty and noise have in common.
 
@@ -223,10 +223,7 @@ def estimation(
         InvalidArgumentError: If an argument is out of range or unknown.
     """
     check_estimation(estimator, step_size, mask)
-    if batch_fraction is not None and not (
-        isinstance(batch_fraction, (int, float)) and not isinstance(batch_fraction, bool) and 0 < batch_fraction <= 1
-    ):
-        raise InvalidArgumentError(f"batch_fraction={batch_fraction!r} must be None or a number in (0, 1].")
+    fraction = check_fraction(batch_fraction)
     if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
         raise InvalidArgumentError(f"batch_dim={batch_dim!r} must be an integer of at least 0.")
     if low_memory is True and estimator == AUTO:
@@ -236,4 +233,5 @@ def estimation(
             f"low_memory={low_memory!r} with estimator={estimator!r}: it must be True or False, and True is for "
             "estimator='antithetic', whose passes can be made one after the other."
         )
-    return Estimation(estimator, float(step_size), mask, batch_fraction, batch_dim, low_memory)
+    is_open = batch_fraction == AUTO
+    return Estimation(estimator, float(step_size), mask, fraction, batch_dim, low_memory, fraction_is_open=is_open)

@@ -1,8 +1,8 @@
-"""The estimator that a fit takes where the choice was left to the model, and warnings of one that is not ideal."""
+"""The estimator and the rows that a fit takes where the choice was left to it, and warnings of what is not ideal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,14 +11,16 @@ from torch import nn
 from lightning_dropreg.errors import DropregError, KinkedNetworkWarning, UnboundedPenaltyWarning
 from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
-from lightning_dropreg.inspection.choice import Choice, choose_estimator
+from lightning_dropreg.inspection.choice import Choice, FractionChoice, choose_estimator, short, too_small
 from lightning_dropreg.inspection.kinks import EXCESS, OF_CURVATURE, REMEDY, WIDE_STEP
 from lightning_dropreg.passes import Closure, Pass
+from lightning_dropreg.session.batch import Batch
 from lightning_dropreg.session.compiled import compiled_problems
 from lightning_dropreg.session.problems import module_problems
 from lightning_dropreg.step.plan import Estimation, Plan
+from lightning_dropreg.step.settings import AUTO_FRACTION
 
-__all__ = ["choose", "warn_of_kinks", "warn_of_no_bound"]
+__all__ = ["choose", "choose_fraction", "warn_of_kinks", "warn_of_no_bound"]
 
 
 def choose(trainer: Trainer, module: LightningModule, plan: Plan, aside: Closure, seen: Pass) -> Choice:
@@ -49,6 +51,62 @@ def choose(trainer: Trainer, module: LightningModule, plan: Plan, aside: Closure
         step_size=estimation.step_size,
         mask=estimation.mask,
     )
+
+
+def choose_fraction(
+    batch: Batch,
+    plan: Plan,
+    seen: Pass,
+    *,
+    alone: bool,
+    check: Callable[[Plan], Sequence[DropregError]],
+    pairable: Callable[[Plan], bool],
+) -> FractionChoice:
+    """Choose on how many rows a plan estimates that leaves it open: a quarter in the one pass, or all.
+
+    Fewer rows in passes of their own are no choice: a recurrent network takes as many steps in time for two rows as for
+    twenty, and forward mode twice as long for every operation, however small.
+
+    Args:
+        batch: The first batch, its isolation entered.
+        plan: The plan, its estimator chosen.
+        seen: What was seen in that step.
+        alone: Whether this process may run other passes than the others.
+        check: Looks at the rows that a plan estimates on, and says what is wrong.
+        pairable: Tries whether rows may be in the batch twice, as a plan has it.
+
+    Returns:
+        The fraction, and why.
+    """
+    tried = plan.on_fraction(AUTO_FRACTION)
+    chosen = tried.in_one_pass
+    if chosen is None:
+        return FractionChoice(None, f"{_not_one_pass(tried)}, and fewer rows in passes of their own save little")
+    if not batch.module.automatic_optimization:
+        return FractionChoice(None, "the module optimizes by hand, and its step cannot run with rows in it twice")
+    if not alone:
+        return FractionChoice(None, "the processes must make the same passes (SyncBatchNorm or sharded parameters)")
+    examples = sum(loss.outputs.shape[0] for loss in seen.losses)
+    parameters = sum(p.numel() for p in batch.module.parameters() if p.requires_grad)
+    against = too_small(batch.row_count(chosen.batch_dim), examples, parameters)
+    against = against or next(map(str, check(tried)), "")
+    if not against and not pairable(tried):
+        against = "the step leaves other traces, or draws random numbers, with some rows in it twice"
+    if against:
+        return FractionChoice(None, short(against))
+    return FractionChoice(AUTO_FRACTION, "some rows stand for all, and take part in the one pass over the batch")
+
+
+def _not_one_pass(plan: Plan) -> str:
+    """Why a plan on some rows is not one pass over the batch."""
+    estimators = plan.estimators - {"antithetic"}
+    if plan.k is not None:
+        return "dropout is drawn in passes of its own"
+    if estimators:
+        return f"estimator {', '.join(sorted(estimators))} makes no finite steps, which the one pass over the batch is"
+    if plan.penalizes and plan.noise is not None and plan.noise.estimation != getattr(plan.penalty, "estimation", None):
+        return "penalty and noise are estimated in different ways"
+    return "it cannot be done in the one pass over the batch (low_memory, or noise after the backward)"
 
 
 def warn_of_kinks(module: nn.Module, plan: Plan, kinks: Mapping[str, int], choice: Choice | None) -> None:

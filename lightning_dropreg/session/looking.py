@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -18,7 +19,7 @@ from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.inspection.assumptions import Measured, is_due
 from lightning_dropreg.inspection.at_rest import naming_what_rests
-from lightning_dropreg.inspection.choice import Choice
+from lightning_dropreg.inspection.choice import Choice, FractionChoice
 from lightning_dropreg.inspection.derivatives import compare_derivatives, measure_targets
 from lightning_dropreg.inspection.first_step import all_at_once, check_masks_of_rows, inspect_step
 from lightning_dropreg.interception.handlers.attention import attention_dropout
@@ -27,7 +28,7 @@ from lightning_dropreg.passes import Pass, is_dormant
 from lightning_dropreg.passes.last_site import shares_body
 from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.session.batch import Batch, Pairable, SkippedError
-from lightning_dropreg.session.choosing import choose
+from lightning_dropreg.session.choosing import choose, choose_fraction
 from lightning_dropreg.session.compiled import as_compiled, compiled_parts, compiled_problems, uncompiled
 from lightning_dropreg.session.manual import ManualStep
 from lightning_dropreg.session.pairable import find_pairable, signature, still_pairable
@@ -42,6 +43,8 @@ __all__ = ["REFUSED", "Looks"]
 
 _CHOSEN = "estimator"
 """Under this name stands, in what was found, the estimator that was chosen."""
+_FRACTION = "batch fraction"
+"""Under this name stands what ``batch_fraction="auto"`` is."""
 _WHOLE = "whole batches"
 """Under this name stands why batch_fraction was given up."""
 _KINDS = 8
@@ -126,7 +129,7 @@ class Looks:
                     self.measured += measured
                     problems += problems_of(measured)
                 if not problems:
-                    problems += self._check_rows(batch, seen.sites)
+                    problems += self._check_rows(batch, seen.sites, self.plan)
                 if not problems:
                     self._find_shared_body(batch)
                     problems += self._derivative_problems(batch, seen.sites)
@@ -146,6 +149,8 @@ class Looks:
             raise all_at_once(problems, name)
         if self.plan.has_choice:
             self._choose(batch, seen)
+        if self.plan.has_open_fraction:
+            self._choose_fraction(batch, seen)
         if seen.in_bfloat16:
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
 
@@ -176,10 +181,41 @@ class Looks:
         self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
         rank_zero_info(f"lightning_dropreg: {self.choice}.")
 
+    def _choose_fraction(self, batch: Batch, seen: Pass) -> None:
+        """Take a part of the rows or all where the choice was left to the step, as `_choose` does."""
+        with as_compiled(self.compiled), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
+            known = self.found.get(_FRACTION)
+            self.found[_FRACTION] = known or asdict(
+                choose_fraction(
+                    batch,
+                    self.plan,
+                    seen,
+                    alone=self.may_go_its_own_way,
+                    check=partial(self._check_rows, batch, seen.sites),
+                    pairable=partial(self._find_pairable, batch),
+                )
+            )
+            self.plan = self.plan.on_fraction(self.found[_FRACTION]["fraction"])
+            if known and self.plan.on_rows:  # a resumed run looks at its rows as one that was told the fraction does
+                problems = self._check_rows(batch, seen.sites, self.plan)
+                if problems:
+                    raise problems[0]
+        rank_zero_info(f"lightning_dropreg: {self.fraction}.")
+
+    @property
+    def fraction(self) -> FractionChoice | None:
+        """What was chosen for ``batch_fraction="auto"``, and why; None as for `choice`."""
+        return FractionChoice(**self.found[_FRACTION]) if _FRACTION in self.found else None
+
     @property
     def choice(self) -> Choice | None:
         """The estimator that was chosen for ``estimator="auto"``, and why; None before that, and where none was."""
         return Choice(**self.found[_CHOSEN]) if _CHOSEN in self.found else None
+
+    @property
+    def choices(self) -> list[str]:
+        """What was chosen where the choice was left to the step, and why."""
+        return [str(each) for each in (self.choice, self.fraction) if each is not None]
 
     def pairable(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -193,17 +229,23 @@ class Looks:
         if chosen is None or chosen.batch_fraction is None or not self.may_go_its_own_way:
             return "", None
         kind = self._kind(args[0], chosen)
-        if kind not in self.found and len(self.found.keys() - {_CHOSEN, _WHOLE}) < _KINDS:
+        if kind not in self.found and len(self.found.keys() - {_CHOSEN, _FRACTION, _WHOLE}) < _KINDS:
             batch = self.to_look_at(original, args, kwargs)
             around = attention_dropout(self.plan.attention)
             with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
-                found = None
-                if not is_dormant():
-                    clean = self.plan.curvature == FULL
-                    found = find_pairable(batch, chosen.batch_fraction, chosen.batch_dim, clean)
-            self.found[kind] = None if found is None else found.plain()
+                self._find_pairable(batch, self.plan)
         plain = self.found.get(kind)
         return kind, None if plain is None else Pairable.of(plain)
+
+    def _find_pairable(self, batch: Batch, plan: Plan) -> bool:
+        """Try whether rows may be in the one pass over the batch twice, and note that for batches of its shape."""
+        chosen, found = plan.in_one_pass, None
+        assert chosen is not None
+        assert chosen.batch_fraction is not None
+        if not is_dormant():
+            found = find_pairable(batch, chosen.batch_fraction, chosen.batch_dim, plan.curvature == FULL)
+        self.found[self._kind(batch.arguments.batch, chosen)] = None if found is None else found.plain()
+        return found is not None
 
     def _kind(self, batch: Any, chosen: Estimation) -> str:
         return signature(self.module, batch, chosen.batch_dim)
@@ -247,16 +289,16 @@ class Looks:
             return batch
         return batch.instead(ManualStep(batch, self.trainer, self.habits).rehearsed)
 
-    def _check_rows(self, batch: Batch, sites: Sequence[Site]) -> list[DropregError]:
+    def _check_rows(self, batch: Batch, sites: Sequence[Site], plan: Plan) -> list[DropregError]:
         """Find out whether some of the rows stand for all, and refuse noise that they share."""
         if _WHOLE in self.found:
-            self.plan = self.plan.on_whole_batches()
-        look = RowsLook.at(batch, self.plan)
+            plan = self.plan = self.plan.on_whole_batches()
+        look = RowsLook.at(batch, plan)
         self.measured += look.measured
         if problems_of(look.measured):
             return look.problems
         self.counting = look.counting
-        chosen = self.plan.noise.estimation if self.plan.noise is not None else None
+        chosen = plan.noise.estimation if plan.noise is not None else None
         if chosen is not None and chosen.batch_fraction is not None:
             on_rows, rows = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
             if rows.fraction < 1:

@@ -9,7 +9,6 @@ from lightning import LightningModule, Trainer
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 from lightning_dropreg.inspection.assumptions import Measured
-from lightning_dropreg.inspection.choice import Choice
 from lightning_dropreg.inspection.kinks import noise_excess
 from lightning_dropreg.inspection.support import Support, find_support, gradient_norm
 from lightning_dropreg.interception.handlers.attention import attention_dropout
@@ -60,7 +59,7 @@ def rehearse(
     step: Callable[..., Any],
     args: tuple[Any, ...],
     measured: list[Measured],
-) -> tuple[dict[str, float], Plan, Choice | None]:
+) -> tuple[dict[str, float], Plan, list[str]]:
     """Carry out a plan on a batch up to the gradient, leaving no trace.
 
     Args:
@@ -73,13 +72,13 @@ def rehearse(
 
     Returns:
         Loss, penalty and norm of the gradient; for noise of finite steps, how many times the norm of ``xi_approx`` it
-        has, where that can be measured. The plan with what was chosen for this step, and the choice.
+        has, where that can be measured. The plan with what was chosen for this step, and what that is, in words.
     """
     session = Session(trainer, module, plan, seed=0)
     session.looks.measured = measured
     session.looks.inspect(step, args, {})
     if plan.untouched:
-        return {}, plan, None
+        return {}, plan, []
     batch = session.looks.to_look_at(step, args, {})
     batch.lasting = False
     with as_compiled(session.looks.compiled), batch.isolation:
@@ -98,4 +97,4 @@ def rehearse(
                 trained = [p for p in module.parameters() if p.requires_grad]
                 excess = noise_excess(batch.aside, trained, step_size=estimation.step_size, mask=estimation.mask)
             values |= {} if excess is None else {NOISE_EXCESS: excess}
-    return values, session.plan, session.looks.choice
+    return values, session.plan, session.looks.choices

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from lightning_dropreg.errors import CheckpointSettingsError
+from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.step.settings import NoiseSettings, PenaltySettings
 
 __all__ = ["STATE_VERSION", "check_resumable", "settings_of"]
@@ -54,6 +55,8 @@ def settings_of(callback: Regularizer) -> dict[str, Any]:
             values = asdict(part)
             settings |= {**values, **values.pop("estimation")}
     settings.pop("estimation", None)
+    if settings.pop("fraction_is_open", False):
+        settings["batch_fraction"] = AUTO
     if hasattr(callback, "attention"):
         settings["attention"] = callback.attention
     return {name: value for name, value in settings.items() if name not in _COSTS_ONLY}

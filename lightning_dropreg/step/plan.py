@@ -117,7 +117,8 @@ class Plan:
             return False  # passes of its own: cheaper in memory once the main graph is gone
         if self.penalty is not None:
             return self.noise.estimation == self.penalty.estimation  # the penalty's passes carry it
-        return self.noise.estimation.batch_fraction is None  # its own passes give the loss too
+        chosen = self.noise.estimation
+        return chosen.batch_fraction is None or chosen.may_be_one_pass  # its own passes give the loss too
 
     @property
     def noise_of_finite_steps(self) -> Estimation | None:
@@ -162,7 +163,7 @@ class Plan:
     def in_one_pass(self) -> Estimation | None:
         """How everything is estimated, if that is on some rows and may be done in the pass that gives the loss."""
         shares = [] if self.k is not None else self._shares(0)
-        return shares[0].estimation if len(shares) == 1 and shares[0].may_be_one_pass else None
+        return shares[0].estimation if len(shares) == 1 and shares[0].estimation.may_be_one_pass else None
 
     @property
     def estimators(self) -> set[str]:
@@ -177,6 +178,20 @@ class Plan:
     def has_choice(self) -> bool:
         """Whether an estimator is to be chosen yet."""
         return AUTO in self.estimators
+
+    @property
+    def has_open_fraction(self) -> bool:
+        """Whether a fraction of the rows is to be chosen yet."""
+        return any(e.fraction_is_open for e in self._estimations())
+
+    def on_fraction(self, fraction: float | None) -> Plan:
+        """Return the plan with `fraction` wherever it was left open."""
+
+        def close(chosen: Estimation) -> Estimation:
+            decided = replace(chosen, batch_fraction=fraction, fraction_is_open=False)
+            return decided if chosen.fraction_is_open else chosen
+
+        return self._changed(close)
 
     def on_whole_batches(self) -> Plan:
         """Return the plan with nothing estimated on some of the rows; the noise keeps its way into the gradient."""

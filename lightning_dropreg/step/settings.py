@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_dropreg.checks import is_one_of
+from lightning_dropreg.checks import is_number, is_one_of
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import AUTO, ESTIMATORS
 from lightning_dropreg.estimators.curvature import CURVATURES
 
-__all__ = ["Estimation", "NoiseSettings", "PenaltySettings", "check_curvature", "check_estimation"]
+__all__ = [
+    "AUTO_FRACTION",
+    "Estimation",
+    "NoiseSettings",
+    "PenaltySettings",
+    "check_curvature",
+    "check_estimation",
+    "check_fraction",
+]
 
 MASKS = ("as_model", "elementwise")
+AUTO_FRACTION = 0.25
+"""What ``batch_fraction="auto"`` is where fewer rows than all will do."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class Estimation:
         batch_fraction: Fraction of the batch's rows to estimate on, or None for all.
         batch_dim: Dimension along which the rows lie.
         low_memory: Whether only one graph of the antithetic pair is alive at a time.
+        fraction_is_open: Whether the fraction is to be chosen with the first batch (``batch_fraction="auto"``); it is
+            None until then.
     """
 
     estimator: str
@@ -33,6 +45,12 @@ class Estimation:
     batch_fraction: float | None
     batch_dim: int
     low_memory: bool = False
+    fraction_is_open: bool = False
+
+    @property
+    def may_be_one_pass(self) -> bool:
+        """Whether this may be estimated in the pass that gives the loss, with some rows in it twice."""
+        return self.batch_fraction is not None and self.estimator == "antithetic" and not self.low_memory
 
 
 @dataclass(frozen=True)
@@ -80,3 +98,19 @@ def check_estimation(estimator: str, step_size: float, mask: str) -> None:
         raise InvalidArgumentError(
             f"step_size={step_size!r} must be a number in (0, 1]; 0.1 keeps the error of the penalty below about 1 %."
         )
+
+
+def check_fraction(batch_fraction: float | str | None) -> float | None:
+    """Refuse what is no fraction of a batch.
+
+    Returns:
+        The fraction; None for the whole batch, and for ``"auto"`` as long as nothing is chosen.
+
+    Raises:
+        InvalidArgumentError: If it is out of range.
+    """
+    if batch_fraction is None or batch_fraction == AUTO:
+        return None
+    if is_number(batch_fraction) and 0 < float(batch_fraction) <= 1:
+        return float(batch_fraction)
+    raise InvalidArgumentError(f"batch_fraction={batch_fraction!r} must be None, 'auto' or a number in (0, 1].")

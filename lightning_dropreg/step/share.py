@@ -184,12 +184,6 @@ class Share:
             return None
         return runner.aside if self.estimation.batch_fraction is None else closure
 
-    @property
-    def may_be_one_pass(self) -> bool:
-        """Whether `in_one_pass` may be tried."""
-        chosen = self.estimation
-        return chosen.batch_fraction is not None and chosen.estimator == "antithetic" and not chosen.low_memory
-
     def in_one_pass(self, runner: BatchRunner, key: int, measure_noise: bool) -> StepResult | None:
         """Do the same together with the loss, in one pass over the batch with some rows twice; None if that is no way.
 
@@ -204,7 +198,7 @@ class Share:
             The loss, this share's part of the total, and the values in it.
         """
         chosen = self.estimation
-        if not self.may_be_one_pass or chosen.batch_fraction is None:
+        if not chosen.may_be_one_pass or chosen.batch_fraction is None:
             return None
         clean = self.curvature == FULL
         found = runner.paired(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1), clean)
