@@ -69,7 +69,7 @@ def parts(rehearse: bool, root: Path | None, minutes: float) -> Iterator[Part]:
         for precision in PRECISIONS[:1] if rehearse else PRECISIONS:
             command = [*DROPREG, "bench", "--config", str(config), "--json", f"--trainer.accelerator={device}"]
             command += ["--trainer.devices=1", f"--trainer.precision={precision}"]
-            command += ["--steps=1", "--repeats=1", "--warmup=1"] if rehearse else ["--memory"]
+            command += ["--steps=2", "--repeats=1", "--warmup=0"] if rehearse else ["--memory"]
             yield Part(f"costs: {config.stem}, {precision}", command, json_output=True)
     if root is None and not rehearse:
         return
