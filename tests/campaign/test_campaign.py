@@ -29,7 +29,7 @@ def test_the_campaign_finds_a_wrong_factor(monkeypatch):
     """With a penalty that is off by a third, and with noise of the wrong size."""
     penalty = next(s for s in range(3000) if is_plain(s, "penalty"))
     noise = next(s for s in range(3000) if is_plain(s, "noise"))
-    assert [campaign_run.trial(seed, steps=100)[1] for seed in (penalty, noise)] == ["right", "right"]
+    assert [campaign_run.trial(seed, steps=20)[1] for seed in (penalty, noise)] == ["right", "right"]
     combine = module_of_pairs.__globals__["combine"]
 
     def off(*args):
@@ -38,7 +38,7 @@ def test_the_campaign_finds_a_wrong_factor(monkeypatch):
         return type(found)(found.loss, scaled(found.penalty), scaled(found.noise))
 
     monkeypatch.setitem(module_of_pairs.__globals__, "combine", off)
-    assert [campaign_run.trial(seed, steps=100)[1] for seed in (penalty, noise)] == ["wrong", "wrong"]
+    assert [campaign_run.trial(seed, steps=20)[1] for seed in (penalty, noise)] == ["wrong", "wrong"]
 
 
 def is_plain(seed, method):
@@ -54,3 +54,18 @@ def test_the_oracle_agrees_with_itself():
     net, x, y = Net("two", torch.tanh, 3, 3, 2, 0.4), torch.randn(2, 3), torch.tensor([0, 1])
     oracle = campaign_oracle.Oracle(net, x, y, LOSSES["ce"])
     torch.testing.assert_close(oracle.penalty("loss_hessian")[0], oracle.penalty_value(), rtol=1e-6, atol=1e-10)
+
+
+def test_an_error_of_second_order_in_the_step_is_no_fault_and_one_of_first_order_is(monkeypatch):
+    """The loss of this problem is small: with the step 0.02 it is 5 % off, and right in the limit of no step."""
+    torch.set_default_dtype(torch.float64)
+    made, combine = campaign_run.draw(800473), module_of_pairs.__globals__["combine"]
+    assert campaign_run.off(made, campaign_run.expected(made), *campaign_run.fit(made, 10))
+    assert campaign_run.trial(made["seed"], steps=10)[1] == "right"
+
+    def off(*args):  # by 2 % at this step
+        found = combine(*args)
+        return type(found)((1 + args[-1]) * found.loss, found.penalty, found.noise)
+
+    monkeypatch.setitem(module_of_pairs.__globals__, "combine", off)
+    assert campaign_run.trial(made["seed"], steps=10)[1] == "wrong"
