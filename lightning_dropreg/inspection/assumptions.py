@@ -122,8 +122,9 @@ _TABLE = (
     ),
     Assumption(
         "fixed_parameters",
-        "The step leaves parameters alone.",
-        "Versions, places and norms of all parameters, before and after the first step.",
+        "The step itself changes no parameter: only optimizers do.",
+        "Where every parameter lies in memory, and a checksum of its values and of their order, before and after the "
+        "first step. In manual optimization parameters that the step changes are put back for every pass.",
         error="`UnsupportedModuleError` names the parameters.",
     ),
     Assumption(
@@ -140,9 +141,12 @@ _TABLE = (
     ),
     Assumption(
         "reached_site",
-        "The step reaches a dropout.",
-        "Counted in the first step.",
-        error="`NoDropoutSiteError`.",
+        "At least one dropout is carried out when the step runs.",
+        "The calls of dropout in the first step are counted; those with drop probability 0 or in eval mode drop "
+        "nothing and do not count.",
+        right="A later step without any (layer drop, another task) is trained as it is: there is nothing to "
+        "regularize in it.",
+        error="`NoDropoutSiteError` in the first step; it names modules that are in eval mode.",
     ),
     # ------------------------------------------------------------------ loss and derivative
     Assumption(
@@ -155,7 +159,7 @@ _TABLE = (
         "derivative_is_of_the_function",
         "The derivative that autograd gives at a site is that of the function that is computed.",
         "Each site's tangent against a finite step, and the gradients of both, before training (in the functions once "
-        "for each closure).",
+        "for each closure); all sites together again at steps 1, 2, 4, 8, ….",
         right="`forward` follows values through `.detach()`; `antithetic` takes finite steps of the function.",
         error="`UnsupportedOperationError` names the site and the reason.",
     ),
@@ -163,7 +167,7 @@ _TABLE = (
         "fixed_target",
         "What the loss compares the output with, and the weights of its elements, do not depend on dropout.",
         "The loss as a function of its outputs in two passes with opposite noise, and what its elements leave of its "
-        "change, before training (in the functions every time).",
+        "change, before training and at steps 1, 2, 4, 8, … (in the functions every time).",
         right="In losses of a difference (`mse_loss`, `huber_loss`, `smooth_l1_loss`): that is the output.",
         error="`LossNotRecognizedError` says what moves.",
     ),

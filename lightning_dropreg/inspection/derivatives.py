@@ -32,7 +32,6 @@ __all__ = ["Compared", "compare_derivatives", "measure", "measure_targets"]
 TOLERANCE = 0.05
 """Relative difference from which on a derivative is another; trusted finite steps are far closer."""
 _KEY = 0  # of directions that nobody trains with
-_MOST = 48  # groups of sites that are looked at one by one
 _STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
 _VECTORS = 3
 _ENTRIES = 4096  # of a tensor's gradient, about so many are compared
@@ -84,7 +83,13 @@ class Compared:
 
 
 def compare_derivatives(
-    closure: Closure, estimator: str, *, curvature: str | None, mask: str = "as_model", names: Sequence[str] = ()
+    closure: Closure,
+    estimator: str,
+    *,
+    curvature: str | None,
+    mask: str = "as_model",
+    names: Sequence[str] = (),
+    groups: int = 48,
 ) -> Compared:
     """Compare the derivatives that an estimator follows with finite steps.
 
@@ -94,6 +99,7 @@ def compare_derivatives(
         curvature: Of the penalty, or None for noise alone.
         mask: ``"as_model"`` or ``"elementwise"``.
         names: What the sites are called, in order, for the message.
+        groups: In how many groups of sites they are looked at; of fewer sites every one by itself.
 
     Returns:
         The largest relative difference, and the error to raise if that is too large; the sites are all where it cannot
@@ -107,7 +113,7 @@ def compare_derivatives(
         sites = step.sites
         if not sites:
             return Compared(Measured(name, note="no site is reached"))
-        found, whole = list(step.of_sites()), step.of_all()
+        found, whole = list(step.of_sites(groups)), step.of_all()
     except (DropregError, RuntimeError, NotImplementedError) as error:  # the estimator will say so itself
         return Compared(Measured(name, note=f"not compared: {str(error).partition(chr(10))[0]}"))
     wrong = [each for each in found if each.wrong]
@@ -252,14 +258,14 @@ class _Step:
         outputs = [done.losses[n].outputs for n in self.counting]
         return [torch.stack([(v * z).sum() for v, z in zip(each, outputs, strict=True)]).sum() for each in self.vectors]
 
-    def of_sites(self) -> Iterator[_Comparison]:
-        """Site by site (in groups, where there are many): the change of what is compared.
+    def of_sites(self, groups: int) -> Iterator[_Comparison]:
+        """Site by site (in so many groups, where there are more): the change of what is compared.
 
         Yields:
             One comparison for each group.
         """
         count = len(self.sites)
-        width = -(-count // _MOST)
+        width = -(-count // groups)
         by_gradient = None if self.estimator == "forward" else self._gradients()
         for start in range(0, count, width):
             group = range(start, min(start + width, count))

@@ -65,6 +65,13 @@ def inspect_step(
             "Set the probabilities, or let lightning_dropreg.DropProbSchedule raise them.",
             stacklevel=2,
         )
+    if watch.retains:
+        warnings.warn(
+            f"The step calls retain_grad() in {', '.join(watch.retains)}. It runs several times for a batch, and what "
+            "the backward leaves there belongs to one of these passes, or to none: do not read it. The gradient in "
+            "an intermediate can be had in the step, with torch.autograd.grad(loss, tensor, retain_graph=True).",
+            stacklevel=2,
+        )
     # stochastic depth may draw first and be known for what it is a line later
     known = {_without_line(site.name) for site in done.sites if site.kind == "stochastic_depth"}
     unknown = [f"{what} in {place}" for what, place in watch.found if _without_line(place) not in known]
@@ -153,12 +160,14 @@ class _RandomnessWatch(TorchFunctionMode):
 
     Attributes:
         found: The functions, and where each was called.
+        retains: Where ``retain_grad`` was called.
     """
 
     def __init__(self, generators: Sequence[tuple[str, Any]] = ()) -> None:
         super().__init__()
         self._last: Any = "the beginning"
         self.found: dict[tuple[str, str], None] = {}
+        self.retains: dict[str, None] = {}
         self._generators = dict(enumerate(["torch", "Python", "numpy", "torch on CUDA"]))
         self._generators |= {4 + i: place for i, (place, _) in enumerate(generators)}
         self._state = RandomState([generator for _, generator in generators])
@@ -168,6 +177,8 @@ class _RandomnessWatch(TorchFunctionMode):
     ) -> Any:
         """Call `func`; what drew since the last call was something that torch does not show to modes."""
         self._last = getattr(func, "__name__", func)
+        if self._last == "retain_grad":
+            self.retains[name_caller()] = None
         self._note(f"something before {self._last}")
         result = func(*args, **(kwargs or {}))
         self._note(str(getattr(func, "__name__", func)))

@@ -19,8 +19,8 @@ class LogCollector:
     """Holds back ``module.log(...)`` during the runs of one batch and replays it afterwards.
 
     Without it, a value logged with ``reduce_fx="sum"`` would count once per run. A step that reads back what it has
-    just logged (``self.trainer.callback_metrics``) finds it; what it prints by ``self.print`` or hands to a logger's
-    ``log_metrics`` itself comes from the first run that is kept.
+    just logged (``self.trainer.callback_metrics``) finds it; what it prints by ``self.print`` or hands to a logger or
+    its ``experiment`` itself comes from the first run that is kept.
 
     Args:
         module: The module whose logging is collected.
@@ -56,7 +56,12 @@ class LogCollector:
             patches.append((trainer, "_logger_connector", read))
         if self._runs or not keep:
             patches.append((self._module, "print", _nothing))
-            patches += [(logger, "log_metrics", _nothing) for logger in getattr(trainer, "loggers", [])]
+            loggers = getattr(trainer, "loggers", [])
+            if loggers:
+                patches.append((trainer, "_loggers", [_Quiet(logger) for logger in loggers]))
+            for holder in [*loggers, *(getattr(logger, "_experiment", None) for logger in loggers)]:  # kept elsewhere
+                names = dir(type(holder)) if hasattr(holder, "__dict__") else ()
+                patches += [(holder, name, _nothing) for name in names if name.startswith(_WRITERS)]
         with patched(*patches):
             yield
         if keep:
@@ -187,6 +192,49 @@ def patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing."""
+
+
+_WRITERS = ("add_", "append", "log_", "track", "write")
+"""So begin the names of methods of loggers and experiments that write something."""
+
+
+class _Quiet:
+    """Stands for a logger, or for its experiment, in runs of which nothing may be left: it answers, and writes nothing.
+
+    Args:
+        of: What it stands for; None if that is not there yet.
+        logger: Whether that is the logger, whose experiment must not be made for it.
+    """
+
+    def __init__(self, of: Any, logger: bool = True) -> None:
+        self.__dict__.update(_of=of, _is_logger=logger)
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[misc]
+        """That of what it stands for, which a step may ask about."""
+        return type(self) if self._of is None else type(self._of)
+
+    def __getattr__(self, name: str) -> Any:
+        """What it is asked is answered, what it is told to do is not done."""
+        if self._is_logger and name == "experiment":
+            return _Quiet(getattr(self._of, "_experiment", None), logger=False)
+        value = getattr(self._of, name, self)
+        quiet = value is self or (callable(value) and (not self._is_logger or name.startswith(_WRITERS)))
+        return self if quiet else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Do nothing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Quiet:
+        """Do nothing."""
+        return self
+
+    def __getitem__(self, key: Any) -> _Quiet:
+        """Answer with nothing."""
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Do nothing."""
 
 
 def _detached(value: Any) -> Any:

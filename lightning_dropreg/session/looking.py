@@ -115,7 +115,9 @@ class Looks:
         name = f"{type(self.module).__name__}{REFUSED}"
         batch = self.to_look_at(original, args, kwargs)
         problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
-        before = fingerprints(self.module)
+        # a manual step may change them: they are put back
+        watched = self.module.automatic_optimization and not self.plan.untouched
+        before = fingerprints(self.module) if watched else {}
         try:
             with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
                 generators = self.found_in_reach.generators() if self.found_in_reach is not None else []
@@ -123,6 +125,8 @@ class Looks:
                 found = [naming_what_rests(p, self.module) if isinstance(p, NoDropoutSiteError) else p for p in found]
                 problems += loss_problems(self.trainer, self.module, seen.loss)
                 seen.release()
+                changed = changed_parameters(self.module, before)
+                problems += changed
                 problems += compiled_problems(self.module, seen.sites, self.plan) + found
                 if not (problems or self.plan.untouched) and self.found_in_reach is not None:
                     measured = measure_repeatability(batch, self.found_in_reach)
@@ -141,9 +145,6 @@ class Looks:
         self.kinks = seen.kinks
         self.copies = bool(batch.modified)
         if not self.plan.untouched:
-            # a manual step may change them: they are put back
-            changed = changed_parameters(self.module, before) if self.module.automatic_optimization else []
-            problems += changed
             self.measured += measured_of(seen, changed)
         if problems:
             raise all_at_once(problems, name)
@@ -164,6 +165,7 @@ class Looks:
         try:
             with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
                 problems = problems_of(measure_repeatability(batch, self.reach(original), self.copies))
+                problems = problems or self._derivative_problems(batch, again=True)
                 self.shares_body = self.shares_body and shares_body(batch.aside)
                 if not problems and self.plan.on_rows:
                     self._watch_rows(batch)
@@ -326,15 +328,18 @@ class Looks:
             stacklevel=2,
         )
 
-    def _derivative_problems(self, batch: Batch, sites: Sequence[Site]) -> list[DropregError]:
-        """Find out whether targets stand still and derivatives are those of the function."""
-        names = [site.name for site in sites]
+    def _derivative_problems(self, batch: Batch, sites: Sequence[Site] = (), again: bool = False) -> list[DropregError]:
+        """Find out whether targets stand still and derivatives are those of the function; once more in little."""
         found = [measure_targets(batch.aside)] if self.plan.needs_losses else []
+        compare = partial(compare_derivatives, batch.aside, names=[site.name for site in sites])
+        if again:
+            compare = partial(compare, groups=1)
         for estimator, curvature, mask in sorted(self.plan.followed, key=str):
-            compared = compare_derivatives(batch.aside, estimator, curvature=curvature, mask=mask, names=names)
-            found.append(compared.measured)
-        self.measured += found
-        return [each.problem for each in found if each.problem is not None]
+            found.append(compare(estimator, curvature=curvature, mask=mask).measured)
+        self.measured += [] if again else found
+        problems = [each.problem for each in found if each.problem is not None]
+        # later on a step may be without a dropout
+        return [each for each in problems if not (again and isinstance(each, NoDropoutSiteError))]
 
     def pairs_failed(self, kind: str) -> None:
         """Note that one of the batches of a kind was otherwise; what else is known of rows is looked at again."""

@@ -101,6 +101,7 @@ class ManualStep:
 
         def reach(loss: Tensor) -> None:
             losses.append(loss)
+            watching.began = True
             with watching.paused():
                 self._back_propagate(len(losses), loss)
 
@@ -166,6 +167,7 @@ class ManualStep:
             losses.append(loss)
             if len(losses) >= number:
                 raise _ReachedError
+            watching.began = True
             with watching.paused():
                 self._past.put_gradients(len(losses))
 

@@ -44,23 +44,40 @@ class Watching(TorchFunctionMode):
     Attributes:
         reads: Whether the ``.grad`` of one was read.
         touched: Those whose ``.data`` was.
+        began: Whether the step has called a backward.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
         self._ids = {id(parameter) for parameter in parameters}
         self._paused = False
-        self.reads = False
+        self.reads = self.began = False
         self.touched: set[nn.Parameter] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func`."""
-        if func in _ACCESSES and id(args[0]) in self._ids and not self._paused:
-            self.reads = self.reads or func == _GRAD
-            if func == _DATA:
-                self.touched.add(args[0])
+        """Call `func`.
+
+        Returns:
+            What that returns.
+
+        Raises:
+            UnsupportedModuleError: If it reads the gradient of something that is no parameter.
+        """
+        if func in _ACCESSES and not self._paused:
+            if id(args[0]) in self._ids:
+                self.reads = self.reads or func == _GRAD
+                if func == _DATA:
+                    self.touched.add(args[0])
+            elif func == _GRAD and self.began and args[0].requires_grad and (args[0].is_leaf or args[0].retains_grad):
+                raise UnsupportedModuleError(
+                    f"After a backward, training_step reads the gradient (.grad) of a tensor of shape "
+                    f"{tuple(args[0].shape)} that is no parameter: an input with requires_grad_(), or what it has "
+                    "called retain_grad() on. What is back-propagated here is the loss of passes of their own, which "
+                    "leave nothing there. Take it before the backward: torch.autograd.grad(loss, tensor, "
+                    "retain_graph=True)."
+                )
         return func(*args, **(kwargs or {}))
 
     @contextmanager

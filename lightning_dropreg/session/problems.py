@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
-from lightning_dropreg.numerics.torch_private import norms_of
 from lightning_dropreg.session.ranks import unsupported_strategy
 from lightning_dropreg.session.twins import is_a
 from lightning_dropreg.step.plan import Plan
@@ -58,20 +57,30 @@ def takes_iterator(module: LightningModule) -> bool:
     return "dataloader_iter" in inspect.signature(module.training_step).parameters
 
 
-def fingerprints(module: nn.Module) -> dict[str, tuple[int, str, str]]:
-    """What shows that a parameter was changed: where it lies, its norm and its sum.
+def fingerprints(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """What shows that a parameter was changed: where it lies, and a checksum of its bits and of their order.
 
     Not its version: a parametrization that the step registers writes a parameter's own values into it.
 
     Returns:
         A mark for each parameter, by name.
     """
-    parameters = {name: p for name, p in module.named_parameters() if _has_norm(p)}
-    norms = norms_of([p.detach() for p in parameters.values()])
-    return {
-        name: (p.data_ptr(), repr(norm.item()), repr(p.detach().sum().item()))  # as text, because nan is not nan
-        for (name, p), norm in zip(parameters.items(), norms, strict=True)
-    }
+    return {name: (p.data_ptr(), _checksum(p.detach())) for name, p in module.named_parameters() if _has_values(p)}
+
+
+def _checksum(values: Tensor) -> int:
+    """Sum over the bits in words, each times a number that belongs to its place, modulo 2^64."""
+    words, total = values.flatten().view(_WORDS[min(values.element_size(), 8)]), 0
+    for start in range(0, words.numel(), _CHUNK):
+        part = words[start : start + _CHUNK].long()
+        places = torch.arange(start + 1, start + 1 + part.numel(), device=part.device) * _MIXER
+        total += int(((part ^ part >> 32) * ((places ^ places >> 32) * _MIXER)).sum())
+    return total % (1 << 64)
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 20
+_MIXER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; from the golden ratio
 
 
 def changed_parameters(module: nn.Module, before: Mapping[str, object]) -> list[UnsupportedModuleError]:
@@ -84,7 +93,7 @@ def changed_parameters(module: nn.Module, before: Mapping[str, object]) -> list[
     Returns:
         One error or none.
     """
-    changed = [name for name, mark in fingerprints(module).items() if mark != before.get(name, mark)]
+    changed = [name for name, mark in fingerprints(module).items() if mark != before.get(name, mark)] if before else []
     if not changed:
         return []
     return [
@@ -138,7 +147,7 @@ def _leads_to(loss: Tensor, parameters: set[nn.Parameter]) -> bool:
     return False
 
 
-def _has_norm(parameter: nn.Parameter) -> bool:
+def _has_values(parameter: nn.Parameter) -> bool:
     # what FSDP2 shards is gathered and let go around every forward
-    unknown = isinstance(parameter, (UninitializedParameter, DTensor))
-    return not unknown and parameter.is_floating_point()
+    unknown = isinstance(parameter, (UninitializedParameter, DTensor)) or parameter.is_meta
+    return not unknown and parameter.layout is torch.strided

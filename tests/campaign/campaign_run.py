@@ -6,8 +6,8 @@ A run fits a network with learning rate 0 on one batch, again and again, so that
 it logged and its gradients are compared with `campaign_oracle`. What looks wrong is tried again with other seeds and
 ten times the steps, so that chance is no explanation: the first comparison is at 4.5 standard errors, the second too.
 
-An antithetic pair of steps ``eps`` is promised up to ``O(eps^2)``, which may be many percent of a small loss. So what is
-still off is asked for that law: steps of half the size along the same directions must leave a quarter of the error, so
+An antithetic pair of steps ``eps`` is promised up to ``O(eps^2)``, which may be many percent of a small loss. So what
+is still off is asked for that law: steps of half the size along the same directions must leave a quarter of the error, so
 that ``(4 f(eps/2) - f(eps)) / 3`` (Richardson) is right to a thousandth. An error that does not vanish so is wrong.
 """
 
@@ -144,11 +144,11 @@ def fit(made, steps, again=0, step_size=STEP):
     return torch.stack(module.gradients), module.rows
 
 
-def extrapolated(made, steps, again):
-    """What `fit` gives, with two sizes of the steps, along the same directions, extrapolated to 0."""
-    (whole, rows), (half, other) = (fit(made, steps, again, size) for size in (STEP, STEP / 2))
-    limit = lambda at_whole, at_half: (4 * at_half - at_whole) / 3
-    return limit(whole, half), [{k: limit(a[k], b[k]) for k in a} for a, b in zip(rows, other, strict=True)]
+def extrapolated(at_whole, at_half):
+    """What two fits gave, with steps of two sizes along the same directions, extrapolated to 0."""
+    (gradients, rows), (others, others_rows) = at_whole, at_half
+    limit = lambda whole, half: (4 * half - whole) / 3
+    return limit(gradients, others), [{k: limit(a[k], b[k]) for k in a} for a, b in zip(rows, others_rows, strict=True)]
 
 
 def expected(made):
@@ -230,9 +230,11 @@ def trial(seed, steps=60):
         found = off(made, right, gradients, rows)
         if found:  # chance?
             with contextlib.suppress(DropregError):  # refused with another seed: then it was not the first time
-                found = off(made, right, *fit(made, 10 * steps, again=1))
+                more = fit(made, 10 * steps, again=1)
+                found = off(made, right, *more)
                 if found:  # the finite steps' own?
-                    found = off(made, right, *extrapolated(made, 10 * steps, again=1), bias=LEFT)
+                    limit = extrapolated(more, fit(made, 10 * steps, again=1, step_size=STEP / 2))
+                    found = off(made, right, *limit, bias=LEFT)
     ours = [str(w.message)[:160] for w in said if "dropreg" in str(w.filename) and "repeat" in str(w.message)]
     if found and ours:
         return made, "refused", f"warned: {ours[0]}"

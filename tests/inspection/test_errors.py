@@ -342,3 +342,25 @@ def test_parameters_changed_in_the_step():
 
     with pytest.raises(errors.UnsupportedModuleError, match=r"net\.4\.weight.*net\.4\.bias.*on_train_batch_end"):
         train([dr.ExplicitPenalty()], make=Averaging)
+
+
+@pytest.mark.parametrize("change", ["sorted", "two entries", "rows", "one bit", "sign of nothing"])
+def test_parameters_permuted_in_the_step(change):
+    """What leaves norm and sum as they are."""
+
+    class Permuting(Classifier):
+        def training_step(self, batch, batch_idx):
+            weight = self.net[4].weight.data
+            if change == "one bit":
+                weight[0, 0] = torch.nextafter(weight[0, 0], torch.ones((), dtype=weight.dtype))
+            elif change == "sign of nothing":
+                weight[0, 0] = -0.0 if str(weight[0, 0].item()) == "0.0" else 0.0
+            else:
+                made = {"sorted": weight.flatten().sort().values.view_as(weight), "rows": weight.roll(1, 0)}
+                first = weight.clone()
+                first[0, 0], first[2, 5] = weight[2, 5], weight[0, 0]
+                weight.copy_(made.get(change, first))
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(errors.UnsupportedModuleError, match=r"changes parameters \(net\.4\.weight\)"):
+        train([dr.ExplicitPenalty()], make=Permuting)

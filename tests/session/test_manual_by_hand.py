@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import Classifier, make_loader, make_trainer
+from fits import Classifier, make_loader, make_trainer, train
 
 import lightning_dropreg as dr
 from lightning_dropreg import errors
@@ -143,9 +143,9 @@ class ByHand(Classifier):
         optimizer.step(lambda: [optimizer.zero_grad(), self.manual_backward(loss())])
 
 
-def fit(way, callbacks, p=1e-9):
+def fit(way, callbacks, p=1e-9, make=None):
     L.seed_everything(1, verbose=False)
-    model = ByHand(way, p)
+    model = (make or ByHand)(way, p)
     make_trainer(callbacks).fit(model, make_loader())
     return model
 
@@ -193,3 +193,61 @@ def test_what_begins_to_read_gradients_later_is_right_after_its_only_backward():
         make_trainer(callbacks).fit(models[-1], make_loader())
     for p, q in zip(*(model.parameters() for model in models)):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+class Intermediate(ByHand):
+    """Reads a gradient that no pass can leave: of hidden features, or of the input (adversarial training)."""
+
+    def hidden(self, optimizer, loss):
+        h = self.net[:3](self.x)
+        h.retain_grad()
+        self.manual_backward(F.cross_entropy(self.net[3:](h), self.y))
+        self.scale_by(h.grad, optimizer)
+
+    def input(self, optimizer, loss):
+        x = self.x.clone().requires_grad_()
+        self.manual_backward(F.cross_entropy(self.net(x), self.y))
+        self.scale_by(x.grad, optimizer)
+
+    def scale_by(self, gradient, optimizer):
+        if gradient is not None:  # silently left out
+            for parameter in self.parts():
+                parameter.grad.div_(1 + gradient.norm())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def asked(self, optimizer, loss):
+        x = self.x.clone().requires_grad_()
+        value = F.cross_entropy(self.net(x), self.y)
+        gradient = torch.autograd.grad(value, x, retain_graph=True)[0]
+        self.manual_backward(value)
+        self.scale_by(gradient, optimizer)
+
+    def training_step(self, batch, batch_idx):
+        self.x, self.y = batch
+        super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("way", ["hidden", "input"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_what_is_no_parameter_are_refused_before_training(method, way):
+    with pytest.raises(errors.UnsupportedModuleError, match=r"no parameter.*torch\.autograd\.grad"):
+        fit(way, METHODS[method](), make=Intermediate)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_an_input_by_autograd_are_no_trouble(method):
+    ours, plain = fit("asked", METHODS[method](), make=Intermediate), fit("asked", [], make=Intermediate)
+    for p, q in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_retained_gradients_of_an_automatic_step_are_warned_of():
+    class Retains(Classifier):
+        def training_step(self, batch, batch_idx):
+            self.hidden = self.net[:3](batch[0])
+            self.hidden.retain_grad()
+            return F.cross_entropy(self.net[3:](self.hidden), batch[1])
+
+    with pytest.warns(UserWarning, match=r"calls retain_grad\(\) in Retains \(test_manual"):
+        train([dr.ExplicitPenalty()], make=Retains)
