@@ -7,8 +7,8 @@ it logged and its gradients are compared with `campaign_oracle`. What looks wron
 ten times the steps, so that chance is no explanation: the first comparison is at 4.5 standard errors, the second too.
 
 An antithetic pair of steps ``eps`` is promised up to ``O(eps^2)``, which may be many percent of a small loss. So what
-is still off is asked for that law: steps of half the size along the same directions must leave a quarter of the error, so
-that ``(4 f(eps/2) - f(eps)) / 3`` (Richardson) is right to a thousandth. An error that does not vanish so is wrong.
+is still off is asked for that law: half the step along the same directions must leave a quarter of the error, so that
+``(4 f(eps/2) - f(eps)) / 3`` (Richardson) is right to a thousandth. An error that does not vanish so is wrong.
 """
 
 import argparse
