@@ -209,8 +209,8 @@ class _Quiet:
     def __init__(self, of: Any, logger: bool = True) -> None:
         self.__dict__.update(_of=of, _is_logger=logger)
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         """That of what it stands for, which a step may ask about."""
         return type(self) if self._of is None else type(self._of)
 
