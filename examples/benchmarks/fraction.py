@@ -25,6 +25,7 @@ from lightning_dropreg import ExplicitPenalty, ImplicitNoise
 from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.measure import Stopwatch
 from lightning_dropreg.cli.summary import FitSummary
+from lightning_dropreg.errors import DropregError
 
 NETWORKS = {
     "relu": lambda: ReLUNet(width=256),
@@ -50,7 +51,8 @@ class ProcessorTime(Stopwatch):
         return time.process_time()
 
 
-def fit(network: str, method: str, seed: int, epochs: int) -> dict[str, float]:
+def fit(network: str, method: str, seed: int, epochs: int) -> dict[str, float] | None:
+    """Train once; None where the model is refused."""
     L.seed_everything(seed, verbose=False)
     model, summary, watch = NETWORKS[network](), FitSummary(), ProcessorTime()
     trainer = L.Trainer(
@@ -62,9 +64,28 @@ def fit(network: str, method: str, seed: int, epochs: int) -> dict[str, float]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, datamodule=Digits(batch_size=128, rows=768, label_noise=0.4, seed=seed))
+    try:
+        trainer.fit(model, datamodule=Digits(batch_size=128, rows=768, label_noise=0.4, seed=seed))
+    except DropregError as error:
+        print(f"{network}, {method}, seed {seed}: {error}")
+        return None
     result = summary.result
     return {"best": result.best, "epoch": result.best_epoch, "ms": statistics.median(watch.ms)}
+
+
+def show(runs: dict[str, dict[str, list[dict[str, float] | None]]]) -> None:
+    for network, methods in runs.items():
+        print(f"{network}: best validation loss, minus dropout (paired), epoch, step as a ratio to dropout's")
+        for method, found in methods.items():
+            pairs = [(a, b) for a, b in zip(found, methods["dropout"], strict=True) if a and b]
+            if len(pairs) < 2:
+                continue
+            less = [a["best"] - b["best"] for a, b in pairs]
+            best, epoch = (statistics.mean(a[key] for a, _ in pairs) for key in ("best", "epoch"))
+            error = statistics.stdev(less) / len(less) ** 0.5
+            ratio = statistics.median(a["ms"] / b["ms"] for a, b in pairs)
+            told = f"{best:.4f}  {statistics.mean(less):+.4f} ± {error:.4f}  {epoch:4.1f}  {ratio:.2f}"
+            print(f"  {method:20} {told}  ({len(pairs)} seeds)")
 
 
 def main() -> None:
@@ -75,22 +96,12 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet()
     warnings.filterwarnings("ignore")
-    runs: dict[str, dict[str, list[dict[str, float]]]] = {n: {m: [] for m in METHODS} for n in NETWORKS}
+    runs: dict[str, dict[str, list[dict[str, float] | None]]] = {n: {m: [] for m in METHODS} for n in NETWORKS}
     for seed in range(options.seeds):
         for network in NETWORKS:
             for method, done in runs[network].items():
                 done.append(fit(network, method, seed, options.epochs))
-    for network, methods in runs.items():
-        print(f"{network}: best validation loss, minus dropout (paired), epoch, step as a ratio to dropout's")
-        for method, found in methods.items():
-            best = [one["best"] for one in found]
-            pairs = list(zip(found, methods["dropout"], strict=True))
-            less = [a["best"] - b["best"] for a, b in pairs]
-            error = statistics.stdev(less) / len(less) ** 0.5 if len(less) > 1 else float("nan")
-            ratio = statistics.median(a["ms"] / b["ms"] for a, b in pairs)
-            epoch = statistics.mean(one["epoch"] for one in found)
-            told = f"{statistics.mean(best):.4f}  {statistics.mean(less):+.4f} ± {error:.4f}  {epoch:4.1f}  {ratio:.2f}"
-            print(f"  {method:20} {told}")
+    show(runs)
     report = {"machine": describe_machine(ReLUNet(width=256)), "options": vars(options), "runs": runs}
     Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
