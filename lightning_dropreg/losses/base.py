@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_dropreg.errors import LossNotRecognizedError, UnsupportedOperationError
 from lightning_dropreg.numerics.dtypes import noise_dtype
+from lightning_dropreg.numerics.dual import divided
 
 __all__ = [
     "Loss",
@@ -227,7 +228,7 @@ def reduced(elements: Tensor, reduction: str, denominator: Tensor | float) -> Te
     """Reduce as torch does, with `denominator` for the mean."""
     if reduction == "none":
         return elements.clone()  # the user may go on in place, and ours must stay what they are
-    return elements.sum() if reduction == "sum" else elements.sum() / denominator
+    return elements.sum() if reduction == "sum" else divided(elements.sum(), denominator)
 
 
 def classes_last(values: Tensor, classes: int) -> Tensor:

@@ -4,7 +4,8 @@ In torch 2.13 the forward-mode formulas of ``softmax``, ``log_softmax`` and ``lo
 own backward needs (an error), those of ``layer_norm``, ``batch_norm`` and ``instance_norm`` take mean and scale for
 constants when they are differentiated backward (a wrong gradient, without a word). A pass with dual numbers puts these
 in place of torch's (`REPLACEMENTS`; so does one that is differentiated backward three times, for which the same
-formulas of norms are wrong), and refuses those of torch's that are wrong and have no stand-in here (`REFUSED`).
+formulas of norms are wrong), and refuses those of torch's that are wrong and have no stand-in here (`REFUSED`). A dual
+and a constant are combined here as well: torch takes a millisecond, in Python, to see that a constant has no tangent.
 ``tests/numerics/test_dual.py`` compares what torch has, operation by operation, with finite differences.
 """
 
@@ -24,7 +25,7 @@ from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.numerics.dtypes import noise_dtype
 from lightning_dropreg.numerics.torch_private import FUSED_LOG_SOFTMAX, FUSED_SOFTMAX
 
-__all__ = ["REFUSED", "REPLACEMENTS", "log_softmax", "make_dual"]
+__all__ = ["REFUSED", "REPLACEMENTS", "divided", "log_softmax", "make_dual"]
 
 _softmax, _log_softmax, _logsumexp = torch.softmax, torch.log_softmax, torch.logsumexp
 
@@ -197,6 +198,48 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(result) if inplace else result
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, without what torch does in Python for a weight and a bias that have no tangent.
+
+    Returns:
+        Value and tangent.
+    """
+    (x, t), constant = forward_ad.unpack_dual(input), not (_is_dual(weight) or _is_dual(bias))
+    if t is None or not constant:
+        return _linear(input, weight, bias)
+    return make_dual(_linear(x, weight, bias), _linear(t, weight))
+
+
+_linear = F.linear
+
+
+def _with_constant(func: Callable[..., Tensor], shifts: bool = False) -> Callable[..., Tensor]:
+    """Make what replaces an operation of two, for the same reason: one with a tangent and a constant behind it.
+
+    Args:
+        func: A product, a quotient, a sum or a difference.
+        shifts: Whether the constant has no part in the tangent: a sum or a difference.
+
+    Returns:
+        What does the same.
+    """
+
+    def combined(input: Any, other: Any, **rest: Any) -> Tensor:
+        x, t = forward_ad.unpack_dual(input) if isinstance(input, Tensor) else (input, None)
+        if t is None or rest or _is_dual(other):
+            return func(input, other, **rest)
+        value = func(x, other)
+        t = t if shifts else func(t, other)
+        fits = t.shape == value.shape and t.dtype == value.dtype
+        return make_dual(value, t) if fits else func(input, other)
+
+    return combined
+
+
+divided = _with_constant(torch.div)
+"""`torch.div`."""
+
+
 def detach(input: Tensor) -> Tensor:
     """`Tensor.detach`: no gradient, but the value moves with the noise all the same, and so has a tangent.
 
@@ -280,6 +323,9 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.batch_norm: torch_batch_norm,
     torch.instance_norm: torch_instance_norm,
     **dict.fromkeys((torch.detach, Tensor.detach, Tensor.data.__get__), detach),  # type: ignore[attr-defined]
+    F.linear: linear,
+    **{func: _with_constant(func) for func in (torch.mul, Tensor.mul, torch.div, Tensor.div)},
+    **{func: _with_constant(func, shifts=True) for func in (torch.add, Tensor.add, torch.sub, Tensor.sub)},
     F.glu: glu,
     F.hardsigmoid: hardsigmoid,
     **{func: _norm(func, "p") for func in (torch.norm, Tensor.norm)},

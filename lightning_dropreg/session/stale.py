@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_dropreg.numerics.torch_private import has_gradient_hooks, has_hooks_after_accumulation
 from lightning_dropreg.session.twins import twins
 
-__all__ = ["StaleGradients", "acts_on_gradients"]
+__all__ = ["StaleGradients", "acts_on_gradients", "is_changed"]
 
 
 class StaleGradients:
@@ -71,9 +71,9 @@ class StaleGradients:
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         hooks = [(self._module, LightningModule, name) for name in ("on_before_zero_grad", "optimizer_zero_grad")]
         return (
-            any(_is_changed(*hook) for hook in hooks)
-            or any(_is_changed(callback, Callback, "on_before_zero_grad") for callback in callbacks)
-            or _is_changed(optimizer, Optimizer, "zero_grad")
+            any(is_changed(*hook) for hook in hooks)
+            or any(is_changed(callback, Callback, "on_before_zero_grad") for callback in callbacks)
+            or is_changed(optimizer, Optimizer, "zero_grad")
         )
 
 
@@ -94,10 +94,10 @@ def acts_on_gradients(trainer: Trainer, module: LightningModule) -> bool:
         return True
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     before = takewhile(lambda callback: getattr(callback, "acts_on_training", None) is not True, callbacks)
-    return any(_is_changed(callback, Callback, "on_after_backward") for callback in before)
+    return any(is_changed(callback, Callback, "on_after_backward") for callback in before)
 
 
-def _is_changed(instance: object, base: type, name: str) -> bool:
+def is_changed(instance: object, base: type, name: str) -> bool:
     """Whether a method is not that of the base; one that wraps it (``functools.wraps``) is another."""
     # a type without such a method answers in ways of its own (a mock, `__getattr__`), and may do anything
     own = getattr(type(instance), name, None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dropreg.numerics.torch_private import norms_of
+from lightning_dropreg.session.stale import is_changed
 
 __all__ = ["EpochMeans", "Values", "norm_of"]
 
@@ -69,6 +70,7 @@ class Values:
         self.module = module
         self._means = EpochMeans(means)
         self._latest: dict[str, Tensor] = {}
+        self._plain = not is_changed(module, LightningModule, "log")
 
     def add(self, values: Mapping[str, Tensor], always: bool = False) -> None:
         """Take the values of one step: for its log and for the means.
@@ -83,6 +85,8 @@ class Values:
     def log(self, values: Mapping[str, Tensor], always: bool = False) -> None:
         """Log the latest values where somebody reads them; one call of Lightning's ``log`` is a thousand of Python's.
 
+        Where a value was logged before in this epoch, it only takes the place of the one before.
+
         A value that is not made in every step (a penalty with ``every_n_steps``) is logged as it was last.
 
         Args:
@@ -92,8 +96,13 @@ class Values:
         self._latest.update(values)
         if not always and not self.are_read:
             return
+        results, hook = self.trainer._results if self._plain else None, self.module._current_fx_name
         for name, value in self._latest.items():
-            self.module.log(f"dropreg/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+            held = None if results is None else results.get(f"{hook}.dropreg/{name}")
+            if held is None or held.has_reset or held.value.device != value.device:
+                self.module.log(f"dropreg/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+            else:
+                held.forward(value, 1)
         self._latest.clear()
 
     def log_means(self) -> None:

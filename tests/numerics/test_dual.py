@@ -14,6 +14,11 @@ CASES = {
     F.layer_norm: lambda f, x: f(x, (4,), torch.arange(4.0) + 1, torch.ones(4)),
     F.batch_norm: lambda f, x: f(x, torch.zeros(4), torch.ones(4), torch.arange(4.0) + 1, None, True),
     F.instance_norm: lambda f, x: f(x.reshape(1, 3, 4), torch.zeros(3), torch.ones(3), torch.arange(3.0) + 1),
+    F.linear: lambda f, x: f(x.square(), torch.arange(8.0).reshape(2, 4), torch.ones(2)),
+    torch.mul: lambda f, x: f(x.square(), torch.arange(4.0)),
+    torch.div: lambda f, x: f(x.square(), 3),
+    torch.add: lambda f, x: f(x.square(), torch.ones(2, 1, 1)),  # broadcast
+    torch.sub: lambda f, x: f(x.square(), torch.ones(4)),
 }
 
 
