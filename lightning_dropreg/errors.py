@@ -5,6 +5,8 @@ Everything derives from `DropregError`, so ``except DropregError`` catches whate
 
 __all__ = [
     "CheckpointSettingsError",
+    "CompiledPartError",
+    "CompiledPartWarning",
     "CompositionError",
     "CorpusNotFoundError",
     "DivergenceError",
@@ -84,6 +86,22 @@ class UnsupportedRowsError(UnsupportedModuleError):
     """Some of the rows of a batch do not stand for all of it, as ``batch_fraction`` supposes."""
 
 
+class CompiledPartError(DropregError):
+    """A compiled part of a model did in its graph something else than it did when it was looked at.
+
+    Args:
+        message: What it did.
+        part: Path of the part.
+
+    Attributes:
+        part: The same.
+    """
+
+    def __init__(self, message: str, part: str) -> None:
+        super().__init__(message)
+        self.part = part
+
+
 class CheckpointSettingsError(DropregError):
     """A run is to be resumed from a checkpoint that was written with other settings."""
 
@@ -110,3 +128,7 @@ class UnboundedPenaltyWarning(UserWarning):
 
 class KinkedNetworkWarning(UserWarning):
     """The noise of finite steps is larger than ``xi_approx``, because the network has kinks (ReLU)."""
+
+
+class CompiledPartWarning(UserWarning):
+    """A part that `torch.compile` has made runs uncompiled, because its graph was seen to do something else."""

@@ -38,7 +38,7 @@ class Repeating(Protocol):
         written_out: Whether the pass will be differentiated twice or forward.
     """
 
-    sites: list[Site]
+    sites: Any
     site_nodes: list[Any]
     checkpoints: int
     written_out: bool
@@ -144,7 +144,7 @@ def _without_reentrance(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> It
     start = mode.position
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        with mode.replaying(start):
+        with mode.replaying(start), _as_written():
             return fn(*args, **kwargs)
 
     mode.checkpoints += 1
@@ -183,7 +183,7 @@ class _Reentrant:
             if not computed:
                 computed = True
                 return function(*args)
-            with mode.replaying(start):
+            with mode.replaying(start), _as_written():
                 return function(*args)
 
         mode.checkpoints += 1
@@ -199,6 +199,11 @@ class _Reentrant:
 
 
 _OURS = {"generator": _without_reentrance, "function": _Reentrant}
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Let compiled parts run uncompiled, as they did in the checkpoint the first time."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def _check_repeatable(mode: Repeating) -> None:

@@ -28,7 +28,7 @@ from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.losses.logits import LogitsTrail
 from lightning_dropreg.numerics.dtypes import is_in_bfloat16
 
-__all__ = ["Interception", "constants_marked"]
+__all__ = ["Interception", "constants_marked", "marks_constants"]
 
 
 _marking: ContextVar[bool] = ContextVar("marking", default=False)
@@ -46,6 +46,11 @@ def constants_marked() -> Iterator[None]:
         yield
     finally:
         _marking.reset(token)
+
+
+def marks_constants() -> bool:
+    """Whether `constants_marked` is in force."""
+    return _marking.get()
 
 
 class Interception(TorchFunctionMode):

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Mode", "RepeatableRule", "Rule", "Site"]
+__all__ = ["Mode", "RepeatableRule", "Rule", "Site", "TraceableRule", "TracedRule"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,27 @@ class RepeatableRule(Rule, Protocol):
 
     def again(self, index: int, h: Tensor) -> Tensor:
         """Return for `h` what the rule returned at site number `index` of the pass."""
+
+
+class TracedRule(Protocol):
+    """A rule as it stands in a compiled graph: what it keeps is tensors, and it takes note of nothing."""
+
+    def __call__(self, h: Tensor, p: float, mask_shape: tuple[int, ...], position: Tensor) -> Tensor:
+        """Return what takes the place of ``dropout(h)`` at the site number `position` (a scalar) of the pass."""
+
+
+@runtime_checkable
+class TraceableRule(Rule, Protocol):
+    """A rule that a compiled part of a model can follow inside its graph."""
+
+    def traced(self) -> TracedRule | None:
+        """Return what does in a graph what the rule does now; None if nothing does."""
+
+    def meet(self, site: Site) -> None:
+        """Take note of a site that a graph has reached, in order."""
+
+    def strong(self) -> TraceableRule:
+        """Return a rule of the same kind with noise of a key of its own, large enough to be seen in every value."""
 
 
 class Mode(Protocol):

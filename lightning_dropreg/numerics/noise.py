@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["KeyedGenerators", "draw_key", "fold_key", "of_this_rank", "random_signs"]
+__all__ = [
+    "KeyedGenerators",
+    "draw_key",
+    "fold_key",
+    "keyed_signs",
+    "keyed_uniforms",
+    "of_this_rank",
+    "random_signs",
+]
 
 _MASK64 = (1 << 64) - 1
 
@@ -63,6 +71,10 @@ class KeyedGenerators:
             self._generators[device] = generator
         return self._generators[device]
 
+    def at(self, position: int, device: torch.device) -> torch.Generator:
+        """Return the generator of `device`, seeded anew for what stands at `position`."""
+        return self.on(device).manual_seed(fold_key(self.key, position))
+
 
 def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Draw independent ``+1`` and ``-1`` with probability one half each.
@@ -89,3 +101,44 @@ def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Gene
     )
     bits = (words >> torch.arange(32, dtype=torch.int32, device=device)).bitwise_and_(1)
     return bits.flatten()[:count].view(tuple(shape)).to(dtype).mul_(2).sub_(1)
+
+
+@torch.library.custom_op("dropreg::signs", mutates_args=())
+def keyed_signs(
+    key: Tensor, position: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Draw `random_signs` as one operation that compiled graphs can hold, with key and position as its inputs.
+
+    Being a function of its inputs, it may be computed again in a backward.
+
+    Args:
+        key: Seed of the batch, an integer scalar on the CPU.
+        position: Number of the site, likewise.
+        shape: Shape of the result.
+        dtype: Its floating-point type.
+        device: Its device.
+
+    Returns:
+        The very numbers that a generator seeded with ``fold_key(key, position)`` gives.
+    """
+    return random_signs(shape, dtype, _generator(key, position, device))
+
+
+@torch.library.custom_op("dropreg::uniforms", mutates_args=())
+def keyed_uniforms(
+    key: Tensor, position: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Draw uniform numbers in ``[0, 1)``; see `keyed_signs`."""
+    return torch.rand(tuple(shape), generator=_generator(key, position, device), dtype=dtype, device=device)
+
+
+def _generator(key: Tensor, position: Tensor, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(fold_key(int(key), int(position)))
+
+
+def _like(key: Tensor, position: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+keyed_signs.register_fake(_like)
+keyed_uniforms.register_fake(_like)

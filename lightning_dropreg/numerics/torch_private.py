@@ -15,6 +15,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "DROPOUT_LAYERS",
@@ -22,6 +23,7 @@ __all__ = [
     "FUSED_SOFTMAX",
     "FUSED_WEIGHT_NORM",
     "NORM_LAYERS",
+    "active_modes",
     "assert_on_device",
     "checkpoint_entrances",
     "has_gradient_hooks",
@@ -30,6 +32,8 @@ __all__ = [
     "in_checkpoint",
     "is_compiled_wrapper",
     "keeping_donated_buffers",
+    "keeping_side_effects_out_of_recomputation",
+    "modes_aside",
     "norms_of",
     "set_version",
     "watching_saved_tensors",
@@ -240,6 +244,49 @@ def hidden_from_modes() -> AbstractContextManager[None]:
     return nullcontext() if disable is None else disable()  # what is compiled then sees the interception, and breaks
 
 
+_POP, _PUSH = "overrides._pop_mode", "overrides._push_mode"
+
+
+def active_modes() -> list[TorchFunctionMode]:
+    """Return the modes that are on, the outermost first; none where torch cannot be asked, or lets none be set aside.
+
+    Example:
+        >>> active_modes()
+        []
+    """
+    stack = _attribute(torch, "overrides._get_current_function_mode_stack")
+    if stack is None or _attribute(torch, _POP) is None or _attribute(torch, _PUSH) is None:
+        return []
+    return list(stack())
+
+
+@contextmanager
+def modes_aside(kind: type[TorchFunctionMode]) -> Iterator[None]:
+    """Let the modes of a kind not see what runs inside, while all others do, and may be entered and left.
+
+    Args:
+        kind: Their class.
+
+    Yields:
+        Nothing.
+    """
+    modes = active_modes()
+    others = [mode for mode in modes if not isinstance(mode, kind)]
+    _exchange(modes, others)
+    try:
+        yield
+    finally:
+        _exchange(active_modes(), modes)
+
+
+def _exchange(modes: Sequence[TorchFunctionMode], others: Sequence[TorchFunctionMode]) -> None:
+    pop, push = _attribute(torch, _POP), _attribute(torch, _PUSH)
+    for _ in modes:
+        pop()
+    for mode in others:
+        push(mode)
+
+
 def set_version(tensor: Tensor, version: int) -> None:
     """Let a tensor count the changes made in place from another number on.
 
@@ -274,6 +321,17 @@ def keeping_donated_buffers() -> AbstractContextManager[None]:
     if config is None or not hasattr(config, "donated_buffer"):  # a release that gives no buffers away
         return nullcontext()
     return config.patch(donated_buffer=False)  # type: ignore[no-any-return]
+
+
+def keeping_side_effects_out_of_recomputation() -> AbstractContextManager[None]:
+    """Let what is compiled meanwhile take note of things inside checkpoints, once; without, the graph breaks there."""
+    config = _attribute(torch, "_dynamo.config")
+    if config is None or not hasattr(config, _SIDE_EFFECTS):
+        return nullcontext()
+    return config.patch({_SIDE_EFFECTS: True})  # type: ignore[no-any-return]
+
+
+_SIDE_EFFECTS = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

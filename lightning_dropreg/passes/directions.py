@@ -33,15 +33,17 @@ class Directions:
     """
 
     def __init__(self, key: int, mask: str = "as_model") -> None:
+        self.key = key
+        self.mask = mask
         self._generators = KeyedGenerators(key)
-        self._mask = mask
-        self._drawn: list[tuple[Site, Tensor]] = []
+        self._sites: list[Site] = []
+        self._drawn: dict[int, Tensor] = {}
         self._next = 0
         self._complete = False
 
     def shape_of(self, site: Site) -> tuple[int, ...]:
         """Return the shape of the noise at `site`."""
-        return site.mask_shape if self._mask == "as_model" else site.shape
+        return site.mask_shape if self.mask == "as_model" else site.shape
 
     def rewind(self) -> None:
         """Start the next pass: the sites get the directions they got in the first.
@@ -49,9 +51,9 @@ class Directions:
         Raises:
             InconsistentPassesError: If the pass that ended reached fewer sites than the one before it.
         """
-        if self._next != len(self._drawn):
+        if self._next != len(self._sites):
             raise InconsistentPassesError(
-                f"The first pass over this batch reached {len(self._drawn)} dropout sites, a later one {self._next}. "
+                f"The first pass over this batch reached {len(self._sites)} dropout sites, a later one {self._next}. "
                 f"{_SAME_EVERY_TIME}"
             )
         self._next = 0
@@ -59,7 +61,36 @@ class Directions:
 
     def at(self, position: int) -> Tensor:
         """Return the direction of site number `position`, which was drawn before."""
-        return self._drawn[position][1]
+        return self._drawn[position]
+
+    def meet(self, site: Site) -> int:
+        """Go on to the next site, whose direction may be drawn elsewhere (in a compiled graph).
+
+        Args:
+            site: The site that was reached.
+
+        Returns:
+            Its number.
+
+        Raises:
+            InconsistentPassesError: If an earlier pass met another site at this place.
+        """
+        position, self._next = self._next, self._next + 1
+        if position < len(self._sites):
+            first = self._sites[position]
+            if (first.p, first.shape, first.kind) != (site.p, site.shape, site.kind):
+                raise InconsistentPassesError(
+                    f"Dropout site number {position} was {first} in the first pass over this batch and {site} in a "
+                    f"later one. {_SAME_EVERY_TIME}"
+                )
+            return position
+        if self._complete:
+            raise InconsistentPassesError(
+                f"The first pass over this batch reached {len(self._sites)} dropout sites, a later one also {site}. "
+                f"{_SAME_EVERY_TIME}"
+            )
+        self._sites.append(site)
+        return position
 
     def draw(self, site: Site, like: Tensor) -> Tensor:
         """Return the direction of the next site.
@@ -74,22 +105,12 @@ class Directions:
         Raises:
             InconsistentPassesError: If an earlier pass met another site at this place.
         """
-        position, self._next = self._next, self._next + 1
-        if position < len(self._drawn):
-            first, direction = self._drawn[position]
-            if (first.p, first.shape, first.kind) != (site.p, site.shape, site.kind):
-                raise InconsistentPassesError(
-                    f"Dropout site number {position} was {first} in the first pass over this batch and {site} in a "
-                    f"later one. {_SAME_EVERY_TIME}"
-                )
-            return direction
-        if self._complete:
-            raise InconsistentPassesError(
-                f"The first pass over this batch reached {len(self._drawn)} dropout sites, a later one also {site}. "
-                f"{_SAME_EVERY_TIME}"
-            )
-        direction = self._sample(site, noise_dtype(like.dtype), self._generators.on(like.device))
-        self._drawn.append((site, direction))
+        position = self.meet(site)
+        direction = self._drawn.get(position)
+        if direction is None:
+            # a seed for every site: a compiled graph draws it without knowing what the others draw
+            direction = self._sample(site, noise_dtype(like.dtype), self._generators.at(position, like.device))
+            self._drawn[position] = direction
         return direction
 
     def _sample(self, site: Site, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

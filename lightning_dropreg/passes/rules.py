@@ -20,6 +20,7 @@ from lightning_dropreg.numerics.dtypes import noise_dtype
 from lightning_dropreg.numerics.dual import make_dual
 from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
 from lightning_dropreg.passes.directions import Directions
+from lightning_dropreg.passes.traced import TracedDrop, TracedOff, TracedPerturb
 
 __all__ = ["Drop", "Off", "Perturb", "Tangent", "Tap", "TappedTangent", "draws_of_dropout", "focus", "focused"]
 
@@ -34,6 +35,17 @@ class Off:
     def again(self, index: int, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return h
+
+    def traced(self) -> TracedOff:
+        """See `lightning_dropreg.interception.sites.TraceableRule`."""
+        return TracedOff()
+
+    def meet(self, site: Site) -> None:
+        """See `lightning_dropreg.interception.sites.TraceableRule`."""
+
+    def strong(self) -> Off:
+        """See `lightning_dropreg.interception.sites.TraceableRule`."""
+        return Off()
 
 
 class Perturb:
@@ -50,6 +62,20 @@ class Perturb:
     def again(self, index: int, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return (h * (1 + self.step * self.directions.at(index))).to(h.dtype)
+
+    def traced(self) -> TracedPerturb | None:
+        """See `lightning_dropreg.interception.sites.TraceableRule`."""
+        if type(self) is not Perturb or type(self.directions) is not Directions:
+            return None  # other noise
+        return TracedPerturb(self.directions.key, self.step, self.directions.mask)
+
+    def meet(self, site: Site) -> None:
+        """See `lightning_dropreg.interception.sites.TraceableRule`."""
+        self.directions.meet(site)
+
+    def strong(self) -> Perturb:
+        """See `lightning_dropreg.interception.sites.TraceableRule`."""
+        return Perturb(Directions(0, self.directions.mask), 1.0)
 
 
 class Tangent:
@@ -155,6 +181,18 @@ class Drop:
         uniform = torch.rand(shape, generator=generator, dtype=torch.float32, device=h.device)
         kept = uniform < 1 - site.p if self.mirrored else uniform >= site.p
         return h * kept.to(h.dtype).div_(1 - site.p)
+
+    def traced(self) -> TracedDrop:
+        """See `lightning_dropreg.interception.sites.TraceableRule`."""
+        return TracedDrop(self.key, self.mirrored)
+
+    def meet(self, site: Site) -> None:
+        """See `lightning_dropreg.interception.sites.TraceableRule`."""
+        self.sites.append(site)
+
+    def strong(self) -> Drop:
+        """See `lightning_dropreg.interception.sites.TraceableRule`."""
+        return Drop(0, self.mirrored)
 
 
 def draws_of_dropout(key: int, k: int, antithetic: bool) -> list[Drop]:

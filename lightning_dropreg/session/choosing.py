@@ -41,7 +41,7 @@ def choose(trainer: Trainer, module: LightningModule, plan: Plan, aside: Closure
 
     def refused(estimator: str) -> list[DropregError]:
         chosen = plan.choosing(estimator)
-        return [*module_problems(trainer, module, chosen), *compiled_problems(module, seen.sites, chosen)]
+        return [*module_problems(trainer, module, chosen), *compiled_problems(module, chosen)]
 
     return choose_estimator(
         aside,

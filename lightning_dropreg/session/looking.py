@@ -25,11 +25,12 @@ from lightning_dropreg.inspection.first_step import all_at_once, check_masks_of_
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Pass, is_dormant
+from lightning_dropreg.passes.compiled import CompiledParts, uncompiled
 from lightning_dropreg.passes.last_site import shares_body
 from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.session.batch import Batch, Pairable, SkippedError
 from lightning_dropreg.session.choosing import choose, choose_fraction
-from lightning_dropreg.session.compiled import as_compiled, compiled_parts, compiled_problems, uncompiled
+from lightning_dropreg.session.compiled import compiled_problems
 from lightning_dropreg.session.manual import ManualStep
 from lightning_dropreg.session.pairable import find_pairable, signature, still_pairable
 from lightning_dropreg.session.past import Habits
@@ -96,7 +97,7 @@ class Looks:
         self.found: dict[str, Any] = {}
         self.copies = self.shares_body = False
         self.counting: Counting | None = None
-        self.compiled = list(compiled_parts(module).values())
+        self.compiled = CompiledParts(module)
         self.whole_parameters = has_whole_parameters(trainer.strategy)
         self.in_step_with_others = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
         self.found_in_reach: Reach | None = None
@@ -127,7 +128,7 @@ class Looks:
                 seen.release()
                 changed = changed_parameters(self.module, before)
                 problems += changed
-                problems += compiled_problems(self.module, seen.sites, self.plan) + found
+                problems += compiled_problems(self.module, self.plan) + found
                 if not (problems or self.plan.untouched) and self.found_in_reach is not None:
                     measured = measure_repeatability(batch, self.found_in_reach)
                     self.measured += measured
@@ -163,7 +164,7 @@ class Looks:
         batch = self.to_look_at(original, args, kwargs)
         around = attention_dropout(self.plan.attention)
         try:
-            with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
+            with self.compiled.running(), batch.isolation, self._dormant(), around:
                 problems = problems_of(measure_repeatability(batch, self.reach(original), self.copies))
                 problems = problems or self._derivative_problems(batch, again=True)
                 self.shares_body = self.shares_body and shares_body(batch.aside)
@@ -178,14 +179,14 @@ class Looks:
     def _choose(self, batch: Batch, seen: Pass) -> None:
         """Take an estimator where the choice was left to the model; a resumed run takes that of its checkpoint."""
         if _CHOSEN not in self.found:
-            with as_compiled(self.compiled), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
+            with self.compiled.running(), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
                 self.found[_CHOSEN] = asdict(choose(self.trainer, self.module, self.plan, batch.aside, seen))
         self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
         rank_zero_info(f"lightning_dropreg: {self.choice}.")
 
     def _choose_fraction(self, batch: Batch, seen: Pass) -> None:
         """Take a part of the rows or all where the choice was left to the step, as `_choose` does."""
-        with as_compiled(self.compiled), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
+        with self.compiled.running(), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
             known = self.found.get(_FRACTION)
             self.found[_FRACTION] = known or asdict(
                 choose_fraction(
@@ -234,7 +235,7 @@ class Looks:
         if kind not in self.found and len(self.found.keys() - {_CHOSEN, _FRACTION, _WHOLE}) < _KINDS:
             batch = self.to_look_at(original, args, kwargs)
             around = attention_dropout(self.plan.attention)
-            with as_compiled(self.compiled), batch.isolation, self._dormant(), around:
+            with self.compiled.running(), batch.isolation, self._dormant(), around:
                 self._find_pairable(batch, self.plan)
         plain = self.found.get(kind)
         return kind, None if plain is None else Pairable.of(plain)

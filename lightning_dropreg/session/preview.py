@@ -12,8 +12,9 @@ from lightning_dropreg.inspection.assumptions import Measured
 from lightning_dropreg.inspection.kinks import noise_excess
 from lightning_dropreg.inspection.support import Support, find_support, gradient_norm
 from lightning_dropreg.interception.handlers.attention import attention_dropout
+from lightning_dropreg.passes.compiled import uncompiled
 from lightning_dropreg.session.batch import SkippedError
-from lightning_dropreg.session.compiled import as_compiled, compiled_problems, uncompiled
+from lightning_dropreg.session.compiled import compiled_problems
 from lightning_dropreg.session.problems import changed_parameters, fingerprints, module_problems
 from lightning_dropreg.session.session import Session
 from lightning_dropreg.step.plan import Plan
@@ -47,8 +48,7 @@ def look(
             support = find_support(batch.aside)
     except SkippedError:
         raise InvalidArgumentError("The first training step has no loss.") from None
-    sites = [found.site for found in support.sites]
-    problems = module_problems(trainer, module, Plan()) + compiled_problems(module, sites, Plan())
+    problems = module_problems(trainer, module, Plan()) + compiled_problems(module, Plan())
     return support, [*problems, *support.problems, *changed_parameters(module, before)]
 
 
@@ -81,7 +81,7 @@ def rehearse(
         return {}, plan, []
     batch = session.looks.to_look_at(step, args, {})
     batch.lasting = False
-    with as_compiled(session.looks.compiled), batch.isolation:
+    with session.looks.compiled.running(), batch.isolation:
         result = session.plan.run(batch, 0, 0)
         total = result.total
         if result.later is not None:

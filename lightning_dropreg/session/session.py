@@ -20,20 +20,14 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dropreg.errors import (
-    NoDropoutSiteError,
-    UnsupportedRowsError,
-)
+from lightning_dropreg.errors import CompiledPartError, NoDropoutSiteError, UnsupportedRowsError
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Off, dormant_sites, run_pass
 from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_loss
 from lightning_dropreg.session.choosing import warn_of_kinks, warn_of_no_bound
-from lightning_dropreg.session.compiled import (
-    as_compiled,
-    keeping_buffers,
-)
+from lightning_dropreg.session.compiled import keeping_buffers
 from lightning_dropreg.session.looking import REFUSED, Looks
 from lightning_dropreg.session.manual import ManualStep, joined
 from lightning_dropreg.session.others import DropsLater, Watcher
@@ -127,7 +121,7 @@ class Session:
         training_step._dropreg_original = original  # type: ignore[attr-defined]
         self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
         self._installed = True
-        if self.looks.compiled:
+        if self.looks.compiled.parts:
             self._compiling.enter_context(keeping_buffers())
 
     def remove(self) -> None:
@@ -172,7 +166,11 @@ class Session:
         if self.plan.only_drops_nothing(step):
             return self._step_without_dropout(original, args, kwargs)
         try:
-            return self._step_with_passes(original, args, kwargs, stale)
+            while True:
+                try:
+                    return self._step_with_passes(original, args, kwargs, stale)
+                except CompiledPartError as problem:  # what its graph gave does not count
+                    self.looks.compiled.parts[problem.part].surprised()
         except NoDropoutSiteError:  # by chance there is nothing to regularize in this one (layer drop, another task)
             return self._step_without_dropout(original, args, kwargs)
 
@@ -208,11 +206,11 @@ class Session:
         if self.plan.noise_after_backward:
             batch.logs.remember()
         try:
-            with as_compiled(self.looks.compiled), batch.isolation, self._dormant():
+            with self.looks.compiled.running(), batch.isolation, self._dormant():
                 plan = self.plan.choosing("antithetic")  # which is open yet in a batch that the user's step skips
                 try:
                     result = plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
-                except (NoDropoutSiteError, UnsupportedRowsError):
+                except (CompiledPartError, NoDropoutSiteError, UnsupportedRowsError):
                     batch.forget()
                     raise
                 self._check_finite(batch, result)
@@ -248,7 +246,7 @@ class Session:
             return loss_of(output)
 
         try:
-            with as_compiled(self.looks.compiled), attention_dropout(self.plan.attention), self._dormant():
+            with self.looks.compiled.running(), attention_dropout(self.plan.attention), self._dormant():
                 loss = run_pass(closure, Off(), need_sites=False).loss
         except SkippedError:
             return None
@@ -280,7 +278,7 @@ class Session:
             self._check_finite(runner, result)
             values.append(self._values(result))
 
-        with as_compiled(self.looks.compiled), batch.isolation:
+        with self.looks.compiled.running(), batch.isolation:
             manual = ManualStep(batch, self.trainer, self.looks.habits)
             output = manual.run(self.plan, number, watch, self.values.in_logging_step)
         batch.logs.replay()
@@ -295,7 +293,7 @@ class Session:
         if batch is not None:
             context = self.trainer.precision_plugin.train_step_context()
             with (
-                as_compiled(self.looks.compiled),
+                self.looks.compiled.running(),
                 self._dormant(),
                 batch.isolation.aside(),
                 context,
@@ -377,6 +375,7 @@ def own_step(module: LightningModule) -> Callable[..., Any]:
 
 def _function_of(method: Any) -> Callable[..., Any]:
     """The plain function behind a bound method; what is no method is called without the module."""
+    method = getattr(method, "_torchdynamo_orig_callable", method)  # only `forward` of a compiled module stays so
     if inspect.ismethod(method):
         return method.__func__
     return functools.wraps(method)(lambda _, *args, **kwargs: method(*args, **kwargs))

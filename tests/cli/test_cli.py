@@ -141,6 +141,7 @@ class Troubled(dr.ImplicitNoiseMixin, Classifier):
         super().__init__(dtype=torch.float32)
         self.automatic_optimization = False
         self.last = torch.nn.Linear(3, 3)
+        self.implicit_noise = {"estimator": "forward" if compiles else "auto"}  # a compiled part has no forward mode
         for part in (self.net, self.net[3]) if compiles else ():
             part.compile()
 
@@ -167,8 +168,8 @@ def test_inspect_finds_out_what_is_supported_and_all_that_is_not(capsys, monkeyp
     assert "Once" in behind["refused"]["double_backward"]
     assert before["estimators"] == list(ESTIMATORS)
     assert [loss["name"] for loss in found["losses"] if not loss["refused"]] == ["cross_entropy"]
-    parts = ("net is compiled", "net.3 is compiled", "does not lead through")
-    assert all(part in problem for part, problem in zip(parts, found["problems"], strict=True))
+    [problem] = found["problems"]
+    assert "does not lead through" in problem
     [outlook] = found["plans"]
     assert outlook["callbacks"] == ["ImplicitNoise"]
     assert "has 2 problems" in outlook["refused"]

@@ -119,18 +119,18 @@ def _probabilities(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) ->
     return dual.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
 
 
-_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
 def multi_head(mode: Mode, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`F.multi_head_attention_forward`, whose only dropout is that of the probabilities."""
-    call = _SIGNATURE.bind(*args, **kwargs)
+    call = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
     if mode.ignores_attention:
-        call.arguments["dropout_p"] = 0.0
-    if not call.arguments.get("training", True):
-        mode.at_rest(call.arguments["dropout_p"], "attention")
+        call["dropout_p"] = 0.0
+    if not call.get("training", True):
+        mode.at_rest(call["dropout_p"], "attention")
     with mode.sites_of_kind("attention"):
-        return open_up(mode, func, *call.args, **call.kwargs)
+        return open_up(mode, func, **call)
 
 
 HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {

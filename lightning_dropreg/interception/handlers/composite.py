@@ -6,7 +6,6 @@ and a call with the mode on would come right back. So the handler calls a copy o
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +24,7 @@ def _never(*_: object) -> bool:
     return False
 
 
-@functools.cache
-def transparent(func: Callable[..., Any]) -> Callable[..., Any]:
+def _transparent(func: Callable[..., Any]) -> Callable[..., Any]:
     """Copy a Python function of torch so that it does not offer itself to modes, while what it calls still does."""
     assert isinstance(func, types.FunctionType)
     hooks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -36,10 +34,20 @@ def transparent(func: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
+TRANSPARENT = {
+    func: _transparent(func)
+    for func in (
+        F.multi_head_attention_forward, F.gumbel_softmax, F.softmin, F.normalize,
+        *filter(None, (getattr(F, "linear_cross_entropy", None),)),
+    )
+}  # fmt: skip
+"""The copies, made before a compiler sees the functions."""
+
+
 def open_up(mode: Mode, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `func` with `mode` seeing what it calls."""
     with mode:
-        return transparent(func)(*args, **kwargs)
+        return TRANSPARENT[func](*args, **kwargs)
 
 
 def weight_norm(mode: Mode, func: Callable[..., Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
