@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning_dropreg.auditing.backward import check_backward, check_output
 from lightning_dropreg.auditing.findings import Finding, in_order
-from lightning_dropreg.auditing.others import check_certain, check_optimizers, check_random, check_variance
-from lightning_dropreg.auditing.ranks import check_ranks
-from lightning_dropreg.auditing.rates import check_evaluation, check_frozen, check_rates
+from lightning_dropreg.auditing.graph import check_backward, check_output
+from lightning_dropreg.auditing.others import check_optimizers, check_random, check_variance
+from lightning_dropreg.auditing.rates import (
+    check_certain,
+    check_evaluation,
+    check_frozen,
+    check_ranks,
+    check_rates,
+)
 from lightning_dropreg.auditing.reach import check_modes, check_reached, check_restored
 from lightning_dropreg.auditing.record import DRAWS, ERROR_PROBABILITY, Record, measure
 from lightning_dropreg.auditing.subject import subject_of
@@ -44,8 +49,8 @@ def audit(
 ) -> list[Finding]:
     """Look for dropout that does not do what it should, in a step as it really runs.
 
-    The step runs `draws` + 2 times and each evaluation step twice; modules, random states and gradients are left as
-    they were.
+    The step runs `draws` + 3 times at most and each evaluation step twice; modules, random states and gradients are
+    left as they were.
 
     Args:
         module: A LightningModule (its ``training_step`` and ``validation_step``), another `nn.Module`, or a closure

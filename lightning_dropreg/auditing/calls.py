@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 from lightning_dropreg.auditing.masks import Mask
 from lightning_dropreg.auditing.places import Place
 
-__all__ = ["Call", "Draw", "LossCall", "Recorder"]
+__all__ = ["Call", "Draw", "HandMask", "LossCall", "Recorder"]
 
 
 @dataclass
@@ -61,12 +61,30 @@ class Draw:
 
 @dataclass
 class LossCall:
-    """A loss function that was called: its name, where, and the node at which its first argument was made."""
+    """A loss: its name, the node at which what it is given was made, and the shape of that, if it is known."""
 
     name: str
-    place: Place
     node: Any
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HandMask:
+    """A tensor of 0 and one other value that acts on something: a mask, if it is another in every run.
+
+    Attributes:
+        place: Where it acts.
+        layer: The module that runs.
+        content: Which entries are 0, hashed.
+        dropped: Number of entries that are 0.
+        entries: Number of entries.
+    """
+
+    place: Place
+    layer: nn.Module | None
+    content: str
+    dropped: int
+    entries: int
 
 
 class Recorder(Protocol):

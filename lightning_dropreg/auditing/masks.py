@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Mask", "along", "collapse", "read_mask"]
+__all__ = ["Mask", "along", "collapse", "digest", "read_mask"]
 
 _TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _MANY = 1 << 24  # entries; of larger tensors only the beginning is looked at
@@ -106,3 +107,8 @@ def along(mask: Mask, dims: Sequence[int]) -> Mask:
     for dim in dims:
         kept, known = kept.any(dim, keepdim=True), known.any(dim, keepdim=True)
     return Mask(kept, known, mask.scale, mask.tolerance)
+
+
+def digest(entries: Tensor) -> str:
+    """Return a hash of a boolean tensor, by which two can be compared."""
+    return hashlib.sha256(entries.to("cpu", torch.uint8).contiguous().numpy().tobytes()).hexdigest()

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from lightning_dropreg.auditing.findings import Finding
-from lightning_dropreg.auditing.places import Place, defined_at
+from lightning_dropreg.auditing.places import Place, defined_at, made_at
 from lightning_dropreg.auditing.record import Record
 from lightning_dropreg.auditing.watch import is_dropout
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 
-__all__ = ["check_certain", "check_optimizers", "check_random", "check_variance"]
+__all__ = ["check_optimizers", "check_random", "check_variance"]
 
 _SHIFT = 1.25
 """Ratio of variances from which on `check_variance` warns."""
@@ -25,8 +25,22 @@ def check_random(record: Record) -> Iterator[Finding]:
     Yields:
         Findings ``hand-made``.
     """
+    masks = {mask.place: mask for mask in record.hand_masks.get("training", ())}
+    for place, mask in masks.items():
+        yield Finding(
+            "hand-made",
+            "warning",
+            str(place),
+            f"a mask that is no known dropout's acts on an activation: {mask.dropped} of {mask.entries} entries are "
+            "dropped, others every time (2 draws with the known dropout off; no chance involved). Whether it scales is "
+            "not looked at.",
+            "Call lightning_dropreg.drop or nn.functional.dropout in its place.",
+        )
     counts: dict[tuple[str, Place], int] = {}
+    told = {place.path for place in masks}
     for draw in record.drawn:
+        if draw.place.path in told:
+            continue
         counts[draw.what, draw.place] = counts.get((draw.what, draw.place), 0) + 1
     for (what, place), count in counts.items():
         yield Finding(
@@ -47,7 +61,7 @@ def check_random(record: Record) -> Iterator[Finding]:
             yield Finding(
                 "hand-made",
                 "note",
-                str(call.place),
+                str(Place(call.place.path, defined_at(layer))),
                 f"{type(layer).__name__} drops {tally.entries - tally.kept} of {tally.entries} entries by itself in "
                 f"{tally.draws} draws.",
                 "Let it call lightning_dropreg.drop, so that it is seen and can be replaced.",
@@ -76,7 +90,7 @@ def check_variance(record: Record) -> Iterator[Finding]:
         yield Finding(
             "variance-shift",
             "warning",
-            str(Place(record.path(norm), defined_at(record.paths.parent(norm) or norm))),
+            str(Place(record.path(norm), made_at(record.paths, norm))),
             f"with dropout its input has {mean:.3g} +- {error:.2g} times the variance that it has without, in "
             f"{len(ratios)} draws (warned from {_SHIFT} on, at four standard errors: 6e-5 for normal ratios).",
             "Put the dropout behind the last batch norm, or use layer norm.",
@@ -121,20 +135,3 @@ def _optimizers(configured: Any) -> Iterable[Any]:
             yield from _optimizers(one)
     elif isinstance(configured, torch.optim.Optimizer):
         yield configured
-
-
-def check_certain(record: Record) -> Iterator[Finding]:
-    """Find dropouts that drop everything.
-
-    Yields:
-        Findings ``drops-everything``.
-    """
-    for tally in record.training:
-        if tally.readable and tally.entries and tally.kept == 0 and tally.p == 1.0:
-            yield Finding(
-                "drops-everything",
-                "error",
-                str(tally.call.place),
-                f"p = 1: 0 of {tally.entries} entries are kept in {tally.draws} draws.",
-                "Lower p; to switch a part off, remove it.",
-            )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-__all__ = ["Paths", "Place", "current_line", "defined_at"]
+__all__ = ["Paths", "Place", "current_line", "defined_at", "made_at"]
 
 # code of others that only passes calls on
 _PASSING = (
@@ -96,6 +96,16 @@ def defined_at(module: nn.Module, attribute: str = "") -> str:
             if re.search(pattern, line):
                 return f"{file}:{start + number}"
     return f"{file}:{start}"
+
+
+def made_at(paths: Paths, module: nn.Module) -> str:
+    """Return file and line where a module is made, if that is in the class of one above it that is not torch's."""
+    below, above = module, paths.parent(module)
+    while above is not None and type(above).__module__.startswith("torch.nn"):
+        below, above = above, paths.parent(above)
+    if above is None:
+        return defined_at(module)
+    return defined_at(above, next((name for name, child in above.named_children() if child is below), ""))
 
 
 def _short(file: str) -> str:

@@ -1,15 +1,17 @@
-"""Masks that are not what dropout's should be: their rate, their scale, and whether they are new every time."""
+"""Masks that are not what dropout's should be: their rate, their scale, whether they are new, and off in evaluation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
+import torch
+
 from lightning_dropreg.auditing.chance import binomial_tail, log_agreement, percent, power_of_ten
 from lightning_dropreg.auditing.findings import Finding
 from lightning_dropreg.auditing.record import Record, Tally
 
-__all__ = ["check_evaluation", "check_frozen", "check_rates"]
+__all__ = ["check_certain", "check_evaluation", "check_frozen", "check_ranks", "check_rates"]
 
 _LEAST = 0.002  # a smaller difference of rates does no harm, and fused kernels round p
 
@@ -125,7 +127,62 @@ def check_evaluation(record: Record) -> Iterator[Finding]:
                 f"{tally.draws} draws; no chance involved).",
                 "Pass training=self.training (for attention: dropout_p=p if self.training else 0.0).",
             )
+        for mask in record.hand_masks.get(stage, ()):
+            if not (record.subject.stand_in and mask.layer in {None, *_steps(record)}):
+                yield Finding(
+                    "active-in-eval",
+                    "error",
+                    str(mask.place),
+                    f"in {stage}, a mask made by hand drops {mask.dropped} of {mask.entries} entries, others each time "
+                    "(2 draws; no chance involved).",
+                    "Draw it only if self.training.",
+                )
 
 
 def _steps(record: Record) -> list[object]:
     return [root for root in record.subject.roots if hasattr(root, "training_step")]
+
+
+def check_certain(record: Record) -> Iterator[Finding]:
+    """Find dropouts that drop everything.
+
+    Yields:
+        Findings ``drops-everything``.
+    """
+    for tally in record.training:
+        if tally.readable and tally.entries and tally.kept == 0 and tally.p == 1.0:
+            yield Finding(
+                "drops-everything",
+                "error",
+                str(tally.call.place),
+                f"p = 1: 0 of {tally.entries} entries are kept in {tally.draws} draws.",
+                "Lower p; to switch a part off, remove it.",
+            )
+
+
+def check_ranks(record: Record) -> Iterator[Finding]:
+    """Compare the masks of the first draw over the ranks of the default process group, if there is one.
+
+    Yields:
+        A finding ``ranks-share-masks``, where masks of equal shape are equal.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() < 2:
+        return
+    gathered: list[list[tuple[str, tuple[int, ...], str, int]]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(gathered, record.fingerprints)
+    mine, *others = gathered
+    for other in others:
+        pairs = [(a, b) for a, b in zip(mine, other, strict=False) if a[1] == b[1] and a[3] > 64]
+        same = [a for a, b in pairs if a[2] == b[2]]
+        if same:
+            entries = sum(one[3] for one in same)
+            yield Finding(
+                "ranks-share-masks",
+                "warning",
+                same[0][0],
+                f"{len(same)} of {len(pairs)} masks ({entries} entries) are equal on two of {len(gathered)} ranks, of "
+                "which the first is this.",
+                "Seed every rank differently: torch.manual_seed(seed + rank) after seed_everything.",
+            )
+            return

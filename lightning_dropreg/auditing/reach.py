@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_dropreg.auditing.findings import Finding
-from lightning_dropreg.auditing.places import Place, defined_at
+from lightning_dropreg.auditing.places import Place, defined_at, made_at
 from lightning_dropreg.auditing.record import Attribute, Record
 from lightning_dropreg.auditing.watch import is_dropout
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
@@ -84,18 +84,8 @@ def _runner(record: Record, layer: nn.Module) -> nn.Module:
 
 def _line(record: Record, attribute: Attribute) -> str:
     if type(attribute.module).__module__.startswith("torch.nn"):
-        return _line_of(record, attribute.module)
+        return made_at(record.paths, attribute.module)
     return defined_at(attribute.module, attribute.name)
-
-
-def _line_of(record: Record, module: nn.Module) -> str:
-    """Where a module is made, if that is in the class of one above it that is not torch's."""
-    below, above = module, record.paths.parent(module)
-    while above is not None and type(above).__module__.startswith("torch.nn"):
-        below, above = above, record.paths.parent(above)
-    if above is None:
-        return defined_at(module)
-    return defined_at(above, next((name for name, child in above.named_children() if child is below), ""))
 
 
 def _repair(layer: nn.Module) -> str:
@@ -125,13 +115,13 @@ def check_modes(record: Record) -> Iterator[Finding]:
     for top, attributes in tops.values():
         frozen = not any(parameter.requires_grad for parameter in top.parameters())
         frozen = frozen and any(True for _ in top.parameters())
-        first = attributes[0]
+        first, more = attributes[0], len(attributes) - 1
         yield Finding(
             "eval-in-train",
             "note" if frozen else "warning",
-            str(Place(record.path(top), _line_of(record, top))),
-            f"{len(attributes)} drop probabilities above 0 (the first is {first.label} = {first.p:g}) are in "
-            f"evaluation mode in {record.draws} training steps{', all its parameters frozen' * frozen}.",
+            str(Place(record.path(top), made_at(record.paths, top))),
+            f"{first.label} = {first.p:g}{f' and {more} more drop probabilities' * bool(more)}: in evaluation mode in "
+            f"{record.draws} training steps{', all its parameters frozen' * frozen}.",
             "Call .train() on it before training (from_pretrained leaves a model in evaluation mode).",
         )
 

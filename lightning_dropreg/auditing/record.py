@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.auditing.calls import Call, Draw, LossCall
-from lightning_dropreg.auditing.masks import Mask, along, collapse
-from lightning_dropreg.auditing.output import on_outputs
+from lightning_dropreg.auditing.calls import Call, Draw, HandMask
+from lightning_dropreg.auditing.graph import OutputDropout, on_outputs, other_mask
+from lightning_dropreg.auditing.masks import Mask, along, collapse, digest
 from lightning_dropreg.auditing.places import Paths, Place
-from lightning_dropreg.auditing.randomness import RandomStates
 from lightning_dropreg.auditing.subject import Subject, loss_in
 from lightning_dropreg.auditing.watch import Watch, watching
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.numerics.torch_private import has_hooks_after_accumulation
 from lightning_dropreg.passes import Off
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.placing import drop_prob_attributes
@@ -144,8 +143,9 @@ class Record:
         incomplete: What could not be looked at, and why.
         norms_with: Means of ``h`` and ``h^2`` over a channel of what each batch norm was given, by draw.
         norms_without: The same without dropout.
-        outputs: Losses, and the dropout that their first argument comes right out of.
-        mismatches: Calls whose backward has another mask, and in how many entries of how many.
+        outputs: Dropouts on what losses are given.
+        mismatches: Calls whose backward has another mask, and by how much.
+        hand_masks: Masks that no known dropout made, by stage (the training step is ``"training"``).
         fingerprints: Place, shape, hash and entries of the masks of the first draw.
     """
 
@@ -165,8 +165,9 @@ class Record:
     norms_with: dict[Any, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     norms_without: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     fingerprints: list[tuple[str, tuple[int, ...], str, int]] = field(default_factory=list)
-    mismatches: list[tuple[Call, int, int]] = field(default_factory=list)
-    outputs: list[tuple[LossCall, Call]] = field(default_factory=list)
+    mismatches: list[tuple[Call, str]] = field(default_factory=list)
+    outputs: list[OutputDropout] = field(default_factory=list)
+    hand_masks: dict[str, list[HandMask]] = field(default_factory=dict)
 
     @functools.cached_property
     def level(self) -> float:
@@ -213,13 +214,8 @@ def isolated(subject: Subject) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     Yields:
         What runs them.
     """
-    random = RandomStates(subject.roots)
-    saved = random.save()
     with subject.modes_kept(), Isolation(subject.holder) as isolation:
-        try:
-            yield lambda steps: isolation.run(steps, trace=False)
-        finally:
-            random.restore(saved)
+        yield lambda steps: isolation.run(steps, trace=False)
 
 
 def _train(record: Record) -> None:
@@ -251,28 +247,58 @@ def _train(record: Record) -> None:
 def _differentiate(record: Record, watch: Watch, loss: Tensor | None) -> None:
     """Compare the gradient of what went into each dropout with the mask that it had in the forward."""
     calls = [call for call in watch.calls if call.before is not None and call.after is not None]
-    record.outputs += on_outputs(watch.losses, calls)
-    if loss is None or not loss.requires_grad or not calls:
+    record.outputs += on_outputs(watch.losses, calls, loss)
+    if loss is None or not loss.requires_grad or not watch.calls:
         return
-    edges = [edge for call in calls for edge in (call.before, call.after) if edge is not None]
+    # what is asked for where no dropout has a gradient is only for what checkpoints compute again
+    edges: list[Any] = [edge for call in calls for edge in (call.before, call.after) if edge is not None]
+    edges = edges or [one for one in record.subject.holder.parameters() if one.requires_grad]
     watch.backward, forward = True, len(watch.calls)
     try:
-        gradients = torch.autograd.grad(loss, edges, allow_unused=True)
-    except RuntimeError as error:  # checkpoints with reentrance refuse
-        record.incomplete["backward"] = f"{type(error).__name__}: {error}"[:200]
-        return
+        gradients = torch.autograd.grad(loss, edges, allow_unused=True, retain_graph=True)
+    except RuntimeError as error:
+        gradients = ()
+        if not _went_backward(record.subject.holder, loss):
+            record.incomplete["backward"] = f"{type(error).__name__}: {error}"[:200]
     finally:
+        again = watch.calls[forward:]
         del watch.calls[forward:]  # what a checkpoint computes again is no draw
         watch.backward = False
-    for number, call in enumerate(calls):
-        before, after = gradients[2 * number : 2 * number + 2]
-        mask = call.mask
-        if before is None or after is None or mask is None or call.tensors or mask.kept.shape != before.shape:
-            continue
-        told = mask.known & (after.abs() > 1e-6 * after.abs().max())
-        wrong = int(((before != 0) != mask.kept)[told].sum())
-        if wrong:
-            record.mismatches.append((call, wrong, int(told.sum())))
+    for call, before, after in zip(calls, gradients[::2], gradients[1::2], strict=False):
+        if before is not None and after is not None:
+            record.mismatches += [(call, evidence) for evidence in other_mask(call, before, after)]
+    _compare_again(record, watch.calls, again)
+
+
+def _went_backward(module: nn.Module, loss: Tensor) -> bool:
+    """Whether a whole backward could be run: reentrant checkpoints refuse any other, and it must set nothing off."""
+    parameters = list(module.parameters())
+    if torch.distributed.is_initialized() or any(map(has_hooks_after_accumulation, parameters)):
+        return False
+    kept = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+    except RuntimeError:
+        return False
+    finally:
+        for parameter, grad in zip(parameters, kept, strict=True):
+            parameter.grad = grad
+    return True
+
+
+def _compare_again(record: Record, forward: Sequence[Call], again: Sequence[Call]) -> None:
+    """Compare what a checkpoint computes again with what it computed first, in any order of the checkpoints."""
+    told = {call.place.path for call, _ in record.mismatches}
+    for call in {call.place.path: call for call in reversed(forward)}.values():  # the line is another in a backward
+        first, second = ([one.mask.kept for one in calls if one.mask is not None and one.place.path == call.place.path]
+                         for calls in (forward, again))  # fmt: skip
+        wanted = set(map(digest, first))
+        others = [kept for kept in second if digest(kept) not in wanted]
+        if others and call.place.path not in told:
+            evidence = f"{len(others)} of {len(second)} masks that the backward computes again are none of the forward"
+            record.mismatches.append((call, evidence))
 
 
 def _count(calls: list[Call], tallies: dict[tuple[Place, str, int], Tally]) -> None:
@@ -291,23 +317,33 @@ def _done(tallies: dict[tuple[Place, str, int], Tally]) -> list[Tally]:
 
 def _fingerprint(call: Call) -> tuple[str, tuple[int, ...], str, int]:
     assert call.mask is not None
-    kept = call.mask.kept.to("cpu", torch.uint8).contiguous()
-    return str(call.place), tuple(kept.shape), hashlib.sha256(kept.numpy().tobytes()).hexdigest(), call.mask.entries
+    kept = call.mask.kept
+    return str(call.place), tuple(kept.shape), digest(kept), call.mask.entries
 
 
 def _quiet(record: Record) -> None:
-    """Let the step run without dropout, for what batch norm would see in evaluation."""
-    watch = Watch(record.paths, masks=False)
+    """Let the step run without dropout, for what batch norm would see in evaluation and for masks made by hand."""
+    watches = [Watch(record.paths, masks=False, by_hand=True) for _ in range(2 if record.drawn else 1)]
 
-    def step() -> None:
-        with watching(watch), Interception(Off()):
-            record.subject.train()
+    def steps() -> None:
+        for watch in watches:
+            with watching(watch), Interception(Off()):
+                record.subject.train()
 
-    if not record.norms_with:
+    if not record.norms_with and not record.drawn:
         return
-    with isolated(record.subject) as run, torch.no_grad(), suppress(DropregError):
-        run(step)
-    record.norms_without = {norm: inputs[0] for norm, inputs in watch.norm_inputs.items()}
+    with isolated(record.subject) as run, torch.set_grad_enabled(bool(record.drawn)), suppress(DropregError):
+        run(steps)
+    record.norms_without = {norm: inputs[0] for norm, inputs in watches[0].norm_inputs.items()}
+    record.hand_masks["training"] = _new_masks(watches)
+
+
+def _new_masks(watches: Sequence[Watch]) -> list[HandMask]:
+    """The masks that are others in the second of two runs, at the same place."""
+    if len(watches) < 2:
+        return []
+    first, second = (watch.hand_masks for watch in watches)
+    return [a for a, b in zip(first, second, strict=False) if a.place == b.place and a.content != b.content]
 
 
 def _trace(record: Record) -> None:
@@ -345,14 +381,14 @@ def _evaluate(record: Record, stage: str) -> None:
     subject = record.subject
     tallies: dict[tuple[Place, str, int], Tally] = {}
     values: list[tuple[Attribute, Any]] = []
+    watches = [Watch(record.paths, by_hand=bool(record.drawn)) for _ in range(2)]
 
     def steps() -> None:
         with subject.in_evaluation():
             before, after = subject.hooks if stage == "validation" else ([], [])
             for hook in before:
                 _try(hook)
-            for _ in range(2):
-                watch = Watch(record.paths)
+            for watch in watches:
                 with watching(watch):
                     subject.evaluate[stage]()
                 _count(watch.calls, tallies)
@@ -370,6 +406,7 @@ def _evaluate(record: Record, stage: str) -> None:
         for attribute in record.attributes:
             setattr(attribute.module, attribute.name, attribute.p)
     record.evaluation[stage] = _done(tallies)
+    record.hand_masks[stage] = _new_masks(watches)
     record.changed += [(one, value, stage) for one, value in values if value != one.p]
 
 

@@ -18,13 +18,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from lightning_dropreg.auditing.calls import Call, Draw, LossCall
+from lightning_dropreg.auditing.calls import Call, Draw, HandMask, LossCall
 from lightning_dropreg.auditing.functions import HANDLERS, LOSSES
-from lightning_dropreg.auditing.masks import read_mask
+from lightning_dropreg.auditing.masks import digest, read_mask
 from lightning_dropreg.auditing.places import Paths, Place, current_line
-from lightning_dropreg.auditing.randomness import RandomStates
 from lightning_dropreg.interception.handlers.dropout import channel_mask
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS, hidden_from_modes
+from lightning_dropreg.passes.randomness import RandomState
+from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.placing import drop_prob_attributes
 
 __all__ = ["Watch", "is_dropout", "layer_drop_prob", "watching"]
@@ -34,6 +35,17 @@ _SHARES = re.compile(
     r"lock|variational|spatial|path|depth|connect|channel|row|token|patch|word|embed|block|shared|\dd|feature|layer",
     re.IGNORECASE,
 )
+
+
+_SOURCES = {0: "torch", 1: "Python's random", 2: "numpy.random", 3: "torch on the GPU"}
+# functions by which a mask may act, and where in their arguments they have it and what it acts on
+_MASKING = {
+    **dict.fromkeys(("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"), ((0, 1), (1, 0))),
+    "where": ((0, 1), (0, 2)),
+    "masked_fill": ((1, 0),),
+    "masked_fill_": ((1, 0),),
+    "__setitem__": ((1, 0),),
+}
 
 
 @dataclass
@@ -53,26 +65,32 @@ class Watch(TorchFunctionMode):
         paths: The paths of the modules.
         masks: Whether to read masks.
         gradients: Whether the gradients at the dropouts will be asked for.
+        by_hand: Whether to look for masks that no dropout made.
 
     Attributes:
         calls: The calls of dropouts in order.
         drawn: What else drew random numbers.
         losses: The losses that were called.
+        hand_masks: Tensors that might be masks made by hand.
         eval_layers: Dropout layers that ran in evaluation mode.
         seen: The modules that ran, and whether in training mode.
     """
 
-    def __init__(self, paths: Paths, masks: bool = True, gradients: bool = False) -> None:
+    def __init__(self, paths: Paths, masks: bool = True, gradients: bool = False, by_hand: bool = False) -> None:
         super().__init__()
         self.paths = paths
         self.masks = masks
         self.gradients = gradients
+        self.by_hand = by_hand
         self.calls: list[Call] = []
         self.drawn: list[Draw] = []
         self.losses: list[LossCall] = []
         self.seen: dict[nn.Module, bool] = {}
         self.backward = False
-        self.random = RandomStates(paths.roots)
+        self.hand_masks: list[HandMask] = []
+        own = Reach({type(root).__name__: root for root in paths.roots}).generators()
+        self._sources = {**_SOURCES, **{4 + number: place for number, (place, _) in enumerate(own)}}
+        self._random = RandomState([generator for _, generator in own])
         self._stack: list[_Frame] = []
         self.norm_inputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
@@ -85,14 +103,32 @@ class Watch(TorchFunctionMode):
         handler = HANDLERS.get(func)
         if handler is not None:
             result = handler(self, func, *args, **kwargs)
-            self.random.changed()  # as they should
+            self._random = self._random.again()  # they have changed as they should
             return result
+        name = str(getattr(func, "__name__", func))
+        if self.by_hand and name in _MASKING:
+            self._note_hand_mask(name, args)
         result = func(*args, **kwargs)
-        generator = kwargs.get("generator")
-        self._note(str(getattr(func, "__name__", func)), drew=generator is not None)
-        if func in LOSSES and args and isinstance(args[0], Tensor):
-            self.losses.append(LossCall(func.__name__, self.place(), args[0].grad_fn, tuple(args[0].shape)))
+        self._note(name, drew=kwargs.get("generator") is not None)
+        if func in LOSSES:
+            # prediction and target may stand the other way round
+            given = [one for one in (*args[:2], kwargs.get("input")) if isinstance(one, Tensor)]
+            made = next((one for one in given if one.grad_fn is not None), None)
+            if made is not None:
+                self.losses.append(LossCall(func.__name__, made.grad_fn, tuple(made.shape)))
         return result
+
+    def _note_hand_mask(self, name: str, args: tuple[Any, ...]) -> None:
+        for mask, h in ((args[i], args[j]) for i, j in _MASKING[name] if max(i, j) < len(args)):
+            if not (isinstance(mask, Tensor) and isinstance(h, Tensor) and h.is_floating_point()):
+                continue
+            # a gradient tells an activation from data
+            if mask.requires_grad or (torch.is_grad_enabled() and not h.requires_grad) or self._in_dropout():
+                continue
+            zero = mask == 0
+            dropped, entries = int(zero.sum()), mask.numel()
+            if 0 < dropped < entries and bool((mask[~zero] == mask[~zero][0]).all()):
+                self.hand_masks.append(HandMask(self.place(), self.layer(), digest(zero), dropped, entries))
 
     def place(self) -> Place:
         """Return where the current call comes from."""
@@ -138,10 +174,12 @@ class Watch(TorchFunctionMode):
         return call
 
     def _note(self, what: str, drew: bool = False) -> None:
-        changed = self.random.changed()
-        for source in changed or ([""] if drew else []):
-            if self._in_dropout():
-                continue
+        moved = self._random.moved()
+        if moved:
+            self._random = self._random.again()
+        if self.backward or self._in_dropout():
+            return
+        for source in [self._sources[number] for number in moved] or [""] * drew:
             self.drawn.append(Draw(what if source in {"", "torch"} else f"{source} ({what})", self.place()))
 
     def _in_dropout(self) -> bool:
@@ -179,7 +217,7 @@ class Watch(TorchFunctionMode):
                 break
         else:
             return
-        if not (self.masks and is_dropout(module) and frame.h is not None):
+        if not (self.masks and is_dropout(module) and frame.h is not None and isinstance(output, Tensor)):
             return
         p = layer_drop_prob(module)
         inside = self.calls[frame.calls :]

@@ -1,5 +1,8 @@
 """Planted faults: for each id modules in which exactly that is wrong, and where."""
 
+import random
+
+import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -164,6 +167,76 @@ class FusedDropout(Layer):
         return TwoMasks.apply(h) if self.training else h
 
 
+class ByHand(nn.Module):
+    """Dropout as people write it, in the middle of a forward."""
+
+    def __init__(self, draw, act=lambda h, mask: h * mask / 0.6, always=False):
+        super().__init__()
+        self.draw, self.act, self.always = draw, act, always
+
+    def forward(self, h):
+        return self.act(h, self.draw(h)) if self.training or self.always else h
+
+
+def coins(h):
+    return torch.tensor([[random.random() < 0.6 for _ in row] for row in h])
+
+
+class Reentrant(Checkpointed):
+    def forward(self, h):
+        return checkpoint(self.drop, h, use_reentrant=True, preserve_rng_state=False)
+
+
+class Recomputed(Checkpointed):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, h):
+        return checkpoint(lambda h: self.drop(torch.tanh(self.drop(h))), h, use_reentrant=self.reentrant)
+
+
+class ReluByHand(nn.Module):
+    """What is 0 here depends on a dropout before, and another random number is drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, h):
+        h = self.drop(h).roll(1) + float(np.random.rand()) * 0
+        return h * (h > 0)
+
+
+class BeforeOutput(Body):
+    """Dropout right before the last layer of a regression."""
+
+    def __init__(self, loss, p=0.5):
+        super().__init__(nn.Identity(), drop=nn.Dropout(p))
+        self.loss = loss
+
+    def forward(self, x):
+        return self.loss(self.last(self.drop(torch.relu(self.first(x)))), x[:, :3])
+
+
+class Stepping(L.LightningModule):
+    """A module with an optimizer."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.net, self.optimizer = Body(nn.Dropout(0.4)), optimizer
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch)
+
+    def configure_optimizers(self):
+        return {"optimizer": self.optimizer(self.parameters())}
+
+
+class SAM(torch.optim.SGD):
+    """Called like one that evaluates the loss twice."""
+
+
 class OnOutput(Body):
     def __init__(self, loss):
         super().__init__(nn.Identity(), drop=nn.Dropout(0.3))
@@ -208,12 +281,33 @@ ZOO = [
     ("backward-mask", lambda: Body(FusedDropout()), "inner (zoo.py:"),
     ("on-output", lambda: OnOutput(lambda z: F.cross_entropy(z, z.argmax(-1))), "drop (zoo.py:"),
     ("on-output", lambda: OnOutput(lambda z: F.mse_loss(z.reshape(-1), torch.ones(z.numel()))), "drop (zoo.py:"),
-    ("variance-shift", lambda: before_norm(0.5), "inner.1"),
-    ("variance-shift", lambda: before_norm(0.3), "inner.1"),
+    ("backward-mask", lambda: Body(Reentrant()), "inner.drop (zoo.py:"),
+    ("on-output", lambda: OnOutput(lambda z: (z - 1).square().mean()), "drop (zoo.py:"),
+    ("on-output", lambda: BeforeOutput(F.mse_loss), "drop (zoo.py:"),
+    ("on-output", lambda: BeforeOutput(lambda z, y: (y - z).abs().mean()), "drop (zoo.py:"),
+    ("variance-shift", lambda: before_norm(0.5), "inner.1 (zoo.py:"),
+    ("variance-shift", lambda: before_norm(0.3), "inner.1 (zoo.py:"),
     ("stuck-at-zero", lambda: Body(Zeroing(0.4)), "inner.p (zoo.py:"),
     ("stuck-at-zero", lambda: Body(nn.Sequential(Zeroing(0.2))), "inner.0.p (zoo.py:"),
     ("eval-in-train", frozen_part, "inner (zoo.py:"),
     ("eval-in-train", frozen_layer, "inner (zoo.py:"),
     ("hand-made", lambda: Body(ByNumpy()), "inner (zoo.py:"),
     ("hand-made", lambda: Body(ByTorch()), "inner (zoo.py:"),
+    ("hand-made", lambda: Body(ByHand(lambda h: torch.rand(h.shape) > 0.4)), "inner (zoo.py:"),
+    ("hand-made", lambda: Body(ByHand(lambda h: torch.bernoulli(torch.full_like(h, 0.6)))), "inner (zoo.py:"),
+    ("hand-made", lambda: Body(ByHand(lambda h: torch.from_numpy(np.random.rand(*h.shape) > 0.4))), "inner (zoo.py:"),
+    ("hand-made", lambda: Body(ByHand(coins, lambda h, mask: torch.where(mask, h, 0.0))), "inner (zoo.py:"),
+    ("active-in-eval", lambda: Body(ByHand(coins, always=True)), "inner (zoo.py:"),
+    ("noise-on-line-search", lambda: Stepping(torch.optim.LBFGS), "Stepping"),
+    ("noise-on-line-search", lambda: Stepping(SAM), "Stepping"),
+    ("drops-everything", lambda: Body(nn.Dropout(1.0)), "inner (zoo.py:"),
+    ("drops-everything", lambda: Body(nn.Sequential(nn.Tanh(), nn.Dropout1d(1.0))), "inner.1 (zoo.py:"),
 ]
+# nothing is wrong in these, though some look like it
+CLEAN = {
+    "dropout": lambda: Body(nn.Dropout(0.4)),
+    "reentrant checkpoint": lambda: Body(Recomputed(True)),
+    "checkpoint": lambda: Body(Recomputed(False)),
+    "mask that follows a dropout": lambda: Body(ReluByHand()),
+    "little noise before a regression": lambda: BeforeOutput(F.mse_loss, 0.05),
+}

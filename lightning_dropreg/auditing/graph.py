@@ -1,0 +1,186 @@
+"""What the graph of a step shows: the mask of the backward, and dropout on an output or right before it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_dropreg.auditing.calls import Call, LossCall
+from lightning_dropreg.auditing.findings import Finding
+
+if TYPE_CHECKING:
+    from lightning_dropreg.auditing.record import Record
+
+__all__ = ["OutputDropout", "check_backward", "check_output", "on_outputs", "other_mask"]
+
+# what changes the shape of an output, or its form, and not what it says
+_PASSING = re.compile(r"View|Reshape|Transpose|Permute|Squeeze|^T$|Copy|Clone|Alias|Softmax|Sigmoid|Slice|Select")
+_REDUCING = re.compile(r"Mean|Sum|Div|Mul|Sqrt|Copy")
+_REGRESSIONS = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss"})
+_BY_HAND = "a loss of differences"
+# where a linear layer has what goes into it: number of the edge, and the names of what it keeps
+_LINEAR = {"Addmm": (1, "_saved_mat1", "_saved_mat2"), "Mm": (0, "_saved_self", "_saved_mat2")}
+_NOISY = 0.25
+"""Ratio of variances from which on dropout before a regression's last layer is worth a warning."""
+_FEW = 8  # rows over which no variance is compared
+
+
+class OutputDropout(NamedTuple):
+    """A dropout on what a loss is given, or right before the last layer of a regression.
+
+    Attributes:
+        loss: The loss.
+        call: The dropout.
+        linear: Whether a linear layer stands between them.
+        ratio: Variance that the masks give to an output, over the variance that it has over the rows; None if unknown.
+        rows: Number of rows.
+    """
+
+    loss: LossCall
+    call: Call
+    linear: bool
+    ratio: float | None
+    rows: int
+
+
+def check_backward(record: Record) -> Iterator[Finding]:
+    """Find dropouts through which the gradient flows where the forward dropped, or does not where it kept.
+
+    Yields:
+        Findings ``backward-mask``.
+    """
+    for call, evidence in record.mismatches:
+        yield Finding(
+            "backward-mask",
+            "error",
+            str(call.place),
+            f"{evidence} (1 draw; no chance involved).",
+            "Use checkpoint(preserve_rng_state=True), or save the mask for the backward.",
+        )
+
+
+def other_mask(call: Call, before: Tensor, after: Tensor) -> Iterator[str]:
+    """Compare the gradients of what went into a dropout and of what came out with its mask.
+
+    Attention can be compared only as a whole: it is linear in its values, so that the two products of gradient and
+    tensor are equal.
+
+    Yields:
+        What speaks for another mask in the backward.
+    """
+    if call.tensors is not None:
+        value, output = call.tensors
+        went_in, came_out = (float((a.double() * b.double()).sum()) for a, b in ((before, value), (after, output)))
+        size = float((after.double() * output.double()).abs().sum())
+        if abs(went_in - came_out) > 0.02 * size:
+            yield f"gradient times values is {went_in:.4g}, gradient times output {came_out:.4g}: not equal"
+        return
+    if call.mask is None or call.mask.kept.shape != before.shape:
+        return
+    told = call.mask.known & (after.abs() > 1e-6 * after.abs().max())
+    wrong = int(((before != 0) != call.mask.kept)[told].sum())
+    if wrong:
+        yield f"in {wrong} of {int(told.sum())} entries the gradient has another mask than the output"
+
+
+def check_output(record: Record) -> Iterator[Finding]:
+    """Find dropout on what a loss is given, and right before the last linear layer of a regression.
+
+    The first is an error. The second changes the variance of the prediction between training and evaluation: a warning
+    where the masks give it a quarter or more of the variance that it has over the examples, else a note.
+
+    Yields:
+        Findings ``on-output``.
+    """
+    for loss, call, linear, ratio, rows in record.outputs:
+        if not linear:
+            shape = f", shape {loss.shape}" if loss.shape else ""
+            yield Finding(
+                "on-output",
+                "error",
+                str(call.place),
+                f"{loss.name} is given what comes out of this dropout{shape}, with no layer between (graph of 1 "
+                "training step; no chance involved).",
+                "Put the dropout before the last layer.",
+            )
+            continue
+        noisy = ratio is not None and rows >= _FEW and ratio >= _NOISY
+        seen = "" if ratio is None else f": its masks give a prediction {ratio:.2g} times the variance that it has over"
+        yield Finding(
+            "on-output",
+            "warning" if noisy else "note",
+            str(call.place),
+            f"only a linear layer is between this dropout and {loss.name}, a regression{seen}"
+            + f" {rows} rows (1 draw; a warning from {_NOISY} on)." * bool(seen),
+            "Move the dropout to an earlier layer: evaluation has none of this variance.",
+        )
+
+
+def on_outputs(losses: Sequence[LossCall], calls: Sequence[Call], loss: Tensor | None) -> list[OutputDropout]:
+    """Walk back in the graph from what each loss is given to the dropout that made it, if one did.
+
+    Args:
+        losses: The losses, while their graph is alive.
+        calls: The dropouts.
+        loss: What the step returned: where no loss function was called, a squared or absolute difference is looked for.
+
+    Returns:
+        The dropouts on outputs, and those with one linear layer between in a regression.
+    """
+    made = {call.after.node: call for call in calls if call.after is not None}
+    found = []
+    for one in losses or _by_hand(loss):
+        node = _back(one.node, made)
+        if node in made:
+            found.append(OutputDropout(one, made[node], False, None, 0))
+        elif one.name in _REGRESSIONS or one.name == _BY_HAND:
+            edge, *kept = _LINEAR.get(_name(node), (None, ""))
+            before = None if edge is None else _back(node.next_functions[edge][0], made)
+            if before in made:
+                found.append(OutputDropout(one, made[before], True, *_noise(node, kept, made[before].p)))
+    return found
+
+
+def _back(node: Any, made: dict[Any, Call]) -> Any:
+    while node is not None and node not in made and _PASSING.search(_name(node)) and node.next_functions:
+        node = node.next_functions[0][0]
+    return node
+
+
+def _name(node: Any) -> str:
+    return "" if node is None else re.sub(r"Backward\d*$", "", node.name().lstrip("_"))
+
+
+def _by_hand(loss: Tensor | None) -> Iterator[LossCall]:
+    """Losses like ``(prediction - target).square().mean()``."""
+    node: Any = None if loss is None else loss.grad_fn
+    while _REDUCING.search(_name(node)) and node.next_functions:
+        node = node.next_functions[0][0]
+    if _name(node) in {"Pow", "Abs"}:
+        difference = node.next_functions[0][0]
+        if _name(difference) == "Sub":
+            for side, _ in difference.next_functions:
+                yield LossCall(_BY_HAND, side, ())
+
+
+def _noise(node: Any, kept: Sequence[str], p: float | None) -> tuple[float | None, int]:
+    """Compare the variance that masks give to a linear layer's output with that over the rows.
+
+    What is kept is ``h / (1 - p)``, so that ``p`` times its square has the mean ``h^2 p / (1 - p)``.
+
+    Returns:
+        The ratio, None where it is not known, and the number of rows.
+    """
+    try:
+        h, weight = (getattr(node, name).detach().double() for name in kept)
+    except (AttributeError, RuntimeError):  # nothing is kept for a frozen weight, or it is gone
+        return None, 0
+    rows = h.shape[0]
+    if p is None or rows < 2:
+        return None, rows
+    masks = float(p * (h.square() @ weight.square()).mean())
+    spread = float((h @ weight).var(0).mean()) - masks
+    return masks / max(spread, 1e-3 * masks, 1e-300), rows
