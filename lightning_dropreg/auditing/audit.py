@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning_dropreg.auditing.findings import Finding, in_order
-from lightning_dropreg.auditing.graph import check_backward, check_output
-from lightning_dropreg.auditing.others import check_optimizers, check_random, check_variance
+from lightning_dropreg.auditing.others import check_optimizers, check_output, check_random, check_variance
 from lightning_dropreg.auditing.rates import (
+    check_backward,
     check_certain,
     check_evaluation,
     check_frozen,

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_dropreg.auditing.calls import Call, LossCall
-from lightning_dropreg.auditing.findings import Finding
 
-if TYPE_CHECKING:
-    from lightning_dropreg.auditing.record import Record
-
-__all__ = ["OutputDropout", "check_backward", "check_output", "on_outputs", "other_mask"]
+__all__ = ["OutputDropout", "on_outputs", "other_mask"]
 
 # what changes the shape of an output, or its form, and not what it says
 _PASSING = re.compile(r"View|Reshape|Transpose|Permute|Squeeze|^T$|Copy|Clone|Alias|Softmax|Sigmoid|Slice|Select")
@@ -23,9 +19,6 @@ _REGRESSIONS = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
 _BY_HAND = "a loss of differences"
 # where a linear layer has what goes into it: number of the edge, and the names of what it keeps
 _LINEAR = {"Addmm": (1, "_saved_mat1", "_saved_mat2"), "Mm": (0, "_saved_self", "_saved_mat2")}
-_NOISY = 0.25
-"""Ratio of variances from which on dropout before a regression's last layer is worth a warning."""
-_FEW = 8  # rows over which no variance is compared
 
 
 class OutputDropout(NamedTuple):
@@ -44,22 +37,6 @@ class OutputDropout(NamedTuple):
     linear: bool
     ratio: float | None
     rows: int
-
-
-def check_backward(record: Record) -> Iterator[Finding]:
-    """Find dropouts through which the gradient flows where the forward dropped, or does not where it kept.
-
-    Yields:
-        Findings ``backward-mask``.
-    """
-    for call, evidence in record.mismatches:
-        yield Finding(
-            "backward-mask",
-            "error",
-            str(call.place),
-            f"{evidence} (1 draw; no chance involved).",
-            "Use checkpoint(preserve_rng_state=True), or save the mask for the backward.",
-        )
 
 
 def other_mask(call: Call, before: Tensor, after: Tensor) -> Iterator[str]:
@@ -84,39 +61,6 @@ def other_mask(call: Call, before: Tensor, after: Tensor) -> Iterator[str]:
     wrong = int(((before != 0) != call.mask.kept)[told].sum())
     if wrong:
         yield f"in {wrong} of {int(told.sum())} entries the gradient has another mask than the output"
-
-
-def check_output(record: Record) -> Iterator[Finding]:
-    """Find dropout on what a loss is given, and right before the last linear layer of a regression.
-
-    The first is an error. The second changes the variance of the prediction between training and evaluation: a warning
-    where the masks give it a quarter or more of the variance that it has over the examples, else a note.
-
-    Yields:
-        Findings ``on-output``.
-    """
-    for loss, call, linear, ratio, rows in record.outputs:
-        if not linear:
-            shape = f", shape {loss.shape}" if loss.shape else ""
-            yield Finding(
-                "on-output",
-                "error",
-                str(call.place),
-                f"{loss.name} is given what comes out of this dropout{shape}, with no layer between (graph of 1 "
-                "training step; no chance involved).",
-                "Put the dropout before the last layer.",
-            )
-            continue
-        noisy = ratio is not None and rows >= _FEW and ratio >= _NOISY
-        seen = "" if ratio is None else f": its masks give a prediction {ratio:.2g} times the variance that it has over"
-        yield Finding(
-            "on-output",
-            "warning" if noisy else "note",
-            str(call.place),
-            f"only a linear layer is between this dropout and {loss.name}, a regression{seen}"
-            + f" {rows} rows (1 draw; a warning from {_NOISY} on)." * bool(seen),
-            "Move the dropout to an earlier layer: evaluation has none of this variance.",
-        )
 
 
 def on_outputs(losses: Sequence[LossCall], calls: Sequence[Call], loss: Tensor | None) -> list[OutputDropout]:

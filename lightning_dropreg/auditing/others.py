@@ -1,4 +1,4 @@
-"""Random numbers that are no dropout, normalization behind dropout, optimizers that need a repeatable loss."""
+"""Random numbers that are no dropout, and dropout where it harms: before batch norm, on outputs, with a line search."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from lightning_dropreg.auditing.record import Record
 from lightning_dropreg.auditing.watch import is_dropout
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 
-__all__ = ["check_optimizers", "check_random", "check_variance"]
+__all__ = ["check_optimizers", "check_output", "check_random", "check_variance"]
 
+_NOISY = 0.25
+"""Ratio of variances from which on dropout before a regression's last layer is worth a warning."""
+_FEW = 8  # rows over which no variance is compared
 _SHIFT = 1.25
 """Ratio of variances from which on `check_variance` warns."""
 
@@ -100,6 +103,39 @@ def check_variance(record: Record) -> Iterator[Finding]:
 def _ratio(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:
     variances = [(square - mean.square()).clamp(min=1e-12) for mean, square in (one, other)]
     return float(variances[0].mean() / variances[1].mean())
+
+
+def check_output(record: Record) -> Iterator[Finding]:
+    """Find dropout on what a loss is given, and right before the last linear layer of a regression.
+
+    The first is an error. The second changes the variance of the prediction between training and evaluation: a warning
+    where the masks give it a quarter or more of the variance that it has over the examples, else a note.
+
+    Yields:
+        Findings ``on-output``.
+    """
+    for loss, call, linear, ratio, rows in record.outputs:
+        if not linear:
+            shape = f", shape {loss.shape}" if loss.shape else ""
+            yield Finding(
+                "on-output",
+                "error",
+                str(call.place),
+                f"{loss.name} is given what comes out of this dropout{shape}, with no layer between (graph of 1 "
+                "training step; no chance involved).",
+                "Put the dropout before the last layer.",
+            )
+            continue
+        noisy = ratio is not None and rows >= _FEW and ratio >= _NOISY
+        seen = "" if ratio is None else f": its masks give a prediction {ratio:.2g} times the variance that it has over"
+        yield Finding(
+            "on-output",
+            "warning" if noisy else "note",
+            str(call.place),
+            f"only a linear layer is between this dropout and {loss.name}, a regression{seen}"
+            + f" {rows} rows (1 draw; a warning from {_NOISY} on)." * bool(seen),
+            "Move the dropout to an earlier layer: evaluation has none of this variance.",
+        )
 
 
 def check_optimizers(record: Record) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from lightning_dropreg.auditing.chance import binomial_tail, log_agreement, perc
 from lightning_dropreg.auditing.findings import Finding
 from lightning_dropreg.auditing.record import Record, Tally
 
-__all__ = ["check_certain", "check_evaluation", "check_frozen", "check_ranks", "check_rates"]
+__all__ = ["check_backward", "check_certain", "check_evaluation", "check_frozen", "check_ranks", "check_rates"]
 
 _LEAST = 0.002  # a smaller difference of rates does no harm, and fused kernels round p
 
@@ -158,6 +158,22 @@ def check_certain(record: Record) -> Iterator[Finding]:
                 f"p = 1: 0 of {tally.entries} entries are kept in {tally.draws} draws.",
                 "Lower p; to switch a part off, remove it.",
             )
+
+
+def check_backward(record: Record) -> Iterator[Finding]:
+    """Find dropouts through which the gradient flows where the forward dropped, or does not where it kept.
+
+    Yields:
+        Findings ``backward-mask``.
+    """
+    for call, evidence in record.mismatches:
+        yield Finding(
+            "backward-mask",
+            "error",
+            str(call.place),
+            f"{evidence} (1 draw; no chance involved).",
+            "Use checkpoint(preserve_rng_state=True), or save the mask for the backward.",
+        )
 
 
 def check_ranks(record: Record) -> Iterator[Finding]:
