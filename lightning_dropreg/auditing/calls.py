@@ -92,6 +92,8 @@ class Recorder(Protocol):
 
     masks: bool
     gradients: bool
+    backward: bool
+    calls: list[Call]
 
     def record(self, kind: str, p: float | None, drops: bool, **known: Any) -> Call:
         """Note a call."""

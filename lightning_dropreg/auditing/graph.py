@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lightning_dropreg.auditing.calls import Call, LossCall
+from lightning_dropreg.auditing.calls import Call, LossCall, Recorder
+from lightning_dropreg.auditing.masks import digest
+from lightning_dropreg.numerics.torch_private import has_hooks_after_accumulation
 
-__all__ = ["OutputDropout", "on_outputs", "other_mask"]
+__all__ = ["OutputDropout", "on_outputs", "other_masks"]
 
 # what changes the shape of an output, or its form, and not what it says
 _PASSING = re.compile(r"View|Reshape|Transpose|Permute|Squeeze|^T$|Copy|Clone|Alias|Softmax|Sigmoid|Slice|Select")
@@ -39,7 +42,80 @@ class OutputDropout(NamedTuple):
     rows: int
 
 
-def other_mask(call: Call, before: Tensor, after: Tensor) -> Iterator[str]:
+def other_masks(watch: Recorder, module: nn.Module, loss: Tensor | None) -> tuple[list[tuple[Call, str]], str]:
+    """Compare the gradient at each dropout, and what checkpoints compute again, with the masks of the forward.
+
+    Args:
+        watch: What saw the forward, and still watches.
+        module: What was run.
+        loss: What it returned.
+
+    Returns:
+        The calls that have another mask in the backward, and by how much; and why there is no backward, if there is none.
+    """
+    if loss is None or not loss.requires_grad or not watch.calls:
+        return [], ""
+    calls = [call for call in watch.calls if call.before is not None and call.after is not None]
+    # what is asked for where no dropout has a gradient is only for what checkpoints compute again
+    edges: list[Any] = [edge for call in calls for edge in (call.before, call.after) if edge is not None]
+    edges = edges or [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradients: Sequence[Tensor | None] = ()
+    watch.backward, forward, why = True, len(watch.calls), ""
+    try:
+        gradients = torch.autograd.grad(loss, edges, allow_unused=True, retain_graph=True)
+    except RuntimeError as error:
+        if not _went_backward(module, loss):
+            why = f"{type(error).__name__}: {error}"[:200]
+    finally:
+        again = watch.calls[forward:]
+        del watch.calls[forward:]  # what a checkpoint computes again is no draw
+        watch.backward = False
+    found = [
+        (call, evidence)
+        for call, before, after in zip(calls, gradients[::2], gradients[1::2], strict=False)
+        if before is not None and after is not None
+        for evidence in _other_mask(call, before, after)
+    ]
+    return found + _drawn_again(watch.calls, again, {call.place.path for call, _ in found}), why
+
+
+def _went_backward(module: nn.Module, loss: Tensor) -> bool:
+    """Whether a whole backward could be run: reentrant checkpoints refuse any other, and it must set nothing off."""
+    parameters = list(module.parameters())
+    if torch.distributed.is_initialized() or any(map(has_hooks_after_accumulation, parameters)):
+        return False
+    kept = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+    except RuntimeError:
+        return False
+    finally:
+        for parameter, grad in zip(parameters, kept, strict=True):
+            parameter.grad = grad
+    return True
+
+
+def _drawn_again(forward: Sequence[Call], again: Sequence[Call], told: set[str]) -> list[tuple[Call, str]]:
+    """Compare what checkpoints compute again with what they computed first, in any order of the checkpoints."""
+    found = []
+    for path, call in {
+        call.place.path: call for call in reversed(forward)
+    }.items():  # the line is another in a backward
+        first, second = (
+            [one.mask.kept for one in calls if one.mask is not None and one.place.path == path]
+            for calls in (forward, again)
+        )
+        wanted = set(map(digest, first))
+        others = [kept for kept in second if digest(kept) not in wanted]
+        if others and path not in told:
+            evidence = f"{len(others)} of {len(second)} masks that the backward computes again are none of the forward"
+            found.append((call, evidence))
+    return found
+
+
+def _other_mask(call: Call, before: Tensor, after: Tensor) -> Iterator[str]:
     """Compare the gradients of what went into a dropout and of what came out with its mask.
 
     Attention can be compared only as a whole: it is linear in its values, so that the two products of gradient and

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.auditing.calls import Call, Draw, HandMask
-from lightning_dropreg.auditing.graph import OutputDropout, on_outputs, other_mask
+from lightning_dropreg.auditing.graph import OutputDropout, on_outputs, other_masks
 from lightning_dropreg.auditing.masks import Mask, along, collapse, digest
 from lightning_dropreg.auditing.places import Paths, Place
 from lightning_dropreg.auditing.subject import Subject, loss_in
 from lightning_dropreg.auditing.watch import Watch, watching
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.interception.mode import Interception
-from lightning_dropreg.numerics.torch_private import has_hooks_after_accumulation
 from lightning_dropreg.passes import Off
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.placing import drop_prob_attributes
@@ -228,7 +227,10 @@ def _train(record: Record) -> None:
             with watching(watch):
                 output = subject.train()
                 if watch.gradients:
-                    _differentiate(record, watch, loss_in(output))
+                    loss = loss_in(output)
+                    record.outputs = on_outputs(watch.losses, watch.calls, loss)
+                    record.mismatches, why = other_masks(watch, subject.holder, loss)
+                    record.incomplete.update({"backward": why} if why else {})
             del output
             if not record.fingerprints:
                 record.fingerprints = [_fingerprint(call) for call in watch.calls if call.mask is not None]
@@ -242,63 +244,6 @@ def _train(record: Record) -> None:
     with isolated(subject) as run, torch.enable_grad():
         run(steps)
     record.training = _done(tallies)
-
-
-def _differentiate(record: Record, watch: Watch, loss: Tensor | None) -> None:
-    """Compare the gradient of what went into each dropout with the mask that it had in the forward."""
-    calls = [call for call in watch.calls if call.before is not None and call.after is not None]
-    record.outputs += on_outputs(watch.losses, calls, loss)
-    if loss is None or not loss.requires_grad or not watch.calls:
-        return
-    # what is asked for where no dropout has a gradient is only for what checkpoints compute again
-    edges: list[Any] = [edge for call in calls for edge in (call.before, call.after) if edge is not None]
-    edges = edges or [one for one in record.subject.holder.parameters() if one.requires_grad]
-    watch.backward, forward = True, len(watch.calls)
-    try:
-        gradients = torch.autograd.grad(loss, edges, allow_unused=True, retain_graph=True)
-    except RuntimeError as error:
-        gradients = ()
-        if not _went_backward(record.subject.holder, loss):
-            record.incomplete["backward"] = f"{type(error).__name__}: {error}"[:200]
-    finally:
-        again = watch.calls[forward:]
-        del watch.calls[forward:]  # what a checkpoint computes again is no draw
-        watch.backward = False
-    for call, before, after in zip(calls, gradients[::2], gradients[1::2], strict=False):
-        if before is not None and after is not None:
-            record.mismatches += [(call, evidence) for evidence in other_mask(call, before, after)]
-    _compare_again(record, watch.calls, again)
-
-
-def _went_backward(module: nn.Module, loss: Tensor) -> bool:
-    """Whether a whole backward could be run: reentrant checkpoints refuse any other, and it must set nothing off."""
-    parameters = list(module.parameters())
-    if torch.distributed.is_initialized() or any(map(has_hooks_after_accumulation, parameters)):
-        return False
-    kept = [parameter.grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-        loss.backward()
-    except RuntimeError:
-        return False
-    finally:
-        for parameter, grad in zip(parameters, kept, strict=True):
-            parameter.grad = grad
-    return True
-
-
-def _compare_again(record: Record, forward: Sequence[Call], again: Sequence[Call]) -> None:
-    """Compare what a checkpoint computes again with what it computed first, in any order of the checkpoints."""
-    told = {call.place.path for call, _ in record.mismatches}
-    for call in {call.place.path: call for call in reversed(forward)}.values():  # the line is another in a backward
-        first, second = ([one.mask.kept for one in calls if one.mask is not None and one.place.path == call.place.path]
-                         for calls in (forward, again))  # fmt: skip
-        wanted = set(map(digest, first))
-        others = [kept for kept in second if digest(kept) not in wanted]
-        if others and call.place.path not in told:
-            evidence = f"{len(others)} of {len(second)} masks that the backward computes again are none of the forward"
-            record.mismatches.append((call, evidence))
 
 
 def _count(calls: list[Call], tallies: dict[tuple[Place, str, int], Tally]) -> None:
