@@ -51,7 +51,7 @@ def other_masks(watch: Recorder, module: nn.Module, loss: Tensor | None) -> tupl
         loss: What it returned.
 
     Returns:
-        The calls that have another mask in the backward, and by how much; and why there is no backward, if there is none.
+        The calls that have another mask in the backward, and by how much; and why there is no backward, or "".
     """
     if loss is None or not loss.requires_grad or not watch.calls:
         return [], ""
