@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # python examples/reproduce_paper.py
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.benchmarks.style import style_of_row
 from lightning_dropreg.cli import compare
 from lightning_dropreg.cli.comparison import Comparison
 from lightning_dropreg.cli.curves import draw_bands
@@ -23,17 +27,17 @@ from lightning_dropreg.cli.spread import Spread
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "small"
 FIGURES = {  # title and rows: names of files in configs/small
-    "1": ("perplexity worsens with k", ["dropout_1", "dropout_2", "dropout_4", "dropout_8"]),
+    "1": ("DROPOUT_k", ["dropout_1", "dropout_2", "dropout_4", "dropout_8"]),
     "2": (
-        "dropout noise brings DROPOUT_k back (section 3.1)",
+        "DROPOUT_k and the noise of section 3.1",
         ["dropout_1", "dropout_4", "dropout_8", "dropout_4_noise", "dropout_8_noise"],
     ),
     "3": ("R_approx and the explicit effect of dropout", ["dropout_1", "dropout_8", "r_approx"]),
     "4": (
-        "xi_approx brings DROPOUT_k back (Algorithm 4)",
+        "DROPOUT_k and xi_approx (Algorithm 4)",
         ["dropout_1", "dropout_2", "dropout_4", "dropout_8", "dropout_2_xi", "dropout_4_xi", "dropout_8_xi"],
     ),
-    "5": ("dropout replaced altogether (Algorithm 2)", ["dropout_1", "r_approx_xi", "none"]),
+    "5": ("dropout and Algorithm 2", ["dropout_1", "r_approx_xi", "none"]),
 }
 TABLE_1 = {  # the paper's best validation perplexity: Penn Treebank, whole, 3 x 1150 LSTM
     "none": "about 120",
@@ -105,19 +109,25 @@ def main(args: Sequence[str] | None = None) -> None:
         more = ["--data.root", options.root, *args[cut + 1 :]]
         compare.main([*files, "--seeds", *seeds, "--out", str(options.out), "--", *more])
     comparison = Comparison.read(options.source or options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for number in [part for part in options.figures if part in FIGURES]:
+    report(comparison, options.out, options.corpus, options.figures)
+
+
+def report(comparison: Comparison, out: Path, corpus: str = "ptb", figures: Sequence[str] = tuple(FIGURES)) -> None:
+    """Draw the figures and write the tables of what there is."""
+    out.mkdir(parents=True, exist_ok=True)
+    for number in [part for part in figures if part in FIGURES]:
         title, rows = FIGURES[number]
-        shown = Comparison(comparison.runs, [f"{options.corpus}_{row}" for row in rows])
+        shown = Comparison(comparison.runs, [f"{corpus}_{row}" for row in rows])
         if len(shown.configs) > 1:
-            draw_bands(shown, f"Figure {number}: {title}", options.out / f"figure_{number}")
-    texts = {"orderings": orderings(comparison, options.corpus)}
-    if options.corpus == "ptb":
+            styles = {config: style_of_row(config.partition("_")[2]) for config in shown.configs}
+            draw_bands(shown, f"Figure {number}: {title}", out / f"figure_{number}", styles)
+    texts = {"orderings": orderings(comparison, corpus)}
+    if corpus == "ptb":
         texts = {"table_1": table_1(comparison), **texts}
     for name, lines in texts.items():
-        (options.out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print("", *lines, sep="\n")
-    print(f"\nfigures and tables: {options.out}")
+    print(f"\nfigures and tables: {out}")
 
 
 def parse(args: Sequence[str]) -> argparse.Namespace:

@@ -4,7 +4,8 @@ python -m examples.benchmarks.run [STUDY ...] [--report]
 
 Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative text labels r_drop. Run from the root of a
 clone; all of them take about two hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a
-command that was stopped goes on. `--report` trains nothing and draws what is there.
+command that was stopped goes on. `--report` trains nothing and draws what is there; `--list` says what that is. What
+was measured before (bench time_to_quality paper_small) is drawn from the files that were kept of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples import claims
-from examples.benchmarks import later_reports, reports, studies, text
+from examples.benchmarks import later_reports, older, reports, studies, text
 from examples.benchmarks.records import Records, Run
 from examples.benchmarks.style import plain_label
 
@@ -27,12 +28,18 @@ STUDIES = ["ablations", "claims", "dose", "dose8", "map", *TUNED, "negative", "t
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", default=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument(
+        "studies", nargs="*", default=[*STUDIES, *older.REPORTS], metavar="STUDY", help=", ".join(STUDIES)
+    )
     parser.add_argument("--report", action="store_true", help="draw what is there, train nothing")
     parser.add_argument("--root", type=Path, help="where Penn Treebank lies, for text; without: the embedded corpus")
+    parser.add_argument("--list", action="store_true", help="say what there is, and where it was measured")
     options = parser.parse_args(args)
     claims.quiet()
     text.ROOT = options.root
+    if options.list:
+        print_list()
+        return
     for study in options.studies:
         run_study(study, train=not options.report)
 
@@ -81,8 +88,22 @@ def run_study(study: str, train: bool) -> None:
     elif study in {"labels", "r_drop"}:
         make(studies.labels() if study == "labels" else studies.r_drop())
         (later_reports.labels if study == "labels" else later_reports.r_drop)(made)
+    elif study in older.REPORTS:
+        older.REPORTS[study](HERE)
     else:
-        sys.exit(f"{study} is none of {', '.join(STUDIES)}")
+        sys.exit(f"{study} is none of {', '.join([*STUDIES, *older.REPORTS])}")
+
+
+def print_list() -> None:
+    """Say for every study how many runs are kept and of which commits; for what was measured before, how."""
+    for study in STUDIES:
+        lines = Records(HERE / folder_of(study) / "runs.jsonl").lines
+        commits = ", ".join(sorted({line["provenance"]["commit"] for line in lines})) or "-"
+        print(f"{study:16} {folder_of(study)}/: {len(lines)} runs kept (commits {commits})")
+    print("\nmeasured before, by other commands (README.md says on which machine):")
+    for name, command in older.OLDER.items():
+        again = "" if name in older.REPORTS else " [not drawn anew]"
+        print(f"{name:16} {command}{again}")
 
 
 def folder_of(study: str) -> str:

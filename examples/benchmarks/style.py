@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STYLES", "finish", "label_of", "new_figure", "plain_label", "save", "style_of"]
+__all__ = ["STYLES", "finish", "label_of", "new_figure", "plain_label", "save", "style_of", "style_of_row"]
 
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#E69F00", "#0072B2", "#009E73"
 RED, PINK, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F"
@@ -50,6 +50,27 @@ def style_of(method: str) -> dict[str, str]:
     """Return colour, line style and marker of a method, as arguments of matplotlib."""
     color, line, marker = STYLES[method]
     return {"color": color, "linestyle": line, "marker": marker}
+
+
+ROWS = {  # names of configurations: the method
+    "r_approx": "R",
+    "r_approx_xi": "Algorithm 2",
+    "algorithm_2": "Algorithm 2",
+    "r_approx_economical": "R, quarter",
+    "loss_jacobian": "loss Jacobian",
+}
+
+
+def style_of_row(row: str) -> dict[str, str]:
+    """Return colour and line of a configuration, by its name; of DROPOUT_k the more draws, the shorter the dashes."""
+    if row == "algorithm_2_economical":
+        return {"color": GREEN, "linestyle": ":"}
+    if row.startswith("dropout_") and row != "dropout_1":
+        k, _, noise = row.removeprefix("dropout_").partition("_")
+        line = {"2": "-", "4": "--", "8": ":"}.get(k, "-.")
+        return {"color": {"": ORANGE, "xi": RED, "noise": PINK}[noise], "linestyle": line}
+    style = style_of({"dropout_1": "dropout"}.get(row, ROWS.get(row, row)))
+    return {"color": style["color"], "linestyle": style["linestyle"]}
 
 
 def label_of(method: str, parameters: dict[str, Any] | None = None) -> str:

@@ -1,5 +1,6 @@
 """Figures of a comparison: the validation metric against epoch and against time."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,10 +12,11 @@ from lightning_dropreg.errors import MissingDependencyError
 __all__ = ["draw_bands", "draw_curves"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
+Styles = Mapping[str, Mapping[str, str]]
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 
 
-def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
+def draw_curves(comparison: Comparison, folder: Path, styles: Styles | None = None) -> list[Path]:
     """Draw the mean over seeds against epoch and time, each seed as a thin line behind it.
 
     What is more than half above all the best values, as the first epochs are, is cut off: the ends are close.
@@ -22,6 +24,7 @@ def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
     Args:
         comparison: The runs.
         folder: Where ``curves.png`` and ``curves.svg`` go.
+        styles: Colour and line of configurations, as arguments of matplotlib; by their order where not given.
 
     Returns:
         The files.
@@ -32,7 +35,7 @@ def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
     figure = _new_figure(10, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
     for number, config in enumerate(comparison.configs):
-        style, histories = _style(number), _histories(comparison, config)
+        style, histories = _style(number, config, styles), _histories(comparison, config)
         for history in histories:
             left.plot([e for e, _, _ in history], [v for _, v, _ in history], lw=0.6, alpha=0.5, **style)
             right.plot([s for _, _, s in history], [v for _, v, _ in history], lw=0.6, alpha=0.5, **style)
@@ -48,7 +51,7 @@ def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
     return _save(figure, folder / "curves")
 
 
-def draw_bands(comparison: Comparison, title: str, path: Path) -> list[Path]:
+def draw_bands(comparison: Comparison, title: str, path: Path, styles: Styles | None = None) -> list[Path]:
     """Draw the mean over seeds against the epoch, one standard deviation around it as a band.
 
     The beginning is cut off as in `draw_curves`.
@@ -57,6 +60,7 @@ def draw_bands(comparison: Comparison, title: str, path: Path) -> list[Path]:
         comparison: The runs.
         title: Above the figure.
         path: Where it goes, without ending.
+        styles: As for `draw_curves`.
 
     Returns:
         The files, PNG and SVG.
@@ -74,12 +78,14 @@ def draw_bands(comparison: Comparison, title: str, path: Path) -> list[Path]:
             epochs, means, deviations = zip(*points, strict=True)
             low = [m - d for m, d in zip(means, deviations, strict=True)]
             high = [m + d for m, d in zip(means, deviations, strict=True)]
-            style, best = _style(number), comparison.best(config)
+            style, best = _style(number, config, styles), comparison.best(config)
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
             axes.plot(epochs, means, lw=1.8, label=f"{config} ({best})", **style)
     _cut_off_the_beginning(axes, comparison)
     axes.set_title(title, fontsize=10)
     _finish(axes, comparison.metric)
+    if any(len(comparison.of(config)) > 1 for config in comparison.configs):
+        axes.set_xlabel("epoch (bands and ±: one standard deviation over seeds)")
     return _save(figure, path)
 
 
@@ -99,7 +105,9 @@ def _new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _style(number: int) -> dict[str, str]:
+def _style(number: int, config: str, styles: Styles | None) -> dict[str, str]:
+    if styles and config in styles:
+        return dict(styles[config])
     return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": "-" if number < len(_COLOURS) else "--"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.benchmarks import run, studies
+from examples.benchmarks import older, run, studies
 
 pytest.importorskip("matplotlib")
 FOLDERS = sorted({run.folder_of(study) for study in run.STUDIES})
@@ -21,12 +21,34 @@ def test_tables_are_made_of_the_records(tmp_path, monkeypatch):
             committed |= {f"{folder}/{path.name}": path.read_text() for path in (run.HERE / folder).glob("*.md")}
     here = run.HERE
     monkeypatch.setattr(run, "HERE", tmp_path)
-    run.main(["--report"])
+    run.main([*run.STUDIES, "--report"])
     made = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.md")}
     assert made == committed
     assert {path.name for path in tmp_path.rglob("*.png")} == {
         path.name for folder in FOLDERS for path in (here / folder).glob("*.png")
     }
+
+
+def test_tables_from_before_the_studies_are_made_of_what_was_kept(tmp_path):
+    for name, report in older.REPORTS.items():
+        folder = run.HERE / (name if (run.HERE / name).is_dir() else "")
+        parts = [path for path in folder.iterdir() if path.suffix in {".json", ".csv"}]
+        here = tmp_path / name / "benchmarks"
+        copy = here / (name if folder != run.HERE else "")
+        copy.mkdir(parents=True)
+        for path in parts:
+            shutil.copy(path, copy)
+        shutil.copy(run.HERE.parent / "reproduce_paper.py", tmp_path / name)
+        report(here)
+        made = {path.name: path.read_text() for path in copy.glob("*.md")}
+        assert made
+        assert made == {path: (folder / path).read_text() for path in made}
+
+
+def test_what_is_there_is_listed(capsys):
+    run.main(["--list"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in [*run.STUDIES, *older.OLDER])
 
 
 def test_every_record_says_where_it_comes_from_and_uses_the_seeds_of_its_study():
