@@ -235,8 +235,8 @@ def table_of_grid(made: Records, grid: Sequence[Run], name: str) -> None:
 def by_the_clock(made: Records, grid: Sequence[Run], fresh: Sequence[dict[str, Any]], name: str) -> None:
     """Write what the equal number of passes took, the search included."""
     lines = [
-        "What 2,400 passes took in CPU seconds, all seeds together: the fresh run, how far into it each seed's best point",
-        "is (mean), and the search: eight configurations on the tuning seeds and the fresh run (diverged ones left out).",
+        "What 2,400 passes took in CPU seconds, all seeds together: the fresh run, how far into it each seed's best",
+        "point is (mean), and the search: eight configurations on tuning seeds (diverged ones left out), then the run.",
         "",
         *head("method", "fresh test NLL", "ms for a step", "run", "until the best point", "search and run"),
     ]

@@ -30,10 +30,11 @@ from lightning_dropreg.diagnostics.sketch import SKETCH_WIDTH, sketch
 from lightning_dropreg.diagnostics.statistics import Interval, jackknife_interval, mean_interval
 from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.numerics.noise import fold_key
-from lightning_dropreg.passes import Closure, Drop, run_pass
+from lightning_dropreg.passes import Closure, Drop, Off, run_pass
+from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.step.settings import check_estimation
 
-__all__ = ["NoiseReport", "measure_noise"]
+__all__ = ["NoiseReport", "measure_batch_noise", "measure_noise"]
 
 Gradients = list[Tensor]
 DROP, APPROX, SIGNAL = 0, 1, 2
@@ -194,6 +195,42 @@ def measure_noise(
     return NoiseReport(tuple(probe.layers), samples, products, widths, confidence, estimator, step_size, mask)
 
 
+def measure_batch_noise(closures: Sequence[Closure], module: nn.Module, confidence: float = 0.95) -> Interval:
+    """Measure the gradient noise that comes from drawing batches, without dropout, to set beside that of dropout.
+
+    Args:
+        closures: Each runs forward (with dropout in it) and loss on a batch of its own; an even number of
+            them, 4 at least.
+        module: The module whose parameters count, and whose state must not change.
+        confidence: Probability with which the interval covers the value.
+
+    Returns:
+        Trace of the covariance of one batch's gradient, from disjoint pairs; compare `NoiseReport.trace_drop`.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> batches = torch.tensor([[1.0], [3.0], [2.0], [4.0]])  # the gradient is the input
+        >>> measure_batch_noise([lambda x=x: layer(nn.functional.dropout(x)).sum() for x in batches], layer).value
+        2.0
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    found: list[float] = []
+    with Isolation(module) as isolation:
+
+        def gradient(closure: Closure) -> Gradients:
+            loss = run_pass(lambda: isolation.run(closure, trace=False), Off()).loss
+            return _dense(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+
+        for first, second in zip(closures[::2], closures[1::2], strict=True):
+            apart = [a - b for a, b in zip(gradient(first), gradient(second), strict=True)]
+            found.append(_inner(apart, apart) / 2)
+    return mean_interval(torch.tensor(found), confidence)
+
+
+def _dense(gradients: Sequence[Tensor]) -> Gradients:
+    return [g.to_dense() if g.is_sparse else g for g in gradients]
+
+
 class _NoiseProbe(Probe):
     """Differentiates two losses with dropout and one ``s`` for every draw.
 
@@ -253,7 +290,7 @@ class _NoiseProbe(Probe):
 
     def _gradients(self, loss: Tensor) -> Gradients:
         found = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True)
-        dense = [g.to_dense() if g.is_sparse else g for g in found]
+        dense = _dense(found)
         return dense if self._reduce is None else self._reduce(dense)
 
     def _by_layer(self, gradients: Gradients) -> list[Gradients]:

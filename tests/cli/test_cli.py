@@ -197,6 +197,8 @@ def test_diagnose_measures_draws_and_reads(capsys):
     assert all(layer["alignment"]["value"] > 0 for layer in report["noise"]["layers"])
     assert report["penalty"]["strength"] == 2
     assert report["costs"] is None
+    [when] = [line for line in report["reading"] if line.startswith("When the noise helps: dropout makes ")]
+    assert 0 < int(when.split("makes ")[1].split(" %")[0]) < 100
     assert {path.suffix for path in Path("figures").iterdir()} == {".png", ".svg"}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_dropreg.diagnostics import measure_effect, measure_noise, measure_penalty
 from lightning_dropreg.diagnostics.directions import DropoutDirections
 from lightning_dropreg.diagnostics.effect import EffectProbe
+from lightning_dropreg.diagnostics.noise import measure_batch_noise
 from lightning_dropreg.diagnostics.sketch import sketch
 from lightning_dropreg.diagnostics.statistics import jackknife_interval, mean_interval, student_quantile
 from lightning_dropreg.errors import InvalidArgumentError
@@ -158,6 +159,16 @@ def test_measured_noise_covers_the_covariances(problem):
     check(report.trace_ratio(), approx.trace() / drop.trace())
     assert not report.sketched
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_noise_of_drawing_batches_covers_that_of_the_rows(problem):
+    """Batches of one row each, of a linear loss in which the gradient is the row: the trace of the rows' covariance."""
+    x = torch.randn(4000, 3) * torch.tensor([1.0, 2.0, 3.0])
+    layer = nn.Linear(3, 1, bias=False)
+    closures = [lambda row=row: layer(F.dropout(row, 0.5, layer.training)).sum() for row in x]
+    found = measure_batch_noise(closures, layer, confidence=0.999)
+    assert abs(found.value - 14) < found.margin < 2
+    assert layer.weight.grad is None
 
 
 def flat_gradient_kept(value, net):
