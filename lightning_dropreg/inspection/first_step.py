@@ -57,6 +57,9 @@ def inspect_step(
             element_weights(done.loss, [loss])
         except DropregError as problem:
             problems.append(problem)
+    # stochastic depth may draw first and be known for what it is a line later
+    known = {_without_line(site.name) for site in done.sites if site.kind == "stochastic_depth"}
+    done.unknown = [f"{what} in {place}" for what, place in watch.found if _without_line(place) not in known]
     if quiet:
         return done, problems
     if not done.sites and not problems and not is_dormant():
@@ -72,14 +75,11 @@ def inspect_step(
             "an intermediate can be had in the step, with torch.autograd.grad(loss, tensor, retain_graph=True).",
             stacklevel=2,
         )
-    # stochastic depth may draw first and be known for what it is a line later
-    known = {_without_line(site.name) for site in done.sites if site.kind == "stochastic_depth"}
-    unknown = [f"{what} in {place}" for what, place in watch.found if _without_line(place) not in known]
-    if unknown:
+    if done.unknown:
         warnings.warn(
-            f"The step draws random numbers that are no dropout this package knows: {'; '.join(unknown)}. They stay "
-            "as they are and are the same in passes that are compared. If that is a dropout written by hand, let it "
-            "call lightning_dropreg.drop, or its effect is neither penalized nor turned into noise.",
+            f"The step draws random numbers that are no dropout this package knows: {'; '.join(done.unknown)}. They "
+            "stay as they are and are the same in passes that are compared. If that is a dropout written by hand, let "
+            "it call lightning_dropreg.drop, or its effect is neither penalized nor turned into noise.",
             stacklevel=2,
         )
     return done, problems

@@ -74,6 +74,7 @@ class Pass:
         sites: The dropout sites that were reached.
         in_bfloat16: Whether any was reached in bfloat16.
         kinks: How often the loss has operations with a kink behind a site, by name; if they were looked for.
+        unknown: What drew random numbers and is no dropout that is known, and where; if it was looked for.
         reads_gradients: Whether the closure looked at the ``.grad`` of a tensor.
         site_nodes: See `lightning_dropreg.interception.mode.Interception`; while the pass is `recounted`.
     """
@@ -83,6 +84,7 @@ class Pass:
     sites: list[Site]
     in_bfloat16: bool = False
     kinks: dict[str, int] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
     reads_gradients: bool = False
     site_nodes: list[Any] = field(default_factory=list)
 

@@ -34,9 +34,12 @@ def choose(trainer: Trainer, module: LightningModule, plan: Plan, aside: Closure
         seen: What was seen in that step.
 
     Returns:
-        The estimator, and why.
+        The estimator, and why. A penalty alone on some of the rows is that of finite steps, kinks or not: measured on
+        ReLU networks it regularizes as that of forward mode does, and only with it do rows share the pass of the loss.
     """
     measured = plan.choosing("antithetic").noise_of_finite_steps
+    if seen.kinks and measured is None and plan.curvature != FULL and (plan.has_open_fraction or plan.on_rows):
+        return Choice("antithetic", "kinks do not disturb a penalty of finite steps, and with these rows share a pass")
     estimation = measured or Estimation(AUTO, 0.1, "as_model", None, 0)
 
     def refused(estimator: str) -> list[DropregError]:
@@ -80,7 +83,7 @@ def choose_fraction(
     """
     tried = plan.on_fraction(AUTO_FRACTION)
     chosen = tried.in_one_pass
-    if chosen is None:
+    if chosen is None or tried.on_rows != tried.estimated_on:
         return FractionChoice(None, f"{_not_one_pass(tried)}, and fewer rows in passes of their own save little")
     if not batch.module.automatic_optimization:
         return FractionChoice(None, "the module optimizes by hand, and its step cannot run with rows in it twice")
@@ -103,8 +106,8 @@ def _not_one_pass(plan: Plan) -> str:
     if plan.k is not None:
         return "dropout is drawn in passes of its own"
     if estimators:
-        return f"estimator {', '.join(sorted(estimators))} makes no finite steps, which the one pass over the batch is"
-    if plan.penalizes and plan.noise is not None and plan.noise.estimation != getattr(plan.penalty, "estimation", None):
+        return f"estimator {', '.join(sorted(estimators))} makes no finite steps, as the one pass over the batch does"
+    if plan.on_rows != plan.estimated_on:
         return "penalty and noise are estimated in different ways"
     return "it cannot be done in the one pass over the batch (low_memory, or noise after the backward)"
 

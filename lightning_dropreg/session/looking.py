@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_dropreg.errors import DropregError, NoDropoutSiteError
@@ -67,6 +66,7 @@ class Looks:
         plan: The plan as the step allows it.
         inspected: Whether there was a first look.
         measured: What was measured of what the plan assumes, before training.
+        seen: What was seen in the first step, its graph gone; None before it.
         kinks: Operations with a kink behind a dropout site, and how often they were found.
         found: What the looks showed and a resumed run must not find otherwise, in plain values for the checkpoint.
         copies: Whether the step changes its batch, so that every pass needs a copy.
@@ -94,6 +94,7 @@ class Looks:
         self.inspected = False
         self.measured: list[Measured] = []
         self.kinks: dict[str, int] = {}
+        self.seen: Pass | None = None
         self.found: dict[str, Any] = {}
         self.copies = self.shares_body = False
         self.counting: Counting | None = None
@@ -143,7 +144,7 @@ class Looks:
                 raise all_at_once(problems, name) from None
             return  # nothing to see in this batch; look at the next one
         self.inspected = True
-        self.kinks = seen.kinks
+        self.seen, self.kinks = seen, seen.kinks
         self.copies = bool(batch.modified)
         if not self.plan.untouched:
             self.measured += measured_of(seen, changed)
@@ -182,7 +183,6 @@ class Looks:
             with self.compiled.running(), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
                 self.found[_CHOSEN] = asdict(choose(self.trainer, self.module, self.plan, batch.aside, seen))
         self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
-        rank_zero_info(f"lightning_dropreg: {self.choice}.")
 
     def _choose_fraction(self, batch: Batch, seen: Pass) -> None:
         """Take a part of the rows or all where the choice was left to the step, as `_choose` does."""
@@ -203,7 +203,6 @@ class Looks:
                 problems = self._check_rows(batch, seen.sites, self.plan)
                 if problems:
                     raise problems[0]
-        rank_zero_info(f"lightning_dropreg: {self.fraction}.")
 
     @property
     def fraction(self) -> FractionChoice | None:

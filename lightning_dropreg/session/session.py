@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,6 +32,7 @@ from lightning_dropreg.session.compiled import keeping_buffers
 from lightning_dropreg.session.looking import REFUSED, Looks
 from lightning_dropreg.session.manual import ManualStep, joined
 from lightning_dropreg.session.others import DropsLater, Watcher
+from lightning_dropreg.session.panel import is_wanted, panel, tell
 from lightning_dropreg.session.parameters import TrainedParameters
 from lightning_dropreg.session.position import Position
 from lightning_dropreg.session.problems import (
@@ -156,6 +158,7 @@ class Session:
         stale = self.stale.take()
         if not self.looks.inspected:
             self.looks.inspect(original, args, kwargs)
+            self._tell()
             warn_of_kinks(self.module, self.plan, self.looks.kinks, self.looks.choice)
             warn_of_no_bound(self.plan, watched=bool(self._detectors))
         if self.plan.untouched:
@@ -173,6 +176,16 @@ class Session:
                     self.looks.compiled.parts[problem.part].surprised()
         except NoDropoutSiteError:  # by chance there is nothing to regularize in this one (layer drop, another task)
             return self._step_without_dropout(original, args, kwargs)
+
+    def _tell(self) -> None:
+        """Say what was found and chosen: in a panel where a summary of the model is wanted, else in the log."""
+        if self.looks.seen is None or self.plan.untouched or self.search.joined:
+            return
+        if is_wanted(self.trainer):
+            tell(self.trainer, panel(self.plan, self.looks.seen, self.looks.choices))
+            return
+        for choice in self.looks.choices:
+            rank_zero_info(f"lightning_dropreg: {choice}.")
 
     def _step_with_passes(
         self,

@@ -6,7 +6,7 @@ from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.step.plan import Estimation, Plan
 
-__all__ = ["describe"]
+__all__ = ["describe", "expected_cost", "name_method"]
 
 _PASSES = {
     AUTO: "2 forward passes or 1 with dual numbers (chosen with the first batch)",
@@ -82,6 +82,89 @@ def describe(plan: Plan) -> list[str]:
             f"After the backward: {draws}; the gradient of {plan.noise_scale:.3g} {_noise(plan)} is added."
         )
     return sentences
+
+
+def name_method(plan: Plan) -> str:
+    """Say what a plan is, in the paper's words.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        A few words.
+
+    Example:
+        >>> name_method(Plan(k=4))
+        'DROPOUT_4 (Algorithm 1)'
+    """
+    noise = plan.noise if plan.noise_scale else None
+    if plan.alpha is not None:
+        return "R-Drop" + (" and noise" if noise else "")
+    if plan.k is not None and noise is not None:
+        of_draws = noise.source == "dropout"
+        return f"DROPOUT_{plan.k} and {'the noise of section 3.1' if of_draws else 'xi_approx (Algorithm 4)'}"
+    if plan.k is not None:
+        return f"DROPOUT_{plan.k} (Algorithm 1)"
+    if plan.penalizes and noise is not None:
+        return "Algorithm 2: penalty and noise in the place of dropout"
+    if plan.penalizes:
+        return "penalty in the place of dropout"
+    return "noise alone, without dropout's explicit effect" if noise else "no dropout"
+
+
+def expected_cost(plan: Plan) -> str:
+    """Say what a step will cost, by the number of its passes; in dropout steps, which are one forward and one backward.
+
+    Args:
+        plan: The plan, its estimator chosen.
+
+    Returns:
+        A few words.
+
+    Example:
+        >>> from lightning_dropreg import ExplicitPenalty
+        >>> how = ExplicitPenalty(estimator="antithetic", batch_fraction=0.25).penalty
+        >>> expected_cost(Plan(penalty=how))
+        'about 1.25 dropout steps, by its passes (dropreg bench measures it)'
+    """
+    if "exact" in plan.estimators:
+        return "as many backward passes as there are outputs"
+    cost = _cost(plan)
+    times = "a dropout step" if cost == 1 else f"{cost:.3g} dropout steps"
+    return f"about {times}, by its passes (dropreg bench measures it)"
+
+
+def _cost(plan: Plan) -> float:
+    """Passes, forward and backward counted together, one of each being 1."""
+    noise = plan.noise if plan.noise_scale else None
+    draws = 2.0 if plan.alpha is not None else float(plan.k or 0)
+    if plan.k is not None or plan.alpha is not None:
+        if noise is not None and noise.source == "taylor":
+            return draws + _passes_of(noise.estimation)
+        return draws + (2.0 if plan.noise_after_backward else 0.0)
+    one_pass = plan.in_one_pass
+    full = plan.curvature == FULL
+    if one_pass is not None and one_pass.batch_fraction is not None:
+        return 1 + (2 if full else 1) * one_pass.batch_fraction
+    shares: dict[Estimation, float] = {}
+    if plan.penalty is not None and plan.penalizes:
+        shares[plan.penalty.estimation] = _passes_of(plan.penalty.estimation, full)
+    if noise is not None and noise.source == "taylor":
+        shares.setdefault(noise.estimation, _passes_of(noise.estimation))
+    cost = sum(shares.values()) + (0.0 if any(e.batch_fraction is None for e in shares) else 1.0)
+    if noise is not None and noise.source == "dropout":
+        cost += 2
+    elif noise is not None and plan.noise_after_backward and noise.estimation in shares and len(shares) == 1:
+        cost += 1  # another backward through the pair
+    if plan.penalty is not None and plan.penalizes and noise is None:
+        often = plan.penalty.every_n_steps
+        cost = (cost + often - 1) / often
+    return cost
+
+
+def _passes_of(chosen: Estimation, full: bool = False) -> float:
+    cost = {"double_backward": 3.0}.get(chosen.estimator, 2.0) + full + chosen.low_memory / 3
+    return cost * (1.0 if chosen.batch_fraction is None else chosen.batch_fraction)
 
 
 def _passes(plan: Plan) -> list[str]:

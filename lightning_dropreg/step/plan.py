@@ -200,9 +200,14 @@ class Plan:
         return plan._changed(lambda chosen: replace(chosen, batch_fraction=None))
 
     @property
+    def estimated_on(self) -> set[tuple[int, float | None]]:
+        """Dimensions and fractions of the rows on which anything is estimated."""
+        return {(e.batch_dim, e.batch_fraction) for e in self._estimations()}
+
+    @property
     def on_rows(self) -> set[tuple[int, float]]:
-        """Dimensions and fractions of the rows on which something is estimated."""
-        return {(e.batch_dim, e.batch_fraction) for e in self._estimations() if e.batch_fraction is not None}
+        """The same of what is estimated on some of the rows."""
+        return {(dim, fraction) for dim, fraction in self.estimated_on if fraction is not None}
 
     def choosing(self, estimator: str) -> Plan:
         """Return the plan with `estimator` wherever the choice was left open."""

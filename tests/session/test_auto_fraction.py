@@ -57,6 +57,17 @@ def test_where_it_pays_it_is_a_quarter_in_one_pass(callbacks, caplog, monkeypatc
     assert seen[-1] == 40  # once, with 8 of the 32 rows in it twice
 
 
+def test_a_penalty_alone_shares_a_pass_where_there_are_kinks(caplog):
+    callbacks = [dr.ExplicitPenalty(batch_fraction="auto")]
+    _, told = chosen(callbacks, caplog, make=lambda: Wide(nn.ReLU))
+    assert "batch_fraction 0.25" in told
+    assert callbacks[0]._found["estimator"]["estimator"] == "antithetic"
+    noisy = algorithm_2("auto")  # whose noise kinks do disturb
+    train(noisy, make=lambda: Wide(nn.ReLU), loader=make_loader(**LOADER))
+    assert noisy[0]._found["estimator"]["estimator"] == "forward"
+    assert noisy[0]._found["batch fraction"]["fraction"] is None
+
+
 class Augmenting(Wide):
     """Augments at random, so that the two of a pair would differ."""
 
