@@ -81,7 +81,7 @@ def tell(trainer: Trainer, rows: Sequence[tuple[str, str]]) -> None:
     console.print(Panel(table, title="lightning_dropreg", title_align="left"))
     text = console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
     bar = trainer.progress_bar_callback
-    if bar is not None and bar.is_enabled:
+    if bar is not None and getattr(bar, "is_enabled", True):
         bar.print(text)
     else:
         print(text, flush=True)
