@@ -26,7 +26,7 @@ from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.measure import Cost, MemoryWatch, PassCounter, Stopwatch, without_dropout
 from lightning_dropreg.cli.methods import CONFIGURED, METHODS, NO_DROPOUT, PAPER, REFERENCE
-from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights
+from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights, placing
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 from lightning_dropreg.mixins import without_mixins
 from lightning_dropreg.session.base import RegularizerCallback
@@ -135,7 +135,7 @@ def measure(cli: DropregCLI, options: Any) -> list[Cost]:
 
 def _run(cli: DropregCLI, method: str, batches: DataLoader[Any], watch: Callback, steps: int) -> None:
     trainer = cli.instantiate_trainer(
-        callbacks=[*_callbacks(cli, method), watch],
+        callbacks=[*(placing(cli) if method != NO_DROPOUT else ()), *_callbacks(cli, method), watch],
         **{**QUIET_TRAINER, "limit_train_batches": steps, "log_every_n_steps": 1000},
     )
     own = nullcontext() if method == CONFIGURED else without_mixins(cli.model)

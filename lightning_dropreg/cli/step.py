@@ -9,13 +9,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_dropreg.callbacks import PlaceDropout
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.mistakes import check_checkpoint
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.session.base import RegularizerCallback
 from lightning_dropreg.session.session import own_step
 
-__all__ = ["QUIET_TRAINER", "FirstStep", "load_weights", "look_at_first_batch"]
+__all__ = ["QUIET_TRAINER", "FirstStep", "load_weights", "look_at_first_batch", "placing"]
 
 T = TypeVar("T")
 
@@ -112,12 +113,17 @@ def look_at_first_batch(cli: DropregCLI, look: Callable[[FirstStep], T]) -> T:
     """
     load_weights(cli)
     watcher = _Look(look)
-    trainer = cli.instantiate_trainer(callbacks=[watcher], **{**QUIET_TRAINER, "limit_train_batches": 1})
+    trainer = cli.instantiate_trainer(callbacks=[*placing(cli), watcher], **{**QUIET_TRAINER, "limit_train_batches": 1})
     trainer.fit(cli.model, datamodule=cli.datamodule)
     if not watcher.seen:
         raise InvalidArgumentError("The training data has no batch.")
     found: T = watcher.seen[0]
     return found
+
+
+def placing(cli: DropregCLI) -> list[Callback]:
+    """Return the configured callbacks that give the model its dropout."""
+    return [callback for callback in cli.trainer.callbacks if isinstance(callback, PlaceDropout)]  # type: ignore[attr-defined]
 
 
 def load_weights(cli: DropregCLI) -> None:

@@ -129,10 +129,14 @@ def matched_drop_probs(
 
 def _no_place(model: nn.Module, pattern: str, places: Sequence[str]) -> str:
     paths = [path for path, _ in model.named_modules() if path]
-    if any(covers(pattern, path) for path in paths):
+    covered = [path for path in paths if covers(pattern, path)]
+    if covered:
+        # what has an Identity where its dropout would be, as peft does
+        empty = [p for p in covered if _CALLED.match(p) and isinstance(model.get_submodule(p), nn.Identity)]
+        there = f", for example on {empty[0]!r}, which does nothing now" if empty else ""
         return (
             f"Nothing at or below {pattern!r} in {type(model).__name__} holds a drop probability"
-            f"{nearest_paths(pattern, places)}. Use lightning_dropreg.add_dropout to place dropout there."
+            f"{nearest_paths(pattern, places)}. Use lightning_dropreg.add_dropout to place dropout there{there}."
         )
     return (
         f"No module of {type(model).__name__} has a path like {pattern!r}{nearest_paths(pattern, [*places, *paths])}."

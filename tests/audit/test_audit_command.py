@@ -5,8 +5,10 @@ import logging
 import os
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from fits import Classifier, make_loader, make_trainer
 from ranks import run_on_two_ranks
 from torch import nn
 from zoo import Body
@@ -68,6 +70,36 @@ def masks(offset, kind):
         return [(one.id, one.where) for one in dr.audit(Body(kind()), torch.randn(48, 16))]
 
     return check
+
+
+class Ranks(Classifier):
+    """Keeps on disk what the audit finds on each rank."""
+
+    def __init__(self, folder, own):
+        super().__init__(p=0.5)
+        self.folder, self.own = folder, own
+        self.net.insert(4, nn.Dropout(0.3))
+
+    def on_fit_start(self):
+        if self.own:  # seed_everything gives all ranks one seed
+            torch.manual_seed(self.global_rank)
+
+    def on_fit_end(self):
+        found = [(one.id, one.where) for one in self.trainer.callbacks[0].findings]
+        torch.save((found, self.net.state_dict()), f"{self.folder}/rank{self.global_rank}.pt")
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.filterwarnings("ignore:DropoutAudit")
+def test_ranks_of_a_trainer(tmp_path, own):
+    """The masks of two processes under DDP are compared before the first step, and the replicas stay equal."""
+    L.seed_everything(3, verbose=False)
+    options = dict(devices=2, strategy="ddp_fork", max_steps=2)
+    make_trainer([dr.DropoutAudit()], **options).fit(Ranks(str(tmp_path), own), make_loader(96, 24))
+    (found, weights), (other, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert [name for name, _ in found] == [name for name, _ in other] == ["ranks-share-masks"] * (not own)
+    assert all(where.startswith("net.3 (") for _, where in found)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def test_ranks(tmp_path):
