@@ -31,7 +31,10 @@ def measure(q: float, draws: int, rows: int = 3000) -> tuple[float, float]:
         for layer in (net[3], net[6]):
             layer.weight *= 3
     x = torch.randn(rows, 16, dtype=torch.float64)
-    closure = lambda: F.cross_entropy(net(x), torch.arange(rows) % 5)
+
+    def closure() -> torch.Tensor:
+        return F.cross_entropy(net(x), torch.arange(rows) % 5)
+
     generator = torch.Generator().manual_seed(2)
     pairs = [
         (
