@@ -1,6 +1,8 @@
 """The committed tables say what the committed records say."""
 
+import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,9 @@ import pytest
 from examples.benchmarks import older, run, studies
 
 pytest.importorskip("matplotlib")
+ROOT = run.HERE.parents[1]
+PAGES = [ROOT / "README.md"]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in ("is-it-worth-it", "when-does-the-noise-help", "rdrop", "costs")]
 FOLDERS = sorted({run.folder_of(study) for study in run.STUDIES})
 
 
@@ -49,6 +54,33 @@ def test_what_is_there_is_listed(capsys):
     run.main(["--list"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in [*run.STUDIES, *older.OLDER])
+
+
+def test_every_difference_that_a_page_tells_is_in_a_committed_table():
+    told = re.compile(r"([+-]?\d+\.\d+) ± (\d+\.\d+)")
+    known = [
+        (float(value), float(error))
+        for folder in [*FOLDERS, "time_to_quality", "paper_small"]
+        for table in (run.HERE / folder).glob("*.md")
+        for value, error in told.findall(table.read_text())
+    ]
+    for page in PAGES:
+        for value, error in told.findall(page.read_text()):
+            near = [10.0 ** -len(number.partition(".")[2]) / 2 + 1e-9 for number in (value, error)]
+            assert any(abs(v - float(value)) < near[0] and abs(e - float(error)) < near[1] for v, e in known), (
+                f"{page.name}: {value} ± {error} is in no table"
+            )
+
+
+def test_what_pages_say_of_results_has_a_row_of_data():
+    """docs/sentences.csv: words of a page, and the words of a committed file that say the same."""
+    with (ROOT / "docs" / "sentences.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) > 20
+    for row in rows:
+        for path, words in ((row["page"], row["words"]), (row["file"], row["data"])):
+            text = " ".join((ROOT / path).read_text().split())
+            assert " ".join(words.split()) in text, f"{path} does not say: {words}"
 
 
 def test_every_record_says_where_it_comes_from_and_uses_the_seeds_of_its_study():
