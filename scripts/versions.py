@@ -1,10 +1,13 @@
-"""Runs the test suite with the oldest and the newest versions that are supported, and writes down what happened.
+"""Runs the test suite with the lowest and the newest versions that `pyproject.toml` admits; writes down what happened.
 
-    python scripts/versions.py oldest newest            # makes environments in build/versions: minutes, some GB
+    python scripts/versions.py lowest newest                      # makes environments in build/versions: some GB
+    python scripts/versions.py lowest --interpreter python3.10    # with another Python
     python scripts/versions.py newest --python .venv/bin/python   # in an environment that is there
+    python scripts/versions.py newest --python .venv/bin/python -- tests/numerics     # arguments for pytest
 
-The result is `docs/versions.json`: for each set of versions what was installed, how many tests passed, were skipped or
-failed, and for each failure why it is there.
+The lowest versions are the bounds themselves, those of every extra included, so that a bound is what was run. The
+result is `docs/versions.json`: for each set the commit, the machine, what was installed, how many tests passed, were
+skipped and failed, and why each was skipped. Why a test failed is written into it by hand, and kept.
 """
 
 from __future__ import annotations
@@ -12,98 +15,103 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "docs" / "versions.json"
-TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "matplotlib", "scikit-learn", "torchtext==0.6.0"]
-SETS = {
-    "oldest": [
-        "torch==2.6.0",
-        "lightning==2.5.0",
-        "pytorch-lightning==2.5.0",
-        "torchmetrics==1.0.0",
-        "rich==12.3.0",
-        "jsonargparse[signatures]==4.45.0",
-        "numpy<2.3",
-        "setuptools<81",  # Lightning 2.5.0 imports pkg_resources
-    ],
-    "newest": [
-        "torch==2.14.1",
-        "lightning",
-        "torchmetrics",
-        "rich",
-        "jsonargparse[signatures]",
-        "transformers",
-        "peft",
-    ],
-}
-"""The lower bounds of ``pyproject.toml``, and the newest that could be installed when this was run last."""
-SHOWN = (
-    "torch", "lightning", "pytorch-lightning", "torchmetrics", "rich", "jsonargparse", "numpy", "transformers",
-)  # fmt: skip
+BOUND = re.compile(r'"([\w-]+)(\[\w+\])?(?:>=|==)([\d.]+)[^"]*"')
+TOOLS = {"setuptools", "ruff", "mypy", "import-linter"}
+"""What no test runs."""
 
 
-def environment(name: str) -> Path:
+def bounds() -> dict[str, tuple[str, str]]:
+    """Read the lower bounds of ``pyproject.toml``: for each name its extras and the version."""
+    found = {name: (extras, version) for name, extras, version in BOUND.findall((ROOT / "pyproject.toml").read_text())}
+    # the lightning package installs the newest of this beside itself, and it may be what a user's modules are made of
+    found["pytorch-lightning"] = ("", found["lightning"][1])
+    return {name: value for name, value in found.items() if name not in TOOLS}
+
+
+def wanted(name: str) -> list[str]:
+    """Return what pip is to install."""
+    sign = {"lowest": "==", "newest": ">="}[name]
+    return [f"{package}{extras}{sign}{version}" for package, (extras, version) in bounds().items()]
+
+
+def environment(name: str, interpreter: str) -> Path:
     """Make a virtual environment, if it is not there, and return its Python."""
     folder = ROOT / "build" / "versions" / name
     python = folder / "bin" / "python"
     if not python.is_file():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *SETS[name], *TOOLS], check=True)
+        subprocess.run([interpreter, "-m", "venv", str(folder)], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted(name)], check=True)
     return python
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Return what is installed of the packages that matter."""
+    """Return which Python it is, and what is installed of the packages that have a bound."""
+    names = sorted({*bounds(), "numpy"})
     code = (
-        "import importlib.metadata as m, json\n"
-        f"print(json.dumps({{d.metadata['Name'].lower(): d.version for d in m.distributions()"
-        f" if d.metadata['Name'].lower() in {SHOWN}}}))"
+        "import importlib.metadata as m, json, platform\n"
+        "found = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
+        "print(json.dumps({'python': platform.python_version(), **found}))"
     )
-    found = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout
-    return dict(sorted(json.loads(found).items()))
+    printed = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout
+    found = json.loads(printed)
+    return {name: found.get(name.lower().replace("_", "-"), "absent") for name in ("python", *names)}
 
 
 def run(python: Path, arguments: list[str]) -> str:
     """Run the suite and return what it printed."""
-    command = [str(python), "-m", "pytest", "-q", "--tb=line", "-rf", *arguments]
+    command = [str(python), "-m", "pytest", "-q", "--tb=line", "-rfEs", *arguments]
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=surroundings, check=False).stdout
 
 
-def counts(printed: str) -> dict[str, int]:
-    """Read the last line of pytest."""
+def outcome(printed: str, reasons: dict[str, str]) -> dict[str, object]:
+    """Read what pytest printed: the last line, and the lines on what failed and was skipped."""
     last = next(line for line in reversed(printed.splitlines()) if re.search(r"\d+ (passed|failed)", line))
-    found = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
-    return {kind: found.get(kind, 0) for kind in ("passed", "failed", "skipped", "error", "errors")}
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", printed, flags=re.MULTILINE)
+    skipped: Counter[str] = Counter()
+    for n, why in re.findall(r"^SKIPPED \[(\d+)\] [^:]+:(?:\d+:)? (.+)$", printed, flags=re.MULTILINE):
+        skipped[why] += int(n)
+    return {
+        **{kind: counts.get(kind, 0) for kind in ("passed", "failed", "error", "skipped")},
+        "failures": {test: reasons.get(test, "") for test in dict.fromkeys(failed)},
+        "skips": dict(skipped.most_common()),
+    }
+
+
+def commit() -> str:
+    """Return the commit that is checked out, and whether anything was changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
     """Run the sets that are asked for and update the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="+", choices=SETS)
+    parser.add_argument("sets", nargs="+", metavar="SET", help="lowest or newest; with --python any name.")
     parser.add_argument("--python", type=Path, help="Python of an environment that is there.")
-    parser.add_argument("--log", type=Path, help="What the suite printed already, instead of running it.")
+    parser.add_argument("--interpreter", default=sys.executable, help="Python to make environments with.")
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     options, extra = parser.parse_args(given[:cut]), given[cut + 1 :]
     record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    code = commit()
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     for name in options.sets:
-        python = options.python or environment(name)
-        printed = options.log.read_text() if options.log else run(python, extra)
-        failed = dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (\S+)", printed, flags=re.MULTILINE))
-        reasons = record.get(name, {}).get("failures", {})
-        record[name] = {
-            "versions": installed(python),
-            **{kind: n for kind, n in counts(printed).items() if n or kind in {"passed", "failed"}},
-            "failures": {test: reasons.get(test, "") for test in failed},
-        }
+        python = options.python or environment(name, options.interpreter)
+        found = outcome(run(python, extra), record.get(name, {}).get("failures", {}))
+        record[name] = {"commit": code, "machine": machine, "versions": installed(python), **found}
         RECORD.write_text(json.dumps(record, indent=2) + "\n")
-        print(name, counts(printed))
+        print(name, {kind: found[kind] for kind in ("passed", "failed", "error", "skipped")})
 
 
 if __name__ == "__main__":
