@@ -1,11 +1,11 @@
-"""Runs the test suite with the lowest and the newest versions that `pyproject.toml` admits; writes down what happened.
+"""Runs the test suite with the oldest and the newest versions that `pyproject.toml` admits; writes down what happened.
 
-    python scripts/versions.py lowest newest                      # makes environments in build/versions: some GB
-    python scripts/versions.py lowest --interpreter python3.10    # with another Python
+    python scripts/versions.py oldest newest                      # makes environments in build/versions: some GB
+    python scripts/versions.py oldest --interpreter python3.10    # with another Python
     python scripts/versions.py newest --python .venv/bin/python   # in an environment that is there
     python scripts/versions.py newest --python .venv/bin/python -- tests/numerics     # arguments for pytest
 
-The lowest versions are the bounds themselves, those of every extra included, so that a bound is what was run. The
+The oldest versions are the bounds themselves, those of every extra included, so that a bound is what was run. The
 result is `docs/versions.json`: for each set the commit, the machine, what was installed, how many tests passed, were
 skipped and failed, and why each was skipped. Why a test failed is written into it by hand, and kept.
 """
@@ -39,7 +39,7 @@ def bounds() -> dict[str, tuple[str, str]]:
 
 def wanted(name: str) -> list[str]:
     """Return what pip is to install."""
-    sign = {"lowest": "==", "newest": ">="}[name]
+    sign = {"oldest": "==", "newest": ">="}[name]
     return [f"{package}{extras}{sign}{version}" for package, (extras, version) in bounds().items()]
 
 
@@ -97,7 +97,7 @@ def commit() -> str:
 def main() -> None:
     """Run the sets that are asked for and update the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="+", metavar="SET", help="lowest or newest; with --python any name.")
+    parser.add_argument("sets", nargs="+", metavar="SET", help="oldest or newest; with --python any name.")
     parser.add_argument("--python", type=Path, help="Python of an environment that is there.")
     parser.add_argument("--interpreter", default=sys.executable, help="Python to make environments with.")
     given = sys.argv[1:]

@@ -70,7 +70,9 @@ def _place(error: BaseException) -> str:
 def _split(value: Tensor) -> tuple[Tensor, Tensor]:
     """Primal and tangent, the latter zero for what no site acts on."""
     primal, tangent = forward_ad.unpack_dual(value)
-    return primal, torch.zeros_like(primal) if tangent is None else tangent
+    if tangent is None:
+        return primal, torch.zeros_like(primal)
+    return primal, tangent.to(primal.dtype)  # torch 2.6 makes float64 of a tangent in which some terms are known to be 0
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -155,13 +155,29 @@ OPERATIONS = {
     "lstm_cell": lambda x: torch.lstm_cell(x, (x, x), torch.ones(16, 4) / 9, torch.ones(16, 4) / 9)[0],
     "gru_cell": lambda x: torch.gru_cell(x, x, torch.ones(12, 4) / 9, torch.ones(12, 4) / 9),
 }
+
+
+def twice(operation):
+    """Whether this release of torch differentiates the derivative of an operation."""
+    x = torch.ones(4, 4, requires_grad=True)
+    (once,) = torch.autograd.grad(operation(x).square().sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(once.sum(), x)
+    except RuntimeError:
+        return False
+    return True
+
+
 REFUSED = {
     "forward": {
         "det", "logdet", "slogdet", "solve", "tensorsolve", "solve_of_a_constant", "cholesky_inverse",
         "householder_product", "native_layer_norm", "logcumsumexp", "scatter_prod", "cdist", "grid_sample",
         "embedding_bag", "eigh",
     },
-    "exact": {"hardsigmoid", "hardsigmoid_inplace", "cdist", "embedding_bag"},
+    "exact": {
+        "hardsigmoid", "hardsigmoid_inplace", "cdist", "embedding_bag",
+        *([] if twice(OPERATIONS["grid_sample"]) else ["grid_sample"]),  # not in torch 2.6
+    },
 }  # fmt: skip
 
 
