@@ -1,7 +1,6 @@
 """The package's own layers: what they compute, and that they are right as dropout sites."""
 
 import copy
-import inspect
 import warnings
 
 import lightning as L
@@ -211,9 +210,7 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(callbacks, tmp
 
     trainer, half = fit(1)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    # before Lightning 2.6 that was the only way
-    safely = {"weights_only": True} if "weights_only" in inspect.signature(L.Trainer.fit).parameters else {}
-    whole, resumed = fit(2)[1], fit(2, ckpt_path=tmp_path / "half.ckpt", **safely)[1]
+    whole, resumed = fit(2)[1], fit(2, ckpt_path=tmp_path / "half.ckpt", weights_only=True)[1]
     assert all(a.equal(b) for a, b in zip(whole, resumed, strict=True))
     assert not any(a.equal(b) for a, b in zip(whole, half, strict=True))
 

@@ -1,6 +1,5 @@
 """Windows of random length, and runs that are resumed within an epoch."""
 
-import inspect
 
 import pytest
 import torch
@@ -84,10 +83,8 @@ def test_a_run_resumed_anywhere_goes_on_as_if_it_had_not_stopped(make, tmp_path)
     whole = fit(make, callbacks=[keep])
     per_epoch = len(whole.seen) // 3
     assert per_epoch > 3
-    # before Lightning 2.6 that was the only way
-    safely = {"weights_only": True} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
     for step in (1, per_epoch, per_epoch + 2) if make is LSTM else [per_epoch + 2]:
-        resumed = fit(make, ckpt_path=tmp_path / f"step={step}.ckpt", **safely)
+        resumed = fit(make, ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True)
         assert resumed.seen == whole.seen[step:], step
         for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
             assert a.equal(b), step
