@@ -72,7 +72,7 @@ def _split(value: Tensor) -> tuple[Tensor, Tensor]:
     primal, tangent = forward_ad.unpack_dual(value)
     if tangent is None:
         return primal, torch.zeros_like(primal)
-    return primal, tangent.to(primal.dtype)  # torch 2.6 makes float64 of a tangent in which some terms are known to be 0
+    return primal, tangent.to(primal.dtype)  # torch 2.6 makes some float64
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from fits import make_trainer
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from texts import numbers
 
