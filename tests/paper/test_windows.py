@@ -1,6 +1,5 @@
 """Windows of random length, and runs that are resumed within an epoch."""
 
-
 import pytest
 import torch
 from fits import make_trainer
