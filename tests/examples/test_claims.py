@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from examples import claims
-from examples.benchmarks import figures, methods, run, studies, style, text
+from examples.benchmarks import figures, later_reports, methods, run, studies, style, text
 from examples.benchmarks.data import digits
 from examples.benchmarks.paired import Difference, Mean, difference
 from examples.benchmarks.records import Records, Run
@@ -169,7 +169,29 @@ def test_titles_and_a_map_are_drawn(tmp_path):
     assert (tmp_path / "map.png").is_file()
 
 
+def test_studies_added_later_are_reported(tmp_path, monkeypatch):
+    for study in ("text", "labels", "r_drop"):
+        options = ("python manual",) if study == "text" else ()
+        short = {"passes": 4, "evaluations": 2} | ({"batch_size": 10} if study == "text" else {})
+        runs = [
+            replace(one, setting=replace(one.setting, **short), seeds=[1, 2], options={"widths": (4, 4)})
+            for one in getattr(studies, study)(*options)
+        ]
+        monkeypatch.setattr(
+            studies, study, lambda *data, runs=runs: runs if data != ("ptb",) else [replace(runs[0], seeds=[9])]
+        )
+        made = Records(tmp_path / study / "runs.jsonl")
+        for one in runs:
+            assert "failed" not in made.make(one)
+        getattr(later_reports, study)(made)
+    table = (tmp_path / "text" / "python_manual.md").read_text()
+    assert "| (a) averaging the noise away makes it worse | DROPOUT_4 - DROPOUT_1 | above 0 |" in table
+    assert "| curvature full (strength 0.85, clip 0.5) |" in (tmp_path / "labels" / "labels.md").read_text()
+    assert (tmp_path / "r_drop" / "r_drop.md").read_text().count("| 0.1 | 5 |") == 1
+    assert (tmp_path / "labels" / "labels.png").stat().st_size > 10_000
+
+
 def test_report_of_nothing_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "HERE", tmp_path)
-    run.main(["--report"])
+    run.main([*run.STUDIES, "--report"])
     assert not list(tmp_path.rglob("*.md"))
