@@ -1,19 +1,30 @@
-"""The site: ``sphinx-build -W docs site`` (the extra `docs`). Everything in it works offline."""
+"""The site. Its source is the whole repository, so that every relative link is good here and on a code host alike.
+
+    sphinx-build -W --keep-going -c docs . build/site      # with the extra `docs`; then open build/site/index.html
+
+Everything in it can be read without a network: formulas are MathML, made when the site is built.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+from typing import Any
 
 from docutils import nodes
-from docutils.parsers.rst import Directive
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
-from lightning_dropreg import __version__
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)  # of the tutorials
+
+from lightning_dropreg import __version__, errors  # noqa: E402
 
 project = "lightning-dropreg"
 author = "The lightning_dropreg developers"
@@ -27,12 +38,22 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
-    "sphinx-mathjax-offline",
 ]
-exclude_patterns = ["README.md", "_build", "**.ipynb_checkpoints"]
-suppress_warnings = ["myst.header"]  # pages that begin below level 1 where they are included
+root_doc = "docs/index"
+include_patterns = ["docs/**.md", "examples/**.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = [
+    "docs/README.md",
+    ".*",
+    "build",
+    "dist",
+    "site",
+    "tests",
+    "lightning_dropreg",
+    "*.egg-info",
+    "**/.ipynb_checkpoints",
+]
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"  # a tutorial runs when it has changed, and its pictures are those of this run
 nb_execution_timeout = 300
@@ -41,54 +62,109 @@ nb_merge_streams = True
 
 default_role = "py:obj"
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # hooks of Lightning's are told of there
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_class_signature = "separated"
-napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"lightning-dropreg {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_extra_path = ["_extra"]
+html_math_renderer = "mathml"
+html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-class Mermaid(Directive):
-    """A diagram that a code host draws; here its text is shown, which reads as well."""
+class Mermaid(SphinxDirective):
+    """A diagram that a code host draws. Here a table says the same: who, what, and on whom it leans."""
 
     has_content = True
 
     def run(self) -> list[nodes.Node]:
-        """Show the text."""
-        return [nodes.literal_block("\n".join(self.content), "\n".join(self.content), language="text")]
+        """Read ``a["label"] --> b["label"]`` and write one row for each name."""
+        labels: dict[str, str] = {}
+        below: dict[str, list[str]] = {}
+        for line in self.content[1:]:
+            names = []
+            for name, label in re.findall(r'(\w+)(?:\["([^"]+)"\])?(?=\s|$)', line.replace("-->", " ")):
+                labels[name] = label or labels.get(name, name)
+                names.append(name)
+            if "-->" in line:
+                below.setdefault(names[0], []).append(names[1])
+        lines = ["| room | uses |", "|---|---|"]
+        short = {name: label.split(":")[0] for name, label in labels.items()}
+        for name, label in labels.items():
+            title, _, what = label.partition(": ")
+            uses = ", ".join(short[one] for one in below.get(name, [])) or "–"
+            lines.append(f"| **{title}**{': ' + what if what else ''} | {uses} |")
+        return self.parse_text_to_nodes("\n".join(lines))
 
 
-def tables(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Write the tables of docstrings, which are Markdown's, in the way that Sphinx reads them."""
+def write_math(self: Any, node: nodes.math | nodes.math_block) -> None:
+    """Write a formula as MathML, which browsers draw without a script."""
+    block = isinstance(node, nodes.math_block)
+    code = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", node.astext())  # brackets grow by themselves
+    if block and ("&" in code or "\\\\" in code):
+        code = f"\\begin{{align*}}{code}\\end{{align*}}"
+    self.body.append(('<div class="math-block">{}</div>' if block else "{}").format(tex2mathml(code, as_block=block)))
+    raise nodes.SkipNode
+
+
+def table_of_markdown(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Write the tables of docstrings, which are Markdown's, as Sphinx reads them; and where an error is explained."""
     written: list[str] = []
+    inside = False
     for line in lines:
         row = line.strip()
-        if not (row.startswith("|") and row.endswith("|")):
+        if not (row.startswith("|") and row.endswith("|") and len(row) > 2):
+            inside = False
             written.append(line)
             continue
         indent = line[: len(line) - len(line.lstrip())]
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if not inside:
+            written += ["", f"{indent}.. list-table::", f"{indent}   :header-rows: 1", ""]
+            inside = True
         if set(row) <= set("|-: "):
             continue
-        if not written or not written[-1].strip().startswith("- ") or not written[-1].startswith(f"{indent}     "):
-            written += [f"{indent}.. list-table::", f"{indent}   :header-rows: 1", ""]
-        written += [f"{indent}   {'* -' if not number else '  -'} {cell}" for number, cell in enumerate(cells)]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        written += [f"{indent}   {'  -' if number else '* -'} {cell}" for number, cell in enumerate(cells)]
     lines[:] = written
+    if what in {"exception", "class"} and name.rpartition(".")[2] in errors.__all__:
+        short = name.rpartition(".")[2]
+        lines += ["", f":doc:`What to do </docs/troubleshooting>`, under *{short}*.", ""]
+
+
+TITLES = {
+    "claims/ablations": "Strengths tried before",
+    "claims/claims": "The paper's findings, 32 seeds",
+    "claims/dose": "How much noise",
+    "map/map": "Where the noise helps",
+    "tuned/tuned40": "Tuned against tuned",
+    "tuned/tuned40_grid": "All configurations that were tried",
+    "negative/negative": "Regression",
+    "time_to_quality/table": "Perplexity against the clock",
+    "paper_small/orderings": "The paper's orderings at small size",
+    "paper_small/table_1": "The paper's Table 1 at small size",
+}
+
+
+def title_of_record(app: Sphinx, page: str, source: list[str]) -> None:
+    """Give a title to the tables that measurements write."""
+    if page.startswith("examples/benchmarks/") and not re.match(r"\s*#\s", source[0]):
+        short = page.removeprefix("examples/benchmarks/")
+        source[0] = f"# {TITLES.get(short, short)}\n\n{source[0]}"
 
 
 def setup(app: Sphinx) -> None:
-    """Add both."""
+    """Add what Sphinx does not bring."""
+    app.connect("source-read", title_of_record)
     app.add_directive("mermaid", Mermaid)
-    app.connect("autodoc-process-docstring", tables)
+    app.connect("autodoc-process-docstring", table_of_markdown)
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
 
 
 myst_fence_as_directive = ["mermaid"]
