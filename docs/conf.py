@@ -109,7 +109,7 @@ def write_math(self: Any, node: nodes.math | nodes.math_block) -> None:
     block = isinstance(node, nodes.math_block)
     code = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", node.astext())  # brackets grow by themselves
     if block and ("&" in code or "\\\\" in code):
-        code = f"\\begin{{align*}}{code}\\end{{align*}}"
+        code = f"\\begin{{aligned}}{code}\\end{{aligned}}"
     self.body.append(('<div class="math-block">{}</div>' if block else "{}").format(tex2mathml(code, as_block=block)))
     raise nodes.SkipNode
 
