@@ -66,6 +66,7 @@ autodoc_inherit_docstrings = False  # hooks of Lightning's are told of there
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"lightning-dropreg {version}"

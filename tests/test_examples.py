@@ -10,23 +10,22 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = {
     "existing_trainer": ["dropreg/explicit_penalty", "val_loss"],
     "mixin": ["dropreg/explicit_penalty", "dropreg/noise_norm"],
-    "lightning_cli": [],
-    "ddp": ["2 replicas, equal"],
+    "lightning_cli": ["val_loss"],
+    "ddp": ["2 replicas, equal", "test accuracy"],
     "plain_pytorch": ["penalty", "test accuracy"],
-    "fabric": ["2 replicas, equal"],
-    "accelerate_loop": ["penalty"],
+    "fabric": ["2 replicas, equal", "test accuracy"],
+    "accelerate_loop": ["penalty", "test accuracy"],
     "huggingface_trainer": ["training loss", "evaluation loss"],
-    "huggingface_classifier": ["attention", "predictive entropy"],
+    "huggingface_classifier": ["attention", "chance 0.10", "predictive entropy"],
     "vision": ["accuracy"],
-    "disentangle": [],
+    "disentangle": ["best test loss"],
     "mathematics": ["covariance of DROPOUT_4"],
 }
+PICTURES = {"existing_trainer", "vision", "disentangle", "huggingface_classifier"}
 NEEDS = {
     "huggingface_classifier": "transformers",
     "huggingface_trainer": "transformers",
     "accelerate_loop": "accelerate",
-    "vision": "matplotlib",
-    "disentangle": "matplotlib",
 }
 
 OWN_TEST = {"reproduce_paper", "claims"}  # test_reproduce_paper.py, examples/test_claims.py
@@ -34,6 +33,8 @@ OWN_TEST = {"reproduce_paper", "claims"}  # test_reproduce_paper.py, examples/te
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_example(name, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     if "accelerate" in sys.modules:  # which fixes the precision for the length of a process
@@ -41,7 +42,7 @@ def test_example(name, tmp_path, monkeypatch, capfd):
     arguments = ["--fast"]
     if name == "lightning_cli":
         arguments = ["fit", "--config", str(EXAMPLES / "lightning_cli.yaml"), "--fast"]
-    elif name in {"vision", "disentangle"}:
+    elif name in PICTURES:
         arguments += ["--figure", str(tmp_path / "figure.png")]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, *arguments])

@@ -71,7 +71,7 @@ class Watch:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_plain_pytorch(monkeypatch, autocast):
     example = load("plain_pytorch")
-    net = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 4))
+    net = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 10))
     with Watch(example, monkeypatch) as watch:
         example.train(net, example.make_loader(64), epochs=1, autocast=autocast)
     watch.check(1 / 2, passes=3 if autocast else 2)  # in bfloat16 one to see that the step must be wider
@@ -80,7 +80,7 @@ def test_plain_pytorch(monkeypatch, autocast):
 
 def test_plain_pytorch_on_some_rows(monkeypatch):
     example, sizes = load("plain_pytorch"), []
-    net = nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 4))
+    net = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 10))
     net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     example.train(net, example.make_loader(64), epochs=1, batch_fraction=1 / 8)
     assert sorted(sizes[-3:]) == [4, 4, 32]  # in the first batch, rows are tried
@@ -101,7 +101,7 @@ def test_accelerate(monkeypatch, precision):
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     example = load("accelerate_loop")
-    net = nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 4))
+    net = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 10))
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
     with Watch(example, monkeypatch) as watch:
         example.train(accelerator, net, epochs=1, batches=2)

@@ -37,6 +37,10 @@ TWO_IN_A_ROW, LONGEST = 24, 40
 XI_DROP, XI_APPROX = r"$\xi_\mathrm{drop}$ (true)", r"$\xi_\mathrm{approx}$"
 LAYERS = 20
 """Layers in a figure; the loudest ones."""
+FAR_APART = 30
+"""Between the largest effect and most of them, from which on an axis is logarithmic."""
+LABELLED = 12
+"""Sites that have their names beside them in a cloud of points."""
 LINES = 6
 """Sites with a line of their own over training; the largest ones."""
 
@@ -94,7 +98,7 @@ def effect_by_site(diagnosis: Diagnosis) -> Figure:
         diagnosis: What was measured.
 
     Returns:
-        The figure: truth and ``R_approx`` on the left, the ablations, on a scale of their own, on the right.
+        The figure: truth and ``R_approx`` on the left, the ablations on the right, both on one scale.
     """
     effect = diagnosis.effect
     sites = sorted(range(len(effect.sites)), key=lambda i: effect.truth(i).value)
@@ -111,7 +115,9 @@ def effect_by_site(diagnosis: Diagnosis) -> Figure:
         )
     longest = max(len(label) for label in labels)
     figure = _figure(3.6 * len(panels) + 0.075 * longest, 1.9 + 0.42 * len(rows))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    sizes = sorted(abs(i.value) for panel in panels for _, intervals, _ in panel for i in intervals if i.value)
+    far_apart = len(sizes) > 1 and sizes[-1] > FAR_APART * sizes[len(sizes) // 4]
     for ax, panel in zip(axes, panels, strict=True):
         for n, (label, intervals, style) in enumerate(panel):
             shift = 0.14 * (1 if n == 0 else -1) * (len(panel) > 1)
@@ -119,10 +125,14 @@ def effect_by_site(diagnosis: Diagnosis) -> Figure:
         ax.axvline(0, color=GRAY, linewidth=0.8, zorder=0)
         ax.axhspan(len(rows) - 1.5, len(rows) - 0.5, color="#EEEEEE", zorder=0)
         ax.set_ylim(-0.6, len(rows) - 0.4)
-        ax.set_xlabel("added to the loss of this batch")
+        ax.set_xlabel("added to the loss of this batch" + (", logarithmic away from 0" if far_apart else ""))
         ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-        ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
-        ax.locator_params(axis="x", nbins=5)
+        if far_apart:
+            ax.set_xscale("symlog", linthresh=sizes[len(sizes) // 4])
+            ax.tick_params(axis="x", labelsize=8, rotation=30)
+        else:
+            ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
+            ax.locator_params(axis="x", nbins=5)
         _legend_above(ax)
     axes[0].set_yticks(range(len(rows)), labels)
     figure.suptitle(f"Explicit effect of dropout by site ({_intervals(diagnosis)})", fontsize=10)
@@ -147,8 +157,8 @@ def noise_by_layer(noise: NoiseReport) -> Figure:
     at = range(len(rows))
     traces = ((XI_DROP, noise.trace_drop, 0.14, 0), (XI_APPROX, noise.trace_approx, -0.14, 1))
     for label, trace, shift, style in traces:
-        _points(left, [trace(i) for i in rows], [y + shift for y in at], style, label)
-    _points(right, [noise.alignment(i) for i in rows], list(at), 2, "cosine of the two")
+        _points(left, [trace(i) for i in rows], [y + shift for y in at], style, label, (0, math.inf))
+    _points(right, [noise.alignment(i) for i in rows], list(at), 2, "cosine of the two", (-1, 1))
     sizes = [trace(i) for _, trace, _, _ in traces for i in rows]
     if _decades(sizes) > 1:
         _logarithmic(left, "x", sizes)
@@ -251,6 +261,8 @@ def approximation_against_truth(history: Sequence[Diagnosis]) -> Figure:
             **{**_style(style), **({"markerfacecolor": "none", "markersize": 10} if label == together else {})},
             label=label,
         )
+    for name, x, y in zip(last.effect.names[:LABELLED], *groups[0][1:], strict=False) if last.effect.sites else ():
+        ax.annotate(_short(name), (x.value, y.value), textcoords="offset points", xytext=(6, -9), fontsize=7)
     if last.sweep:
         for q, report in last.sweep:
             place = (report.truth().value, report.approximation().value)
@@ -291,9 +303,19 @@ def _style(style: int) -> dict[str, Any]:
     }
 
 
-def _points(ax: Axes, intervals: Sequence[Interval], at: Sequence[float], style: int, label: str) -> None:
-    values, margins = [i.value for i in intervals], [i.margin for i in intervals]
-    ax.errorbar(values, at, xerr=margins, label=label, **_style(style))
+def _points(
+    ax: Axes,
+    intervals: Sequence[Interval],
+    at: Sequence[float],
+    style: int,
+    label: str,
+    possible: tuple[float, float] = (-math.inf, math.inf),
+) -> None:
+    """Draw values with their intervals, these as far as values are possible."""
+    values = [i.value for i in intervals]
+    below = [max(0.0, i.value - max(i.low, possible[0])) for i in intervals]
+    above = [max(0.0, min(i.high, possible[1]) - i.value) for i in intervals]
+    ax.errorbar(values, at, xerr=[below, above], label=label, **_style(style))
 
 
 def _band(ax: Axes, steps: Sequence[int], intervals: Sequence[Interval], style: int, label: str) -> None:
