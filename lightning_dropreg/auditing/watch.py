@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_dropreg.auditing.calls import Call, Draw, HandMask, LossCall
 from lightning_dropreg.auditing.functions import HANDLERS, LOSSES
@@ -44,7 +45,6 @@ _MASKING = {
     "where": ((0, 1), (0, 2)),
     "masked_fill": ((1, 0),),
     "masked_fill_": ((1, 0),),
-    "__setitem__": ((1, 0),),
 }
 
 
@@ -88,6 +88,7 @@ class Watch(TorchFunctionMode):
         self.seen: dict[nn.Module, bool] = {}
         self.backward = False
         self.hand_masks: list[HandMask] = []
+        self._masks: list[HandMask] = []
         own = Reach({type(root).__name__: root for root in paths.roots}).generators()
         self._sources = {**_SOURCES, **{4 + number: place for number, (place, _) in enumerate(own)}}
         self._random = RandomState([generator for _, generator in own])
@@ -106,8 +107,13 @@ class Watch(TorchFunctionMode):
             self._random = self._random.again()  # they have changed as they should
             return result
         name = str(getattr(func, "__name__", func))
-        if self.by_hand and name in _MASKING:
-            self._note_hand_mask(name, args)
+        if self.by_hand:
+            # what no parameter acts on any more is no activation: it is masked in a loss
+            if self._masks and any(isinstance(one, nn.Parameter) for one in tree_leaves((args, kwargs))):
+                self.hand_masks += self._masks
+                self._masks = []
+            if name in _MASKING:
+                self._note_hand_mask(name, args)
         result = func(*args, **kwargs)
         self._note(name, drew=kwargs.get("generator") is not None)
         if func in LOSSES:
@@ -119,6 +125,9 @@ class Watch(TorchFunctionMode):
         return result
 
     def _note_hand_mask(self, name: str, args: tuple[Any, ...]) -> None:
+        fills = args[1:3] if name == "where" else args[2:]
+        if fills and not any(bool((torch.as_tensor(fill) == 0).all()) for fill in fills):
+            return  # something else is put in its place
         for mask, h in ((args[i], args[j]) for i, j in _MASKING[name] if max(i, j) < len(args)):
             if not (isinstance(mask, Tensor) and isinstance(h, Tensor) and h.is_floating_point()):
                 continue
@@ -128,7 +137,7 @@ class Watch(TorchFunctionMode):
             zero = mask == 0
             dropped, entries = int(zero.sum()), mask.numel()
             if 0 < dropped < entries and bool((mask[~zero] == mask[~zero][0]).all()):
-                self.hand_masks.append(HandMask(self.place(), self.layer(), digest(zero), dropped, entries))
+                self._masks.append(HandMask(self.place(), self.layer(), digest(zero), dropped, entries))
 
     def place(self) -> Place:
         """Return where the current call comes from."""

@@ -208,6 +208,19 @@ class ReluByHand(nn.Module):
         return h * (h > 0)
 
 
+class Autoencoder(Body):
+    """Masks its loss, not what it computes: also in evaluation, and rightly so."""
+
+    def __init__(self):
+        super().__init__(nn.Dropout(0.1))
+
+    def forward(self, x):
+        losses = (self.last(self.inner(torch.tanh(self.first(x)))) - x[:, :3]).square()
+        masked = torch.rand(losses.shape) > 0.5
+        filled = losses.masked_fill(~masked, 1.0) + losses.mean() * torch.where(masked, losses, 0.0)
+        return (losses * masked).sum() / masked.sum() + 0 * filled.mean()
+
+
 class BeforeOutput(Body):
     """Dropout right before the last layer of a regression."""
 
@@ -309,5 +322,6 @@ CLEAN = {
     "reentrant checkpoint": lambda: Body(Recomputed(True)),
     "checkpoint": lambda: Body(Recomputed(False)),
     "mask that follows a dropout": lambda: Body(ReluByHand()),
+    "masked loss": Autoencoder,
     "little noise before a regression": lambda: BeforeOutput(F.mse_loss, 0.05),
 }
