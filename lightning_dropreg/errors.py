@@ -17,6 +17,7 @@ __all__ = [
     "LossNotRecognizedError",
     "MissingDependencyError",
     "NoDropoutSiteError",
+    "NoisySearchWarning",
     "NonFinitePenaltyError",
     "NotRepeatableError",
     "PatternError",
@@ -132,3 +133,7 @@ class KinkedNetworkWarning(UserWarning):
 
 class CompiledPartWarning(UserWarning):
     """A part that `torch.compile` has made runs uncompiled, because its graph was seen to do something else."""
+
+
+class NoisySearchWarning(UserWarning):
+    """An optimizer that remembers gradients from step to step (LBFGS) gets them with noise that changes every step."""

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.measure import Cost, MemoryWatch, PassCounter, Stopwatch, without_dropout
-from lightning_dropreg.cli.methods import CONFIGURED, METHODS, NO_DROPOUT, PAPER, REFERENCE
+from lightning_dropreg.cli.methods import CONFIGURED, KEYS, METHODS, NO_DROPOUT, PAPER, REFERENCE, named
 from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights, placing
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 from lightning_dropreg.mixins import without_mixins
@@ -50,11 +50,8 @@ def main(args: Sequence[str]) -> None:
         raise InvalidArgumentError(
             "bench needs --repeats of at least 1, --steps of at least 2, --warmup of at least 0."
         )
-    unknown = [name for name in options["methods"] or () if name not in METHODS and name != CONFIGURED]
-    if unknown:
-        raise InvalidArgumentError(
-            f"--methods: {', '.join(unknown)} unknown; choose from: {'; '.join([*METHODS, CONFIGURED])}."
-        )
+    if options["methods"]:
+        options["methods"] = named([options["methods"]] if isinstance(options["methods"], str) else options["methods"])
     if options["threads"] is not None and options["threads"] < 1:
         raise InvalidArgumentError(f"--threads {options['threads']}: at least 1 is needed.")
     if options["threads"]:
@@ -79,7 +76,13 @@ def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=12, help="Timed steps of each method in a round, at least 2.")
     parser.add_argument("--warmup", type=int, default=3, help="Steps before them that are not timed.")
     parser.add_argument("--threads", type=int | None, default=None, help="Threads of torch; its own choice by default.")
-    parser.add_argument("--methods", type=list[str] | None, default=None, help="Methods to measure besides dropout.")
+    parser.add_argument(
+        "--methods",
+        type=str | list[str] | None,
+        default=None,
+        help="Methods to measure besides dropout, with commas between them; all by default. "
+        + "; ".join(f"{key}: {name}" for name, key in KEYS.items()),
+    )
     parser.add_argument(
         "--memory", action="store_true", help="Measure peak memory too, each method in a process of its own."
     )
@@ -200,10 +203,10 @@ def _batches(cli: DropregCLI, count: int) -> DataLoader[Any]:
     """Read the batches that every method gets.
 
     Returns:
-        A loader of the first `count` batches, as the configured loader gives them.
+        A loader of `count` batches, as the configured loader gives them, from the beginning again where it ends.
 
     Raises:
-        InvalidArgumentError: If there are fewer, or several data loaders.
+        InvalidArgumentError: If there is none, or there are several data loaders.
     """
     seen: list[Any] = []
 
@@ -216,11 +219,10 @@ def _batches(cli: DropregCLI, count: int) -> DataLoader[Any]:
     trainer = cli.instantiate_trainer(callbacks=[Reader()], **{**QUIET_TRAINER, "limit_train_batches": 1})
     with without_mixins(cli.model):
         trainer.fit(cli.model, datamodule=cli.datamodule)
-    if len(seen) < count:
-        raise InvalidArgumentError(
-            f"The training data has {len(seen)} batches, bench needs {count}: lower --steps or --warmup."
-        )
-    return DataLoader(cast("Dataset[Any]", seen), batch_size=None, collate_fn=lambda batch: batch)
+    if not seen:
+        raise InvalidArgumentError("The training data has no batch.")
+    again = [seen[number % len(seen)] for number in range(count)]
+    return DataLoader(cast("Dataset[Any]", again), batch_size=None, collate_fn=lambda batch: batch)
 
 
 def _as_dict(cost: Cost, costs: Sequence[Cost]) -> dict[str, object]:
@@ -228,7 +230,7 @@ def _as_dict(cost: Cost, costs: Sequence[Cost]) -> dict[str, object]:
         return asdict(cost)
     low, median, high = cost.quantiles()
     ratios = {f"ratio_to_{name}": _ratio(cost, costs, name) for name in (REFERENCE, NO_DROPOUT, PAPER)}
-    return {"median_ms": median, "quartiles_ms": [low, high], **ratios, **asdict(cost)}
+    return {"key": KEYS[cost.method], "median_ms": median, "quartiles_ms": [low, high], **ratios, **asdict(cost)}
 
 
 def _ratio(cost: Cost, costs: Sequence[Cost], name: str = REFERENCE) -> float | None:
@@ -238,39 +240,58 @@ def _ratio(cost: Cost, costs: Sequence[Cost], name: str = REFERENCE) -> float | 
 
 def _print(costs: Sequence[Cost], machine: dict[str, str | int], options: Any) -> None:
     table = Table(title="One optimization step", title_justify="left")
+    table.add_column("key", no_wrap=True)
     table.add_column("method", overflow="fold")
     memory = any(cost.peak_mb is not None for cost in costs)
-    headings = ["ms", "quartiles", "ratio", "paper", "passes", *(["MiB"] if memory else [])]
+    headings = ["ms", "quartiles", "ratio", "passes", *(["MiB"] if memory else [])]
     for heading in headings:
-        table.add_column(heading, justify="right")
-    problems = []
+        table.add_column(heading, justify="right", no_wrap=True)
+    problems: list[str] = []
     for cost in costs:
+        key = KEYS[cost.method]
         if cost.problem:
-            problems.append(f"{cost.method}: {cost.problem}")
-            table.add_row(cost.method, "", f"not possible ({len(problems)})")
+            known = next((number for number, told in enumerate(problems, 1) if told == cost.problem), 0)
+            problems += [] if known else [cost.problem]
+            table.add_row(key, cost.method, "", f"no ({known or len(problems)})")
             continue
         low, median, high = cost.quantiles()
-        ratio, of_paper = _ratio(cost, costs), _ratio(cost, costs, PAPER)
-        cells = [f"{median:.0f}", f"{low:.0f}-{high:.0f}", _number(ratio), _number(of_paper), _passes(cost)]
+        quartiles = f"{_digits(low)}-{_digits(high)}"
+        cells = [_digits(median), quartiles, _number(_ratio(cost, costs)), _passes(cost)]
         if memory:
             cells.append("" if cost.peak_mb is None else f"{cost.peak_mb:.0f}")
-        table.add_row(cost.method, *cells)
+        table.add_row(key, cost.method, *cells)
     console = get_console()
     console.print(table)
     done = [cost for cost in costs if not cost.problem]
-    for uses in dict.fromkeys(tuple(cost.uses) for cost in done):
-        methods = "; ".join(cost.method for cost in done if tuple(cost.uses) == uses)
-        console.print(f"uses: {', '.join(uses) or 'no fused kernels'} ({methods})", highlight=False, markup=False)
+    for line in _uses(done):
+        console.print(line, highlight=False, markup=False)
     for number, problem in enumerate(problems, 1):
         console.print(f"({number}) {problem}", highlight=False, markup=False)
     console.print(
         f"{options['repeats']} rounds of {options['steps']} steps after {options['warmup']} untimed ones, methods "
         "interleaved, the same weights and batches for all. ms: median; ratio: to a dropout step (means of a round, "
-        f"median over rounds); paper: the same to {PAPER!r}; passes: forward + backward"
+        "median over rounds); passes: forward + backward"
         + ("; MiB: peak of the steps above what was there before.\n" if memory else ".\n")
         + "  ".join(f"{name}: {value}" for name, value in machine.items() if value),
         highlight=False,
     )
+
+
+def _digits(ms: float) -> str:
+    """Three significant digits, however short a step is."""
+    return f"{ms:#.3g}".rstrip(".") if ms < 1000 else f"{ms:.0f}"
+
+
+def _uses(costs: Sequence[Cost]) -> list[str]:
+    """Say which kernels the steps use: what most do, and what differs."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for cost in costs:
+        groups.setdefault(tuple(cost.uses), []).append(KEYS[cost.method])
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [
+        f"uses: {', '.join(uses) or 'no fused kernels'}{f' ({chr(44).join(keys)})' if number else ''}"
+        for number, (uses, keys) in enumerate(ordered)
+    ]
 
 
 def _number(value: float | None) -> str:

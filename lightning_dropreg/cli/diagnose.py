@@ -30,6 +30,7 @@ from lightning_dropreg.diagnostics import (
     measure_noise,
     measure_penalty,
     read,
+    recommend_strength,
     show,
 )
 from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance
@@ -77,6 +78,7 @@ def main(args: Sequence[str]) -> None:
     diagnosis, trained, excess, drawing = look_at_first_batch(cli, lambda first: _diagnose(first, callbacks, options))
     told = costs or ("not measured" if options["no_costs"] else _measure_costs(cli, trained))
     lines = [*_true_noise(trained), *read(diagnosis, told), *_kinks(excess), *drawing, _scope(options["ckpt_path"])]
+    lines.append(recommend_strength(diagnosis.effect, trained=bool(options["ckpt_path"])))
     if options["json"]:
         found = None if isinstance(told, str) else asdict(told)
         print(json.dumps({**diagnosis.as_dict(), "costs": found, "reading": lines}, indent=2))

@@ -9,7 +9,7 @@ from lightning_dropreg.diagnostics.diagnosis import Diagnosis, trusted
 from lightning_dropreg.diagnostics.effect import EffectReport, measure_effect
 from lightning_dropreg.diagnostics.noise import NoiseReport, measure_noise
 from lightning_dropreg.diagnostics.penalty import PenaltyReport, measure_penalty
-from lightning_dropreg.diagnostics.reading import Costs, read
+from lightning_dropreg.diagnostics.reading import Costs, read, recommend_strength
 from lightning_dropreg.diagnostics.statistics import Interval
 from lightning_dropreg.diagnostics.tables import show, tables
 
@@ -24,6 +24,7 @@ __all__ = [
     "measure_noise",
     "measure_penalty",
     "read",
+    "recommend_strength",
     "show",
     "tables",
     "trusted",

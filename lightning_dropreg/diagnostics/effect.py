@@ -104,6 +104,11 @@ class EffectReport:
         everything = self.samples[:, 1:, TRUTH].sum(1)
         return jackknife_interval(lambda j: own[j].mean() / everything[j].mean(), self.draws, self.confidence)
 
+    def matching_strength(self) -> Interval:
+        """The strength at which ``R_approx`` is as large as ``R_drop``."""
+        truth, approximation = self.samples[:, 0, TRUTH], self.samples[:, 0, APPROX]
+        return jackknife_interval(lambda j: truth[j].mean() / approximation[j].mean(), self.draws, self.confidence)
+
     def excess(self, fraction: float, site: int | None = None) -> tuple[Interval, Interval]:
         """How far the remainder lies outside ``±fraction * R_drop``, on either side: negative is inside."""
         truth = self.samples[:, _row(site), TRUTH]

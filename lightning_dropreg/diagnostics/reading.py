@@ -11,9 +11,12 @@ from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.numbers import percent_range, with_margin
 from lightning_dropreg.diagnostics.penalty import PenaltyReport
 
-__all__ = ["Costs", "read"]
+__all__ = ["Costs", "read", "recommend_strength"]
 
 SITES_NAMED = 4
+_FAR = 3
+"""A penalty that must be so many times larger or smaller than the expansion says is none that the expansion gives."""
+_MEASURED = "1.2 (of 0.7, 1.2, 2, 3.5) on digits with wrong labels, 2 to 3 on a small LSTM: docs/start-here.md"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,40 @@ def read(diagnosis: Diagnosis, costs: Costs | str = "not measured here") -> list
         lines.append(_noise(diagnosis))
     lines.append(_costs(costs))
     return lines
+
+
+def recommend_strength(effect: EffectReport, trained: bool) -> str:
+    """Say with which strengths of `ExplicitPenalty` to begin, or why nothing that was measured tells.
+
+    Args:
+        effect: What was measured.
+        trained: Whether that was on trained weights.
+
+    Returns:
+        A paragraph.
+    """
+    begin = "Strength: begin with 1, the second-order value"
+    if effect.problem:
+        return f"{begin}. Nothing more can be recommended, since R_approx could not be computed."
+    if not trained:
+        return f"{begin}. The initial weights tell no more; the best ones measured so far were {_MEASURED}."
+    truth, approximation = effect.truth(), effect.approximation()
+    if not truth.excludes_zero or not approximation.excludes_zero:
+        which = "R_approx" if truth.excludes_zero else "R_drop"
+        return (
+            f"{begin}. Nothing more can be recommended, since {which} cannot be told from 0 with {effect.draws} draws."
+        )
+    if truth.value < 0:
+        return f"{begin}. Nothing more can be recommended: dropout lowers the loss of this batch, and no penalty does."
+    matching = effect.matching_strength()
+    told = f"R_approx is as large as R_drop at {with_margin(matching)}"
+    if matching.low > _FAR or matching.high < 1 / _FAR:
+        return f"{begin}. Nothing more can be recommended: {told}, so far from 1 that the expansion does not hold here."
+    tried = "" if matching.low <= 1 <= matching.high else f" and {matching.value:.2g}"
+    return (
+        f"{begin}; {told}, so try 1{tried}, then 1.5 and 2, on held-out data. Which is best is not measured here; the "
+        f"best ones so far were {_MEASURED}."
+    )
 
 
 def _size(effect: EffectReport) -> str:

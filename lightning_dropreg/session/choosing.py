@@ -8,7 +8,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_dropreg.errors import DropregError, KinkedNetworkWarning, UnboundedPenaltyWarning
+from lightning_dropreg.errors import DropregError, KinkedNetworkWarning, NoisySearchWarning, UnboundedPenaltyWarning
 from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.inspection.choice import Choice, FractionChoice, choose_estimator, short, too_small
@@ -16,11 +16,11 @@ from lightning_dropreg.inspection.kinks import EXCESS, OF_CURVATURE, REMEDY, WID
 from lightning_dropreg.passes import Closure, Pass
 from lightning_dropreg.session.batch import Batch
 from lightning_dropreg.session.compiled import compiled_problems
-from lightning_dropreg.session.problems import module_problems
+from lightning_dropreg.session.problems import is_line_search, module_problems
 from lightning_dropreg.step.plan import Estimation, Plan
 from lightning_dropreg.step.settings import AUTO_FRACTION
 
-__all__ = ["choose", "choose_fraction", "warn_of_kinks", "warn_of_no_bound"]
+__all__ = ["choose", "choose_fraction", "warn_of_kinks", "warn_of_line_search", "warn_of_no_bound"]
 
 
 def choose(trainer: Trainer, module: LightningModule, plan: Plan, aside: Closure, seen: Pass) -> Choice:
@@ -137,6 +137,20 @@ def warn_of_kinks(module: nn.Module, plan: Plan, kinks: Mapping[str, int], choic
         f"ImplicitNoise(estimator='antithetic', step_size={estimation.step_size:g}) {size}. "
         f"{remedy} `dropreg inspect` measures it on your model.",
         category=KinkedNetworkWarning,
+    )
+
+
+def warn_of_line_search(trainer: Trainer, plan: Plan) -> None:
+    """Warn where an optimizer takes the difference of two gradients for curvature, and noise is in each."""
+    names = [type(o).__name__ for o in trainer.optimizers if is_line_search(o)]
+    if not names or not (plan.noise_scale or (plan.k or 1) > 1 or plan.on_rows):
+        return
+    what = "noise" if plan.noise_scale else "dropout masks" if plan.k is not None else "a choice of rows"
+    rank_zero_warn(
+        f"{names[0]} compares the gradients of successive steps, and each has {what} of its own, which it takes for "
+        "curvature. (Within a step all evaluations see the same.) Use SGD, Adam or their like, or "
+        "ExplicitPenalty(batch_fraction=None) alone, whose estimates vary least.",
+        category=NoisySearchWarning,
     )
 
 

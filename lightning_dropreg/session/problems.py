@@ -18,7 +18,15 @@ from lightning_dropreg.session.ranks import unsupported_strategy
 from lightning_dropreg.session.twins import is_a
 from lightning_dropreg.step.plan import Plan
 
-__all__ = ["changed_parameters", "fingerprints", "in_bfloat16", "loss_problems", "module_problems", "takes_iterator"]
+__all__ = [
+    "changed_parameters",
+    "fingerprints",
+    "in_bfloat16",
+    "is_line_search",
+    "loss_problems",
+    "module_problems",
+    "takes_iterator",
+]
 
 
 def in_bfloat16(trainer: Trainer, module: LightningModule) -> bool:
@@ -40,6 +48,12 @@ def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> li
     found = []
     if takes_iterator(module):
         found.append("training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx).")
+    if plan.noise_after_backward and any(is_line_search(o, fully=True) for o in trainer.optimizers):
+        found.append(
+            "ImplicitNoise adds to the gradients after the backward, and the optimizer searches along a line with "
+            "values of the loss, which do not have the noise. Use injection='loss', or an optimizer without a line "
+            "search."
+        )
     strategy = type(trainer.strategy).__name__
     plain = is_a(trainer.strategy, SingleDeviceStrategy, DDPStrategy)
     if not module.automatic_optimization and not plain:
@@ -50,6 +64,12 @@ def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> li
     else:
         found += [f"{problem[0].upper()}{problem[1:]}" for problem in unsupported_strategy(trainer.strategy, plan)]
     return [UnsupportedModuleError(problem) for problem in found]
+
+
+def is_line_search(optimizer: torch.optim.Optimizer, fully: bool = False) -> bool:
+    """Whether an optimizer is of LBFGS's kind; with `fully`, whether it compares values of the loss as well."""
+    searches = any(group.get("line_search_fn") for group in optimizer.param_groups)
+    return searches or (not fully and "LBFGS" in type(optimizer).__name__.upper())
 
 
 def takes_iterator(module: LightningModule) -> bool:

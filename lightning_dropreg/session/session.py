@@ -27,7 +27,7 @@ from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Off, dormant_sites, run_pass
 from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_loss
-from lightning_dropreg.session.choosing import warn_of_kinks, warn_of_no_bound
+from lightning_dropreg.session.choosing import warn_of_kinks, warn_of_line_search, warn_of_no_bound
 from lightning_dropreg.session.compiled import keeping_buffers
 from lightning_dropreg.session.looking import REFUSED, Looks
 from lightning_dropreg.session.manual import ManualStep, joined
@@ -160,6 +160,7 @@ class Session:
             self.looks.inspect(original, args, kwargs)
             self._tell()
             warn_of_kinks(self.module, self.plan, self.looks.kinks, self.looks.choice)
+            warn_of_line_search(self.trainer, self.plan)
             warn_of_no_bound(self.plan, watched=bool(self._detectors))
         if self.plan.untouched:
             return original(*args, **kwargs)

@@ -1,12 +1,15 @@
 """``dropreg bench`` on small models."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from commands import BRIEF, CONFIGS, QUICKSTART, printed_json
 
 from lightning_dropreg.cli import main
-from lightning_dropreg.cli.bench import METHODS
+from lightning_dropreg.cli.bench import _digits, _uses
+from lightning_dropreg.cli.measure import Cost
+from lightning_dropreg.cli.methods import KEYS, METHODS
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -30,12 +33,12 @@ def test_bench_measures_every_method(capsys):
 
 def test_bench_measures_memory_and_some_methods(capsys):
     brief = ["--repeats=1", "--steps=2", "--warmup=0", "--threads=1", *BRIEF]
-    methods = '--methods=["Algorithm 2"]'
+    methods = "--methods=alg2"
     assert main(["bench", "--config", QUICKSTART, *brief, methods, "--memory"]) == 0
     out = capsys.readouterr().out
     assert "MiB" in out
-    assert "Algorithm 2" in out
-    assert "R_approx" not in out
+    assert "alg2" in out
+    assert "k4" not in out
     assert main(["bench", "--config", QUICKSTART, "--methods=[magic]"]) == 1
     assert "magic" in capsys.readouterr().err
 
@@ -57,6 +60,22 @@ def test_bench_measures_a_module_with_a_mixin_without_it(capsys, monkeypatch):
     assert forwards == {"dropout": 1, "R_approx": 2, "MiniBatchDropout(k=4)": 4, "as configured": 2}
 
 
-def test_bench_needs_enough_batches(capsys):
-    assert main(["bench", "--config", QUICKSTART, "--steps=1000"]) == 1
-    assert "lower --steps" in capsys.readouterr().err
+def test_bench_begins_again_where_the_data_ends(capsys, monkeypatch):
+    monkeypatch.setattr("lightning_dropreg.cli.bench.islice", lambda loader, count: islice(loader, 2))
+    brief = ["--repeats=1", "--steps=5", "--warmup=0", "--threads=1", *BRIEF, "--methods=none", "--json"]
+    assert main(["bench", "--config", QUICKSTART, *brief]) == 0
+    assert [len(cost["rounds"][0]) for cost in printed_json(capsys)["costs"]] == [5, 5]
+
+
+def test_bench_lists_its_keys_in_the_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"{key}: {name}" in told for name, key in KEYS.items())
+
+
+def test_short_steps_have_digits_and_what_most_use_is_told_once():
+    assert [_digits(ms) for ms in (0.12345, 9.876, 54.321, 123.4, 2345.6)] == ["0.123", "9.88", "54.3", "123", "2346"]
+    costs = [Cost(name, uses=["oneDNN RNN"] if name != "Algorithm 2" else []) for name in METHODS]
+    assert _uses(costs) == ["uses: oneDNN RNN", "uses: no fused kernels (alg2)"]

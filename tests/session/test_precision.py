@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 
 import lightning as L
 import pytest
@@ -301,6 +302,42 @@ def test_lbfgs_minimizes_one_function_within_a_step(injection):
     optimizer.step(closure)
     for a, b in zip(model.net.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+class LineSearching(Classifier):
+    def __init__(self, search=None):
+        super().__init__()
+        self.search = search
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=2, line_search_fn=self.search)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "warns"),
+    [
+        ([dr.ExplicitPenalty()], False),
+        ([dr.MiniBatchDropout(1)], False),
+        ([dr.ExplicitPenalty(), dr.ImplicitNoise()], True),
+        ([dr.MiniBatchDropout(2)], True),
+        ([dr.ExplicitPenalty(batch_fraction=0.5)], True),
+    ],
+    ids=["penalty", "nothing", "noise", "draws", "rows"],
+)
+def test_noise_that_lbfgs_takes_for_curvature_is_told(callbacks, warns):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        train(callbacks, make=LineSearching, max_steps=1)
+    assert any(issubclass(one.category, errors.NoisySearchWarning) for one in seen) == warns
+
+
+@pytest.mark.filterwarnings("ignore::lightning_dropreg.errors.NoisySearchWarning")
+def test_a_line_search_that_does_not_see_the_noise_is_refused():
+    options = {"make": LineSearching, "model_options": {"search": "strong_wolfe"}, "max_steps": 1}
+    after = [dr.ExplicitPenalty(), dr.ImplicitNoise(injection="after_backward")]
+    with pytest.raises(errors.UnsupportedModuleError, match="searches along a line"):
+        train(after, **options)
+    train([dr.ExplicitPenalty(), dr.ImplicitNoise(injection="loss")], **options)
 
 
 def test_several_optimizers_are_refused_by_lightning_itself():
