@@ -92,3 +92,10 @@ def test_every_record_says_where_it_comes_from_and_uses_the_seeds_of_its_study()
             assert "with changes" not in record["provenance"]["commit"], path
             assert tuple(record["seeds"]) in allowed, path
             assert (record["part"] == "tuning") == (record["seeds"] == studies.SEEDS["tuning"]), path
+
+
+def test_the_page_on_multi_sample_dropout_says_what_was_measured():
+    page = (run.HERE.parents[1] / "docs" / "multi_sample.md").read_text()
+    for network, measured in json.loads((run.HERE / "bench_last_site.json").read_text()).items():
+        ratios = [cost["ratio_to_dropout"] for cost in measured["costs"] if cost["method"] != "dropout"]
+        assert f"| {network} | " + " | ".join(f"{ratio:.1f}" for ratio in ratios) + " |" in page
