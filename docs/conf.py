@@ -140,6 +140,7 @@ def table_of_markdown(app: Sphinx, what: str, name: str, obj: object, options: o
 
 
 TITLES = {
+    "bench": "Milliseconds of a step",
     "claims/ablations": "Strengths tried before",
     "claims/claims": "The paper's findings, 32 seeds",
     "claims/dose": "How much noise",

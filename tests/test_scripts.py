@@ -1,13 +1,16 @@
 """Scripts for machines that are not here: what they would run, and that they say so where they cannot."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
 gpu = pytest.importorskip("gpu")
 
 
@@ -41,3 +44,12 @@ def test_a_part_that_fails_is_told_and_the_rest_runs(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 0
+
+
+def test_workflows_call_scripts_that_are_there():
+    for file in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(file.read_text())["jobs"]
+        lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+        named = [word for line in lines for word in line.split() if word.startswith(("scripts/", ".ci/"))]
+        assert [word for word in named if not (ROOT / word).is_file()] == []
+        assert [word for word in named if not word.endswith(".py") and not os.access(ROOT / word, os.X_OK)] == []
