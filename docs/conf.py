@@ -58,6 +58,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "cache"  # a tutorial runs when it has changed, and its pictures are those of this run
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
+nb_merge_streams = True
 nb_output_stderr = "remove"  # what Lightning says of the machine
 
 default_role = "py:obj"
