@@ -19,6 +19,7 @@ __all__ = ["OutputDropout", "on_outputs", "other_masks"]
 _PASSING = re.compile(r"View|Reshape|Transpose|Permute|Squeeze|^T$|Copy|Clone|Alias|Softmax|Sigmoid|Slice|Select")
 _REDUCING = re.compile(r"Mean|Sum|Div|Mul|Sqrt|Copy")
 _REGRESSIONS = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss"})
+_ROUNDING = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _BY_HAND = "a loss of differences"
 # where a linear layer has what goes into it: number of the edge, and the names of what it keeps
 _LINEAR = {"Addmm": (1, "_saved_mat1", "_saved_mat2"), "Mm": (0, "_saved_self", "_saved_mat2")}
@@ -128,7 +129,7 @@ def _other_mask(call: Call, before: Tensor, after: Tensor) -> Iterator[str]:
         value, output = call.tensors
         went_in, came_out = (float((a.double() * b.double()).sum()) for a, b in ((before, value), (after, output)))
         size = float((after.double() * output.double()).abs().sum())
-        if abs(went_in - came_out) > 0.02 * size:
+        if abs(went_in - came_out) > _ROUNDING.get(output.dtype, 1e-4) * size:
             yield f"gradient times values is {went_in:.4g}, gradient times output {came_out:.4g}: not equal"
         return
     if call.mask is None or call.mask.kept.shape != before.shape:

@@ -7,10 +7,14 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from fits import Classifier, make_loader, make_trainer, same, train
+from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function
 from zoo import CLEAN, ZOO, Always, Body, ByHand
 
 import lightning_dropreg as dr
+from lightning_dropreg.auditing.functions import HANDLERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +46,38 @@ def test_every_id_is_planted_twice():
         f"finds {planted.total()} of {planted.total()} planted faults in their places and none in {clean} clean models"
     )
     assert told in " ".join((ROOT / "README.md").read_text().split())
+
+
+class Fused(torch.autograd.Function):
+    """Attention in one operation, as a kernel with a faulty backward might be."""
+
+    @staticmethod
+    def forward(ctx, weights, value, same):
+        masks = [(torch.rand_like(weights) >= 0.4) / 0.6 for _ in range(2)]
+        ctx.save_for_backward(weights * masks[0 if same else 1], value, masks[0])
+        return (weights * masks[0]) @ value
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, value, mask = ctx.saved_tensors
+        return grad @ value.mT * mask, weights.mT @ grad, None
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_attention_is_compared_as_a_whole(same, monkeypatch):
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0):
+        if has_torch_function((query,)):
+            return handle_torch_function(attention, (query,), query, key, value, attn_mask, dropout_p)
+        weights = (query @ key.mT).softmax(-1)
+        return Fused.apply(weights, value, same) if dropout_p else weights @ value
+
+    class Attending(nn.Module):
+        def forward(self, h):
+            return attention(h, h, h.sigmoid(), None, 0.4 if self.training else 0.0)
+
+    monkeypatch.setitem(HANDLERS, attention, HANDLERS[F.scaled_dot_product_attention])
+    found = dr.audit(Body(Attending()), torch.randn(12, 16))
+    assert [one.where[:7] for one in found if one.id == "backward-mask"] == ["inner ("] * (not same), found
 
 
 def test_closure():
