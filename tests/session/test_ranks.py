@@ -369,6 +369,7 @@ def test_collectives(ranks, accumulate):
     assert count["after"] == [n + steps for n in count["plain"]]
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU")
 def test_fsdp2_gives_the_gradients_of_ddp_or_is_refused(ranks):
     gradients, norm = found(ranks, "fsdp2")[0]
     reference = found(ranks, "ddp as fsdp2")[0]
@@ -382,8 +383,7 @@ def test_fsdp2_gives_the_gradients_of_ddp_or_is_refused(ranks):
 
 
 def test_the_seed_of_all_ranks_is_one(ranks):
-    one, two = found(ranks, "own seeds")
-    assert one == two
+    assert len(set(found(ranks, "own seeds"))) == 1
 
 
 def test_a_run_of_two_ranks_goes_on_as_one(ranks):
