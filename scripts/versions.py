@@ -25,8 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "docs" / "versions.json"
 BOUND = re.compile(r'"([\w-]+)(\[\w+\])?(?:>=|==)([\d.]+)[^"]*"')
-TOOLS = {"setuptools", "ruff", "mypy", "import-linter"}
-"""What no test runs."""
+TOOLS = {"setuptools", "ruff", "mypy", "import-linter", "docutils", "furo", "myst-nb", "sphinx", "sphinx-design"}
+TOOLS |= {"sphinx-copybutton"}
+"""What no test runs: the build, the linters, the site."""
 
 
 def bounds() -> dict[str, tuple[str, str]]:
@@ -49,7 +50,8 @@ def environment(name: str, interpreter: str) -> Path:
     python = folder / "bin" / "python"
     if not python.is_file():
         subprocess.run([interpreter, "-m", "venv", str(folder)], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted(name)], check=True)
+    for what in (wanted(name), ["--no-deps", "--editable", str(ROOT)]):
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *what], check=True)
     return python
 
 

@@ -118,6 +118,7 @@ def choose_estimator(
 
     Example:
         >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> print(choose_estimator(lambda: net(torch.ones(4, 3)).square().mean(), {"relu": 1}))
         estimator forward: there are kinks behind the dropout (relu)

@@ -236,7 +236,7 @@ def test_figures(tmp_path, sites):
         report(1, 0.8, sites), None, ((0.1, report(0.1, 0.1, 0)), (0.5, report(1, 0.6, 0))), step=20
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # missing glyphs, axes that do not fit
+        warnings.simplefilter("error", UserWarning)  # missing glyphs, axes that do not fit
         paths = draw(history, tmp_path / "new")
     assert len(paths) == 6
     assert all(path.stat().st_size > 5000 for path in paths)

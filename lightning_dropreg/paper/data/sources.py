@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
@@ -68,8 +68,8 @@ class TextSource:
         try:
             with (
                 self._open() as file,
-                wrap_file(file, self.size, description=label, transient=True, disable=hidden) as shown,
-                io.TextIOWrapper(file if hidden else shown, encoding="utf-8") as text,
+                nullcontext(file) if hidden else wrap_file(file, self.size, description=label, transient=True) as shown,
+                io.TextIOWrapper(shown, encoding="utf-8") as text,
             ):
                 for line in text:
                     count += 1
