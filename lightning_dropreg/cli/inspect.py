@@ -98,6 +98,8 @@ def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapp
         outlook.plan = describe(plan)
         outlook.values, plan, choices = rehearse(first.trainer, first.model, plan, first.step, first.args, measured)
         methods += [f"estimator {name}" for name in plan.estimators] + ["batch_fraction"] * bool(plan.row_dims)
+        methods += ["batch_fraction in one pass"] * (plan.in_one_pass is not None)
+        methods += ["MiniBatchDropout at the last site"] * (plan.sites == "last")
         outlook.plan = [*(f"{each[0].upper()}{each[1:]}." for each in choices), *describe(plan)]
         excess = outlook.values.get(NOISE_EXCESS, 1.0)
         if excess > EXCESS:
@@ -105,7 +107,7 @@ def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapp
             outlook.warning = f"The noise is {excess:.2f} times as large as xi_approx: kinks ({found}). {REMEDY}"
     except DropregError as error:
         outlook.refused = str(error)
-    outlook.assumptions = report(methods, measured)
+    outlook.assumptions = report(methods, measured, bool(outlook.refused))
     return outlook
 
 
@@ -182,7 +184,7 @@ def _print(found: Findings, model: LightningModule) -> None:
 def _print_outlook(outlook: Outlook, problems: Sequence[str]) -> None:
     console = get_console()
     console.print(f"\n[bold]{' and '.join(outlook.callbacks)}[/]")
-    if any(row["outcome"] != "watched" for row in outlook.assumptions):
+    if any(row["outcome"] != "not measured" for row in outlook.assumptions):
         console.print(_assumption_table(outlook.assumptions))
     if outlook.refused:  # and so the plan will not be carried out
         known = [str(number) for number, problem in enumerate(problems, 1) if problem in outlook.refused]

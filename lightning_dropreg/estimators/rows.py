@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.passes.batches import batch_tensors, is_array, map_batch
 
 __all__ = ["draw_rows", "select_rows"]
 
@@ -17,8 +17,8 @@ def draw_rows(batch: Any, fraction: float, dim: int, key: int) -> Tensor:
     """Draw ``fraction`` of the rows without replacement, at least one.
 
     Args:
-        batch: Any nest of dicts, lists and tuples with tensors in it; the first tensor that has dimension `dim` says
-            how many rows there are.
+        batch: Any batch (`lightning_dropreg.passes.batches.map_batch`); the first tensor in it that has dimension `dim`
+            says how many rows there are.
         fraction: In ``(0, 1]``.
         dim: The dimension along which the rows lie.
         key: Seed.
@@ -33,8 +33,8 @@ def draw_rows(batch: Any, fraction: float, dim: int, key: int) -> Tensor:
         >>> draw_rows({"x": torch.zeros(8, 3)}, 0.25, 0, key=1).shape
         torch.Size([2])
     """
-    for leaf in tree_flatten(batch)[0]:
-        if isinstance(leaf, Tensor) and leaf.ndim > dim:
+    for leaf in batch_tensors(batch):
+        if leaf.ndim > dim:
             count = leaf.shape[dim]
             generator = torch.Generator().manual_seed(key)
             return torch.randperm(count, generator=generator)[: max(1, round(fraction * count))].sort().values
@@ -45,10 +45,10 @@ def draw_rows(batch: Any, fraction: float, dim: int, key: int) -> Tensor:
 
 
 def select_rows(batch: Any, rows: Tensor, dim: int, count: int) -> Any:
-    """Take `rows` of every tensor in `batch` that has `count` of them along `dim`; leave the rest alone.
+    """Take `rows` of every tensor and array in `batch` that has `count` of them along `dim`; leave the rest alone.
 
     Args:
-        batch: Any nest of dicts, lists and tuples.
+        batch: Any batch (`lightning_dropreg.passes.batches.map_batch`).
         rows: Indices.
         dim: The dimension along which the rows lie.
         count: Number of rows in the batch.
@@ -60,11 +60,14 @@ def select_rows(batch: Any, rows: Tensor, dim: int, count: int) -> Any:
         >>> select_rows((torch.arange(4), "label"), torch.tensor([1, 3]), 0, 4)
         (tensor([1, 3]), 'label')
     """
-    leaves, structure = tree_flatten(batch)
-    taken = [
-        leaf.index_select(dim, rows.to(leaf.device, non_blocking=True))
-        if isinstance(leaf, Tensor) and leaf.ndim > dim and leaf.shape[dim] == count
-        else leaf
-        for leaf in leaves
-    ]
-    return tree_unflatten(taken, structure)
+
+    def taken(value: Any) -> Any:
+        if not (isinstance(value, Tensor) or is_array(value)):
+            return NotImplemented
+        if value.ndim <= dim or value.shape[dim] != count:
+            return value
+        if isinstance(value, Tensor):
+            return value.index_select(dim, rows.to(value.device, non_blocking=True))
+        return value.take(rows.tolist(), axis=dim)
+
+    return map_batch(taken, batch)

@@ -281,16 +281,17 @@ def assumed_by(methods: Iterable[str]) -> list[Assumption]:
     return [assumption for name, assumption in ASSUMPTIONS.items() if name in wanted]
 
 
-def report(methods: Iterable[str], measured: Iterable[Measured]) -> list[dict[str, object]]:
+def report(methods: Iterable[str], measured: Iterable[Measured], refused: bool = False) -> list[dict[str, object]]:
     """Put together what some methods assume and what was measured of it.
 
     Args:
         methods: Names; those that are not in `METHODS` assume nothing.
         measured: What was measured on a step.
+        refused: Whether the look at the step ended before all was measured.
 
     Returns:
         One row for each assumption as plain values: ``name``, ``statement``, ``value``, ``tolerance``, ``outcome`` and
-        ``note``. What was not measured now has the outcome ``"watched"``, with how in the note.
+        ``note``. What was not measured now has the outcome ``"not measured"``, with why in the note.
 
     Example:
         >>> report(["estimator antithetic"], [Measured("smooth", 2.0, outcome="warning", note="relu")])[0]["value"]
@@ -299,8 +300,9 @@ def report(methods: Iterable[str], measured: Iterable[Measured]) -> list[dict[st
     of = {each.name: each for each in measured}
     rows = []
     for each in assumed_by(method for method in methods if method in METHODS):
-        watched = {"value": None, "tolerance": None, "outcome": "watched", "note": each.measured}
-        found = of[each.name].plain() if each.name in of else watched
+        why = "what was found before is refused already" if refused else f"nothing to measure here. {each.measured}"
+        unknown = {"value": None, "tolerance": None, "outcome": "not measured", "note": why}
+        found = of[each.name].plain() if each.name in of else unknown
         rows.append({"name": each.name, "statement": each.statement, **found})
     return rows
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["SMALL", "copy_of", "is_copied", "mean_of"]
+__all__ = ["ATOMS", "CONTAINERS", "ITERATORS", "SMALL", "copy_of", "is_copied", "mean_of"]
 
 SMALL = 256
 """Longer containers are data (a vocabulary): what is added to them is undone, what is in them is not looked at."""
-_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
+ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
+CONTAINERS = frozenset({list, dict, set, deque, defaultdict, Counter, OrderedDict})
+ITERATORS = frozenset(type(iter(each)) for each in ([], (), range(0)))
+"""Iterators of which a copy goes on by itself from the same place."""
 
 
 def _is_dict(value: Any) -> bool:
@@ -23,6 +27,7 @@ def is_copied(kind: type) -> bool:
     """Whether values of this type are copied; everything else is shared."""
     return (
         issubclass(kind, (Tensor, list, set, deque, tuple))
+        or kind in ITERATORS
         or (issubclass(kind, dict) and kind.__module__ in {"builtins", "collections"})
         or kind.__module__ == "numpy"
     )
@@ -30,7 +35,7 @@ def is_copied(kind: type) -> bool:
 
 def copy_of(value: Any, memo: dict[int, Any]) -> Any:
     """Copy tensors, arrays and plain containers; everything else is shared."""
-    if type(value) in _ATOMS:
+    if type(value) in ATOMS:
         return value
     if id(value) in memo:
         return memo[id(value)][1]
@@ -48,6 +53,8 @@ def copy_of(value: Any, memo: dict[int, Any]) -> Any:
         items = [copy_of(v, memo) for v in value]
         if any(a is not b for a, b in zip(items, value, strict=True)):
             copied = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    elif type(value) in ITERATORS:
+        copied = copy.copy(value)
     elif type(value).__module__ == "numpy" and hasattr(value, "copy"):
         copied = value.copy()
     memo[id(value)] = (value, copied)  # the original too, so that its id stays its own
@@ -58,7 +65,7 @@ def mean_of(values: list[Any], memo: dict[tuple[int, ...], Any]) -> Any:
     """The mean of tensors within equal containers; the first value where that makes no sense."""
     first = values[0]
     key = tuple(map(id, values))
-    if type(first) in _ATOMS or any(type(v) is not type(first) or v is first for v in values[1:]):
+    if type(first) in ATOMS or any(type(v) is not type(first) or v is first for v in values[1:]):
         return first
     if key not in memo:
         memo[key] = (values, first)  # where a container holds itself

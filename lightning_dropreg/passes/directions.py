@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_dropreg.errors import InconsistentPassesError
+from lightning_dropreg.errors import InconsistentPassesError, UnsupportedSiteError
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.dtypes import noise_dtype
 from lightning_dropreg.numerics.noise import KeyedGenerators, random_signs
@@ -114,4 +114,13 @@ class Directions:
         return direction
 
     def _sample(self, site: Site, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-        return random_signs(self.shape_of(site), dtype, generator).mul_(math.sqrt(site.variance))
+        try:
+            return random_signs(self.shape_of(site), dtype, generator).mul_(math.sqrt(site.variance))
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise UnsupportedSiteError(
+                f"A dropout with p={site.p} of a tensor of shape {site.shape} is called inside "
+                "torch.vmap(randomness='different'), which makes noise of its own for every slice that no later pass "
+                "could repeat. Call the dropout outside of vmap, on the whole tensor; MiniBatchDropout may keep it."
+            ) from error

@@ -1,4 +1,4 @@
-"""What a step can reach: random generators of its own, plain objects with state, and things that only move on.
+"""What a step can reach: random generators of its own, objects and variables, and things that only move on.
 
 Attributes of modules and objects are followed, the closures of functions, and the globals that they name. Only code
 of the user's is read; objects of installed packages are looked into for what they hold, not for what they call.
@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_dropreg.passes.copies import ATOMS
+from lightning_dropreg.passes.variables import assigned, in_cell, in_class, in_globals, is_kept
 
 __all__ = ["Reach", "is_generator"]
 
@@ -45,7 +48,7 @@ class Reach:
         roots: Where to begin, by the name that messages call it: ``{"self": module, "training_step": step}``.
 
     Attributes:
-        objects: Plain objects of classes of the user's, by place.
+        objects: Plain objects of classes of the user's, by place, and variables that the step may change.
         moving: What cannot be put back and may move on: iterators, open streams, by place.
 
     Example:
@@ -62,6 +65,7 @@ class Reach:
         # by the place that holds it, for another may be put there for every epoch
         self._generators: list[tuple[str, Any, Any]] = []
         self._seen: dict[int, Any] = {}
+        self._globals: dict[int, set[str]] = {}
         self._own = {type(root).__module__.partition(".")[0] for root in roots.values()}
         self._queue: deque[tuple[str, Any, Any, Any, int]] = deque()
         for name, root in roots.items():
@@ -80,6 +84,11 @@ class Reach:
             if is_generator(value):
                 found.setdefault(id(value), (place, value))
         return list(found.values())
+
+    def positions(self) -> dict[str, Any]:
+        """Return where each thing in `moving` is, of which that can be told: what is elsewhere later has moved on."""
+        found = {place: _position(value) for place, value in self.moving.items()}
+        return {place: position for place, position in found.items() if position is not None}
 
     def _visit(self, place: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         if isinstance(value, _ATOMS) or value is None:
@@ -132,6 +141,10 @@ class Reach:
                 yield from self._of_class(place, cls)
 
     def _of_class(self, place: str, cls: type) -> Iterator[tuple[str, Any, Any, Any]]:
+        kept = [name for name, child in vars(cls).items() if type(child) in ATOMS or is_kept(child)]
+        kept = [name for name in kept if not name.startswith("__")]
+        if kept:
+            self.objects[f"class {cls.__qualname__} {id(cls)}"] = in_class(cls, kept)
         # methods have no place of their own that anybody would look for
         for name, child in list(vars(cls).items()):
             yield (place if isinstance(child, _FUNCTIONS) else f"{place}.{name}"), child, vars(cls), name
@@ -142,12 +155,21 @@ class Reach:
         function = getattr(value, "__func__", value)
         if not isinstance(function, types.FunctionType) or not self._is_own(function):
             return
+        changed = assigned(function.__code__)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             try:
-                yield name, cell.cell_contents, _Cell(cell), 0
+                content = cell.cell_contents
             except ValueError:
                 continue  # empty
+            if name in changed or is_kept(content):
+                self.objects[f"{name} {id(cell)}"] = in_cell(name, cell)
+            yield name, content, _Cell(cell), 0
         names, space = set(_names(function.__code__)), function.__globals__
+        kept = {name for name in names & space.keys() if name in changed or is_kept(space[name])}
+        if kept:
+            shared = self._globals.setdefault(id(space), set())
+            shared |= kept
+            self.objects[f"globals {id(space)}"] = in_globals(space, shared)
         for name in names & space.keys():
             if isinstance(space[name], types.ModuleType):
                 attributes = vars(space[name])
@@ -166,6 +188,30 @@ class Reach:
         if root == "lightning_dropreg":
             return module.startswith(("lightning_dropreg.paper", "lightning_dropreg.nn"))
         return not _is_closed_root(root) and (root in self._own or not _is_installed(root))
+
+
+def _position(value: Any, depth: int = 0) -> Any:
+    """Something that is equal as long as an iterator or a stream does not move on; None if there is no such thing."""
+    if isinstance(value, types.GeneratorType):
+        frame = value.gi_frame
+        if frame is None:
+            return "ended"
+        return frame.f_lasti, {name: id(each) for name, each in frame.f_locals.items()}
+    try:
+        if isinstance(value, io.IOBase):
+            return value.tell()
+        _, arguments, *state = value.__reduce__()
+    except Exception:
+        return None  # of a kind that does not tell
+    inside = [_position(each, depth + 1) for each in arguments if hasattr(type(each), "__next__") and depth < 4]
+    return _plain((arguments, state)), inside
+
+
+def _plain(value: Any) -> Any:
+    """What of it is plain values; other objects may be made anew by whoever tells them."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value if type(value) in ATOMS else None
 
 
 def _parts(value: Any) -> list[Any]:

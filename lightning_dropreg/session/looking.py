@@ -126,8 +126,9 @@ class Looks:
                 seen, found = inspect_step(batch.aside, self.plan.needs_losses, generators=generators)
                 found = [naming_what_rests(p, self.module) if isinstance(p, NoDropoutSiteError) else p for p in found]
                 problems += loss_problems(self.trainer, self.module, seen.loss)
-                seen.release()
                 changed = changed_parameters(self.module, before)
+                told = measured_of(seen, changed, len(batch.logs.names()))
+                seen.release()
                 problems += changed
                 problems += compiled_problems(self.module, self.plan) + found
                 if not (problems or self.plan.untouched) and self.found_in_reach is not None:
@@ -147,7 +148,7 @@ class Looks:
         self.seen, self.kinks = seen, seen.kinks
         self.copies = bool(batch.modified)
         if not self.plan.untouched:
-            self.measured += measured_of(seen, changed)
+            self.measured += told
         if problems:
             raise all_at_once(problems, name)
         if self.plan.has_choice:
@@ -305,6 +306,8 @@ class Looks:
             on_rows, rows = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
             if rows.fraction < 1:
                 check_masks_of_rows(sites, on_rows, chosen.mask)
+                note = "the masks of all sites are smaller on some of the rows"
+                self.measured.append(Measured("own_masks", float(len(sites)), note=note))
         return []
 
     def _watch_rows(self, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,10 @@ def rehearse(
     session.looks.inspect(step, args, {})
     if plan.untouched:
         return {}, plan, []
+    if session.plan.in_one_pass is not None:
+        paired = session.looks.pairable(step, args, {})[1] is not None
+        told = "one pass with rows twice gives the same" if paired else "drawn rows get passes of their own"
+        measured.append(Measured("pairable", outcome="holds" if paired else "fallback", note=told))
     batch = session.looks.to_look_at(step, args, {})
     batch.lasting = False
     with session.looks.compiled.running(), batch.isolation:
@@ -91,6 +96,9 @@ def rehearse(
         values = {"loss": result.loss.item(), "norm of the gradient": gradient_norm(total)}
         if result.penalty is not None:
             values = {"explicit penalty": result.penalty.item(), **values}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        told = f"not finite: {', '.join(bad)}" if bad else f"finite: {', '.join(values)}"
+        measured.append(Measured("finite", float(len(bad)), 0.0, "warning" if bad else "holds", told))
         estimation = session.plan.noise_of_finite_steps
         if estimation is not None:
             with attention_dropout(plan.attention):

@@ -28,8 +28,17 @@ def measure_repeatability(batch: Batch, reach: Reach, copied: bool | None = None
         What was found.
     """
     name = f"training_step of {type(batch.module).__name__}"
-    drawn = batch.isolation.drawn_generators()
+    drawn, before = batch.isolation.drawn_generators(), reach.positions()
     found = compare_runs(batch.aside, batch.isolation.outcome, name, reach.moving, drawn)
+    after = reach.positions()
+    moved = [place for place, position in before.items() if after.get(place) != position]
+    if moved and found[0].problem is None:
+        problem = NotRepeatableError(
+            f"{name} moves on what cannot be put back: {', '.join(moved[:8])}. It runs several times for a batch, and "
+            "would go through that so many times as fast. Fetch what is new in on_train_batch_start, or in the data "
+            "loader, and let the step use it."
+        )
+        found[0] = Measured("repeatable", outcome="error", problem=problem)
     if not batch.modified:
         found.append(Measured("whole_batch", note="unchanged by a run"))
     elif copied is False:
@@ -52,18 +61,27 @@ def problems_of(found: Sequence[Measured]) -> list[DropregError]:
     return [each.problem for each in found if each.problem is not None]
 
 
-def measured_of(seen: Pass, changed: Sequence[DropregError]) -> list[Measured]:
+def measured_of(seen: Pass, changed: Sequence[DropregError], logged: int) -> list[Measured]:
     """Say what the look at the first step has shown by the way.
 
     Args:
-        seen: Its pass.
+        seen: Its pass, with its losses.
         changed: What is wrong with parameters that the step changes, if it does.
+        logged: How many values it logs.
 
     Returns:
         What was found.
     """
     kinks = ", ".join(f"{name} ({count})" for name, count in seen.kinks.items())
+    draws = "; ".join(seen.unknown)
+    losses = ", ".join(loss.name for loss in seen.losses)
+    found = [Measured("recognized_loss", float(len(seen.losses)), note=f"losses: {losses}")] if losses else []
     return [
+        *found,
+        Measured("known_dropout", float(len(seen.unknown)), 0.0, "warning", draws)
+        if draws
+        else Measured("known_dropout", 0.0, 0.0, note="no random numbers are drawn but by dropout"),
+        Measured("logged_once", float(logged), note="values are logged in a run; held back, and logged once a batch"),
         Measured("reached_site", float(len(seen.sites)), note="dropout sites"),
         Measured("smooth", float(sum(seen.kinks.values())), 0.0, "warning" if kinks else "holds", kinks or "no kinks"),
         Measured("fixed_parameters", outcome="error", problem=changed[0])

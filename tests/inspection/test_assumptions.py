@@ -1,7 +1,10 @@
 """The table of assumptions: complete, consistent, and the same in the documentation."""
 
 import ast
+import importlib.util
 import inspect
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.inspection.assumptions import ASSUMPTIONS, METHODS, Measured, assumed_by, with_table
 from lightning_dropreg.session.base import RegularizerCallback
 
-GUARANTEES = Path(__file__).parents[2] / "docs" / "guarantees.md"
+ROOT = Path(__file__).parents[2]
+GUARANTEES = ROOT / "docs" / "guarantees.md"
 
 
 def test_the_documentation_shows_the_table():
@@ -59,3 +63,33 @@ def test_nothing_is_measured_that_is_not_in_the_table():
 def test_unknown_methods_are_refused():
     with pytest.raises(InvalidArgumentError, match="no method"):
         assumed_by(["magic"])
+
+
+def rows_of_guarantees():
+    table = GUARANTEES.read_text().partition("| guarantee |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    return [row for row in rows if len(row) > 1]
+
+
+def test_every_guarantee_and_every_assumption_is_proved_by_breaking():
+    """Each names a mutation, and the record says that its tests have noticed it, as it is in the table now."""
+    spec = importlib.util.spec_from_file_location("mutation_table", ROOT / "scripts" / "mutation_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows, table = rows_of_guarantees(), module.MUTATIONS
+    assert len(rows) > 50
+    named = {row[0][:60]: re.findall(r"`([^`]+)`", row[2]) for row in rows if "(gpu)" not in row[1] or "…" in row[1]}
+    named |= {name: [name] for name in ASSUMPTIONS}
+    assert all(named.values()), [row for row, names in named.items() if not names]
+    assert not {each for names in named.values() for each in names} - table.keys()
+    assert table.keys() <= {each for row in rows for each in re.findall(r"`([^`]+)`", row[2])} | ASSUMPTIONS.keys()
+    record = json.loads((ROOT / "docs" / "mutations.json").read_text())["mutations"]
+    recorded = {each["name"]: each for each in record}
+    for name in {each for names in named.values() for each in names}:
+        again = f"python scripts/mutations.py '{name}'"
+        each = recorded.get(name)
+        assert each, again
+        assert each["caught"], f"{name}: {each['said']}"
+        assert (each["file"], each["old"], each["new"], each["tests"]) == table[name], again
+        passage = (ROOT / "lightning_dropreg" / each["file"]).read_text()
+        assert passage.count(each["old"]) == 1, f"{name}: {each['file']} has another passage now"

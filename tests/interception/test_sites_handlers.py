@@ -250,3 +250,19 @@ def test_sign_patterns_give_the_exact_penalty():
         p = z.softmax(-1)
         total = total + ((p * u**2).sum() - ((p * u).sum(-1) ** 2).sum()) / 2 / 2 / 16
     torch.testing.assert_close(total, explicit_penalty(closure, estimator="exact"), rtol=1e-6, atol=1e-9)
+
+
+def test_dropout_in_vmap():
+    """The same mask for all slices is a site with that mask; masks that no other pass could repeat are refused."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.4), nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.zeros(5, dtype=torch.long)
+    step = lambda how: F.cross_entropy(torch.vmap(net, randomness=how)(x), y)
+    shared = lambda: F.cross_entropy(net[3](drop(net[:2](x), 0.4, mask_shape=(1, 4))), y)
+    for estimate in (explicit_penalty, implicit_noise):
+        of = lambda closure, estimate=estimate: estimate(
+            closure, estimator="antithetic", generator=torch.Generator().manual_seed(1)
+        )
+        torch.testing.assert_close(of(lambda: step("same")), of(shared))
+        with pytest.raises(UnsupportedSiteError, match="vmap"):
+            of(lambda: step("different"))
+    assert dropout_loss(lambda: step("different"), k=2).isfinite()

@@ -119,6 +119,14 @@ def test_a_batch_that_the_step_changes_is_whole_again(method, step):
     assert same(train(METHODS[method](), make=make, loader=batches(of)), plain)
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_rows_are_taken_of_any_batch(step):
+    make, of = STEPS[step]
+    rows = lambda: [dr.ExplicitPenalty(batch_fraction=0.5), dr.ImplicitNoise(batch_fraction=0.5)]
+    plain = train(rows(), make=Plain, loader=batches(lambda x, y: (x, y)))
+    assert same(train(rows(), make=make, loader=batches(of)), plain)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_step_leaves_in_the_batch_is_there_afterwards(method):
     """As in plain Lightning, where callbacks find the predictions that a step put into its batch."""

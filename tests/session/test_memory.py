@@ -164,10 +164,11 @@ def test_noise_after_the_backward_takes_no_passes_of_its_own():
     """Beside a penalty with the same settings it is one more backward of the pair's graph."""
 
     passes = []
+    note = passes.append  # a list of the step's own would be put back
 
     class Passes(Classifier):
         def training_step(self, batch, batch_idx):
-            passes.append(batch_idx)
+            note(batch_idx)
             return super().training_step(batch, batch_idx)
 
     model = train([dr.ExplicitPenalty(), dr.ImplicitNoise(injection="after_backward")], make=Passes)

@@ -1,5 +1,7 @@
 """A step that is not the same when it is called again: put right, or refused and named before anything is trained."""
 
+import io
+import itertools
 import random
 import types
 import warnings
@@ -19,7 +21,7 @@ METHODS = {
 }
 BATCHES = 8
 TABLE = np.random.default_rng(5).random(BATCHES)
-CALLS = []
+TICK = itertools.count(1).__next__
 TORCHS = torch.Generator()
 GLOBAL = np.random.default_rng(5)
 
@@ -170,8 +172,7 @@ class Counted(Mixup):
     """A counter outside of everything that is put back."""
 
     def draw(self, batch_idx):
-        CALLS.append(1)
-        return 1 / (1 + len(CALLS))
+        return 1 / TICK()
 
 
 @pytest.mark.parametrize(
@@ -248,3 +249,88 @@ def test_nothing_is_said_of_a_step_that_draws_nothing():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*random numbers|.*called again")
         train(METHODS["algorithm 2"]())
+
+
+COUNT, NAMES, TABLE_OF_COUNTS, STEPS = 0, [], {"steps": 0}, iter(range(100))
+
+
+def counting_in(place):
+    """A step that counts its calls, in a place of its own and without any effect on its loss."""
+    inside, numbers = 0, iter(range(100))
+
+    class Own(Classifier):
+        calls, seen = 0, []
+
+        def __init__(self):
+            super().__init__()
+            self.numbers = iter(range(100))
+
+        def count(self, batch_idx):
+            nonlocal inside
+            global COUNT  # noqa: PLW0603
+            if place == "global":
+                COUNT += 1
+            elif place == "closure":
+                inside += 1
+            elif place == "class":
+                type(self).calls += 1
+            elif place == "containers":
+                NAMES.append(batch_idx)
+                TABLE_OF_COUNTS["steps"] += 1
+                self.seen.append(batch_idx)
+            elif place == "iterators":
+                assert next(STEPS) == next(numbers) == next(self.numbers) == batch_idx
+
+        def training_step(self, batch, batch_idx):
+            self.count(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    def counted():
+        if place == "containers":
+            assert NAMES == Own.seen == list(range(BATCHES))
+            return TABLE_OF_COUNTS["steps"]
+        return {"global": COUNT, "closure": inside, "class": Own.calls, "iterators": next(STEPS)}[place]
+
+    return Own, counted
+
+
+@pytest.mark.parametrize("place", ["global", "closure", "class", "containers", "iterators"])
+@pytest.mark.parametrize("method", METHODS)
+def test_counters_outside_of_objects_advance_once(method, place, monkeypatch):
+    for name, value in {"COUNT": 0, "NAMES": [], "TABLE_OF_COUNTS": {"steps": 0}, "STEPS": iter(range(100))}.items():
+        monkeypatch.setitem(globals(), name, value)
+    make, counted = counting_in(place)
+    train(METHODS[method](), make=make, loader=make_loader(6 * BATCHES))
+    assert counted() == BATCHES
+
+
+def made_of(stream):
+    class Own(Classifier):
+        """Its loss does not depend on what it reads."""
+
+        def on_train_start(self):
+            self.stream = stream()
+
+        def training_step(self, batch, batch_idx):
+            value = next(self.stream)
+            assert value is not None
+            return super().training_step(batch, batch_idx)
+
+    return Own
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        lambda: (i for i in range(100)),
+        lambda: itertools.cycle([1, 2, 3]),
+        lambda: zip(range(100), range(100)),
+        lambda: map(str, range(100)),
+        lambda: enumerate(range(100)),
+        lambda: io.StringIO("one\n" * 100),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_moves_on_is_refused_before_it_matters(method, stream):
+    with pytest.raises(NotRepeatableError, match=r"self\.stream"):
+        train(METHODS[method](), make=made_of(stream))
