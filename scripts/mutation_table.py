@@ -107,7 +107,7 @@ MUTATIONS: dict[str, Row] = {
     ),
     "checkpointed noise": (
         "interception/checkpointing.py",
-        "        with mode.replaying(start):\n            return fn(*args, **kwargs)",
+        "        with mode.replaying(start), _as_written():\n            return fn(*args, **kwargs)",
         "        return fn(*args, **kwargs)",
         "numerics/test_torch_private.py -k checkpoints_are_known",
     ),
@@ -245,10 +245,10 @@ MUTATIONS: dict[str, Row] = {
         "session/test_overhead.py",
     ),
     "compiled parts": (
-        "session/compiled.py",
-        "part.__dict__[name] = _hidden(call)",
-        "part.__dict__[name] = call",
-        "session/test_compiled.py -k stays_in_use",
+        "passes/compiled.py",
+        "            if distance > tolerance:",
+        "            if distance >= 0.0:",
+        "session/test_compiled.py -k dropout_in_compiled",
     ),
     "stale gradients": (
         "session/stale.py",
@@ -414,7 +414,7 @@ MUTATIONS: dict[str, Row] = {
     ),
     "known_dropout": (
         "inspection/first_step.py",
-        "    if unknown:",
+        "    if done.unknown:",
         "    if False:",
         "session/test_repeatable_step.py -k by_hand",
     ),

@@ -250,7 +250,8 @@ def _modules(root: nn.Module | None) -> list[nn.Module]:
     while stack:
         value = stack.pop()
         if isinstance(value, nn.Module):
-            if id(value) not in found:
+            # a script cannot be taken apart; `module_problems` refuses one with state
+            if id(value) not in found and not isinstance(value, torch.jit.ScriptModule):
                 found[id(value)] = value
                 stack.extend(value._modules.values())
                 attributes = value.__dict__

@@ -63,6 +63,13 @@ def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> li
         )
     else:
         found += [f"{problem[0].upper()}{problem[1:]}" for problem in unsupported_strategy(trainer.strategy, plan)]
+    for name, part in () if plan.untouched else module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule) and part.training and any(True for _ in part.buffers()):
+            found.append(
+                f"{name} is a TorchScript module with buffers in training mode (batch norm, say), which cannot be put "
+                "back for every pass over a batch. Call .eval() on it, or use the module that it was made of."
+            )
+            break
     return [UnsupportedModuleError(problem) for problem in found]
 
 

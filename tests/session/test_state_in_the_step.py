@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import lightning_dropreg as dr
+from lightning_dropreg.errors import UnsupportedModuleError
 
 METHODS = {
     "penalty": lambda: [dr.ExplicitPenalty()],
@@ -195,3 +196,28 @@ def test_a_curriculum_that_reads_the_loss_of_the_step_before(callbacks):
             return super().training_step(batch, batch_idx)
 
     train(callbacks, make=Curriculum)
+
+
+class Scripted(Classifier):
+    def __init__(self, part):
+        super().__init__()
+        self.part = torch.jit.script(part.double())
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net[4](self.part(self.net[:4](batch[0]))), batch[1])
+
+
+class Unscripted(Scripted):
+    def __init__(self, part):
+        Classifier.__init__(self)
+        self.part = part.double()
+
+
+@pytest.mark.parametrize("method", ["penalty", "algorithm 4"])
+def test_scripted_parts_train_unless_they_have_state(method):
+    options = {"part": nn.Sequential(nn.Tanh(), nn.Softplus())}
+    models = [train(METHODS[method](), make=make, model_options=options) for make in (Scripted, Unscripted)]
+    for scripted, plain in zip(*(model.gradients for model in models), strict=True):
+        torch.testing.assert_close(scripted, plain)
+    with pytest.raises(UnsupportedModuleError, match=r"part is a TorchScript module with buffers"):
+        train(METHODS[method](), make=Scripted, model_options={"part": nn.BatchNorm1d(8)})
