@@ -184,9 +184,9 @@ MUTATIONS: dict[str, Row] = {
         "session/test_precision.py -k 'adapt or wider'",
     ),
     "manual under a scaler": (
-        "session/looking.py",
-        "        if seen.in_bfloat16:",
-        "        if False:",
+        "session/parameters.py",
+        "autograd.grad(scalar, self._parameters(), retain_graph=True",
+        "autograd.grad((self.scaler or (lambda s: s))(scalar), self._parameters(), retain_graph=True",
         "session/test_manual.py -k mixed_precision",
     ),
     "skipped by the scaler": (

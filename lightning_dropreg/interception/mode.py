@@ -8,7 +8,7 @@ losses were given; everything else runs as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -240,8 +240,9 @@ class Interception(TorchFunctionMode):
         self.in_bfloat16 = self.in_bfloat16 or is_in_bfloat16(h)
         dropped = self.rule(site, h.clone() if inplace else h)
         if _marking.get() and not dropped.requires_grad and torch.is_grad_enabled():
-            marked = dropped.view_as(dropped).requires_grad_()  # a rule may have returned the user's own tensor
-            dropped = marked.view_as(marked)  # has a node in the graph
+            with suppress(RuntimeError):  # within torch.vmap nothing can be marked
+                marked = dropped.view_as(dropped).requires_grad_()  # a rule may have returned the user's own tensor
+                dropped = marked.view_as(marked)  # has a node in the graph
         self.site_nodes.append(dropped.grad_fn)
         return h.copy_(dropped) if inplace else dropped
 
