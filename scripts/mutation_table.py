@@ -348,8 +348,8 @@ MUTATIONS: dict[str, Row] = {
     ),
     "options of the command": (
         "cli/bench.py",
-        'if options["threads"] is not None and options["threads"] < 1:',
-        "if False:",
+        "raise InvalidArgumentError(f\"--threads {options['threads']}: at least 1 is needed.\")",
+        "raise RuntimeError",
         "test_fuzz.py -k own_options",
     ),
     "typos": (
@@ -379,7 +379,7 @@ MUTATIONS: dict[str, Row] = {
     "same seed": (
         "session/position.py",
         "return fold_key(seed, self",
-        "return fold_key(0, self",
+        "return fold_key(id(self), self",
         "session/test_callbacks_lifecycle.py -k noise_differs",
     ),
     "repeatable": (

@@ -68,15 +68,22 @@ def run_tests(tests: str, tree: Path, output: Path) -> None:
     os._exit(int(code))
 
 
+_WORDS = {"caught": True, "missed": False, "not run": None}
+
+
 def note(name: str, found: bool, said: str) -> None:
     """Write down what came of a mutation, in the order of the table."""
-    file, old, new, tests = MUTATIONS[name]
     known = json.loads(RECORD.read_text())["mutations"] if RECORD.is_file() else []
     rows = {each["name"]: each for each in known if "name" in each}
-    rows[name] = {"name": name, "file": file, "old": old, "new": new, "tests": tests, "caught": found, "said": said}
-    kept = [rows[name] for name in MUTATIONS if name in rows]
-    counts = [sum(each["caught"] is wanted for each in kept) for wanted in (True, False)]
-    RECORD.write_text(json.dumps({"caught": counts[0], "missed": counts[1], "mutations": kept}, indent=1) + "\n")
+    kept = []
+    for each, row in MUTATIONS.items():
+        written = dict(zip(("file", "old", "new", "tests"), row, strict=True))
+        known_row = rows.get(each, {})
+        same = all(known_row.get(key) == value for key, value in written.items())
+        result = {key: known_row[key] for key in ("caught", "said")} if same else {"caught": None, "said": "not run"}
+        kept.append({"name": each, **written, **({"caught": found, "said": said} if each == name else result)})
+    counts = {word: sum(e["caught"] is is_so for e in kept) for word, is_so in _WORDS.items()}
+    RECORD.write_text(json.dumps({**counts, "mutations": kept}, indent=1) + "\n")
 
 
 def main() -> None:
