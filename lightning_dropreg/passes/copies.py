@@ -15,7 +15,7 @@ SMALL = 256
 """Longer containers are data (a vocabulary): what is added to them is undone, what is in them is not looked at."""
 ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
 CONTAINERS = frozenset({list, dict, set, deque, defaultdict, Counter, OrderedDict})
-ITERATORS = frozenset(type(iter(each)) for each in ([], (), range(0)))
+ITERATORS: frozenset[type] = frozenset({type(iter([])), type(iter(())), type(iter(range(0)))})
 """Iterators of which a copy goes on by itself from the same place."""
 
 
