@@ -114,8 +114,9 @@ def combine(
 
 def weights_of_both(plus: Pass, minus: Pass) -> list[tuple[Tensor, Tensor]]:
     """Return what the elements of each recorded loss count in either pass."""
-    of_plus, of_minus = (element_weights(each.loss, each.losses) for each in (plus, minus))
-    return list(zip(of_plus, of_minus, strict=False))
+    # in one go: the graphs of the two passes meet in the parameters only
+    found = element_weights([plus.loss, minus.loss], [*plus.losses, *minus.losses])
+    return list(zip(found[: len(plus.losses)], found[len(plus.losses) :], strict=False))
 
 
 def check_pair_of_steps(closure: Closure, step_size: float, mask: str, key: int) -> None:

@@ -61,14 +61,14 @@ UNBOUNDED = (
 """What everybody who uses it should know."""
 
 
-def element_weights(total: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
+def element_weights(total: Tensor | Sequence[Tensor], losses: Sequence[Loss]) -> list[Tensor]:
     """Read off the user's own reduction how much each loss element counts: ``w_t = dL/dl_t``.
 
     Masks, class balancing and several weighted losses act on the penalty as they act on the loss, whatever code
     computes them. Only the graph between elements and `total` is traversed, a few small operations.
 
     Args:
-        total: The scalar loss ``L`` that the step returned.
+        total: The scalar loss ``L`` that the step returned, or those of several passes.
         losses: The losses recognized in it.
 
     Returns:
@@ -83,8 +83,9 @@ def element_weights(total: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
     if _reaches(
         [g for g in gradients if g is not None and g.requires_grad], {loss.elements.grad_fn for loss in losses}
     ):
+        names = ", ".join(dict.fromkeys(loss.name for loss in losses))
         raise LossNotRecognizedError(
-            f"The returned loss is not a weighted sum of the elements of {', '.join(loss.name for loss in losses)} "
+            f"The returned loss is not a weighted sum of the elements of {names} "
             "(a power, a root or a focal factor, say), so it has curvature that these do not know. Make it known "
             "as a whole with lightning_dropreg.recognize, or use ImplicitNoise, which needs no curvature, "
             "or curvature='full', which takes that of any loss."

@@ -68,6 +68,8 @@ class RowAxis:
     def split(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Split a tensor into its first ``counts[0]`` rows, the next ``counts[1]``, and so on."""
         shape, dim = self.unfold(tensor.shape, sum(counts))
+        if self.size == 1:
+            return list(tensor.split(list(counts), self.dim))
         return [part.flatten(self.dim, self.dim + 1) for part in tensor.reshape(shape).split(list(counts), dim)]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -227,7 +227,9 @@ def check_finite(values: Mapping[str, Tensor | None], closure: Closure, where: s
     Raises:
         NonFinitePenaltyError: If a value is NaN or infinite.
     """
-    bad = [name for name, v in values.items() if v is not None and v.device.type == "cpu" and not torch.isfinite(v)]
+    bad = [
+        name for name, v in values.items() if v is not None and v.device.type == "cpu" and not math.isfinite(v.item())
+    ]
     if not bad:
         return
     watch = _Watch()

@@ -218,7 +218,7 @@ def _categorical(
     else:
         labels = target.reshape(-1)
         counted = (labels != ignore_index).to(dtype)
-        scale = class_weights[labels.clamp(0, classes - 1)] * counted
+        scale = counted if weight is None else class_weights[labels.clamp(0, classes - 1)] * counted
         denominator = scale.sum()
     mass = None if soft or reduction != "mean" else scale
     if label_smoothing:
@@ -229,7 +229,9 @@ def _categorical(
         if soft:
             smooth = labels * (1 - label_smoothing) + label_smoothing / classes
             return -(log_p * (smooth * class_weights)).sum(-1)
-        hard = F.nll_loss(log_p, labels, class_weights, ignore_index=ignore_index, reduction="none")
+        hard = F.nll_loss(
+            log_p, labels, None if weight is None else class_weights, ignore_index=ignore_index, reduction="none"
+        )
         if not label_smoothing:
             return hard
         return (1 - label_smoothing) * hard - label_smoothing / classes * (log_p @ class_weights) * counted

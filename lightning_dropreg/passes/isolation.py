@@ -8,8 +8,9 @@ the state must advance once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,12 +73,13 @@ class Isolation:
         # in the order of their states
         self._holders: list[Any] = [*self._modules, *reach.objects.values()]
         self._late = late
-        self._structure = Structure(self._modules)
+        self._structure = Structure([])
         self._end_structure: Structure | None = None
         self._mean = mean
         self._original: list[_ModuleState] = []
         self._versions: dict[int, int] = {}
         self._start: list[_ModuleState] = []
+        self._plain = _Plain([], [])
         self._start_random: RandomState | None = None
         self._ends: list[list[_ModuleState]] = []
         self._end_random: RandomState | None = None
@@ -86,7 +88,7 @@ class Isolation:
     def __enter__(self) -> Isolation:
         """Remember the state in which every run starts."""
         self._structure = Structure(self._modules)
-        self._original = self._current()
+        self._original = [_ModuleState.referenced(holder) for holder in self._holders]
         self._versions = {
             id(buffer): buffer._version
             for module in self._modules
@@ -94,6 +96,7 @@ class Isolation:
             if buffer is not None and buffer.numel() > _LARGE and not buffer.is_inference()
         }
         self._start = _fresh(self._original)
+        self._plain = _Plain(self._holders, self._start)
         self._start_random = RandomState([found for _, found in self._reach.generators()])
         return self
 
@@ -128,7 +131,7 @@ class Isolation:
             if trace:
                 assert self._start_random is not None
                 self._end_random = self._end_random or self._start_random.again()
-                self._end_structure = self._end_structure or Structure(self._modules)
+                self._end_structure = self._end_structure or self._structure_now()
                 self._ends += self._cut(cuts) if cuts else [self._current()]
         return result
 
@@ -163,7 +166,7 @@ class Isolation:
         """
         ends = self._cut(cuts) if cuts else [self._current()]
         memo: dict[tuple[int, ...], Any] = {}
-        states = ends[0] if len(ends) == 1 else [_ModuleState.mean(list(e), memo) for e in zip(*ends, strict=True)]
+        states = ends[0] if len(ends) == 1 else [_ModuleState.mean(e, memo) for e in zip(*ends, strict=True)]
         return [
             {**state.buffers, **{name: value for name, value in state.attributes.items() if name not in _STRUCTURE}}
             for state in states
@@ -187,7 +190,7 @@ class Isolation:
             memo: dict[tuple[int, ...], Any] = {}
             if self._mean and len(self._ends) > 1:
                 columns = list(zip(*self._ends, strict=True))
-                self._ends = [[_ModuleState.mean(list(ends), memo) for ends in columns]]
+                self._ends = [[_ModuleState.mean(ends, memo) for ends in columns]]
                 for module, ends in zip(self._modules, columns, strict=False):
                     self._average_buffers(module, ends)
             self._install(self._ends[0])
@@ -202,7 +205,7 @@ class Isolation:
         """Run further steps (with ``trace=False``) after `settle` and put everything back as it is now."""
         assert self._start_random is not None
         current, current_random = self._current(), self._start_random.again()
-        structure = Structure(self._modules)
+        structure = self._structure_now()
         try:
             yield
         finally:
@@ -229,12 +232,26 @@ class Isolation:
             elif not torch.equal(mean, first):
                 first.detach().copy_(mean)
 
+    def _structure_now(self) -> Structure:
+        return self._structure if self._structure.is_current() else Structure(self._modules)
+
     def _current(self) -> list[_ModuleState]:
-        return [_ModuleState.referenced(holder) for holder in self._holders]
+        if not self._plain.is_current():
+            return [_ModuleState.referenced(holder) for holder in self._holders]
+        states = self._start.copy()
+        for number in self._plain.others:
+            states[number] = _ModuleState.referenced(self._holders[number])
+        return states
 
     def _install(self, states: list[_ModuleState]) -> None:
-        for state, holder in zip(states, self._holders, strict=True):
-            state.install(holder)
+        start, holders = self._start, self._holders
+        numbers: Iterable[int] = self._plain.others if self._plain.is_current() else range(len(holders))
+        for number in self._plain.numbers:
+            if states[number] is not start[number]:
+                numbers = range(len(holders))
+                break
+        for number in numbers:
+            states[number].install(holders[number])
 
 
 def _fresh(states: list[_ModuleState]) -> list[_ModuleState]:
@@ -282,6 +299,45 @@ def _kinds_of_types(names: tuple[str, ...], types: tuple[type, ...]) -> _Kinds:
     )
 
 
+class _Plain:
+    """The holders of state that have nothing in them to copy: they are the same as long as they hold the same.
+
+    Most are so and stay so, and all are compared at once.
+
+    Args:
+        holders: All holders.
+        states: Their states.
+
+    Attributes:
+        numbers: Which of them are plain.
+        others: Which are not.
+    """
+
+    def __init__(self, holders: Sequence[Any], states: Sequence[_ModuleState]) -> None:
+        self.numbers = [number for number, state in enumerate(states) if state.is_plain]
+        self.others = [number for number, state in enumerate(states) if not state.is_plain]
+        self._holders = [holders[number] for number in self.numbers]
+        self._buffers = [h._buffers for h in self._holders if isinstance(h, nn.Module)]
+        attributes = [states[number].attributes for number in self.numbers]
+        self._names = list(chain.from_iterable(attributes))
+        self._values = _values(attributes)
+        self._sizes = list(map(len, attributes))
+
+    def is_current(self) -> bool:
+        """Whether they hold the very same."""
+        now = [holder.__dict__ for holder in self._holders]
+        return (
+            self._sizes == list(map(len, now))
+            and all(map(is_, _values(now), self._values))
+            and self._names == list(chain.from_iterable(now))
+            and not any(self._buffers)
+        )
+
+
+def _values(dicts: Sequence[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, dicts)))
+
+
 class _ModuleState:
     """Buffers and attributes of one module.
 
@@ -293,6 +349,11 @@ class _ModuleState:
         self.buffers = buffers
         self.attributes = attributes
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing in it to copy: it is the same as long as it holds the same."""
+        return not (self.buffers or _kinds_of(self.attributes).copied)
+
     @classmethod
     def referenced(cls, holder: Any) -> _ModuleState:
         """The state itself, of a module or another object."""
@@ -301,15 +362,14 @@ class _ModuleState:
 
     def fresh(self, memo: dict[int, Any]) -> _ModuleState:
         """A copy that changes in place do not reach; `memo` keeps what is shared between modules shared."""
-        copied = _kinds_of(self.attributes).copied
-        if not (copied or self.buffers):
+        if self.is_plain:
             return self
         attributes = self.attributes.copy()
-        attributes.update({name: copy_of(attributes[name], memo) for name in copied})
+        attributes.update({name: copy_of(attributes[name], memo) for name in _kinds_of(self.attributes).copied})
         return _ModuleState({k: copy_of(v, memo) for k, v in self.buffers.items()}, attributes)
 
     @classmethod
-    def mean(cls, states: list[_ModuleState], memo: dict[tuple[int, ...], Any]) -> _ModuleState:
+    def mean(cls, states: Sequence[_ModuleState], memo: dict[tuple[int, ...], Any]) -> _ModuleState:
         """The mean of attributes that are floating-point tensors, the first state for the rest.
 
         Buffers stay those of the first run, the very objects; see `Isolation._average_buffers`.
@@ -318,7 +378,7 @@ class _ModuleState:
             The state to leave.
         """
         first, *others = states
-        if all(_same(first.attributes, other.attributes) for other in others):
+        if all(first is other or _same(first.attributes, other.attributes) for other in others):
             return first
         averaged = _kinds_of(first.attributes).copied
         means = {name: mean_of([state.attributes.get(name) for state in states], memo) for name in averaged}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import random
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,13 +65,85 @@ Part = tuple[Callable[[], Any], Callable[[Any], None]]
 
 
 def _global_parts() -> list[Part]:
-    parts: list[Part] = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate)]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        parts.append((numpy.random.get_state, numpy.random.set_state))
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    parts: list[Part] = [(torch.get_rng_state, torch.set_rng_state), (_pythons.get, _pythons.put)]
+    if "numpy" in sys.modules:
+        numpys = _numpys()
+        parts.append((numpys.get, numpys.put))
+    if torch.cuda.is_initialized():
         parts.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
     return parts
+
+
+class _Seldom:
+    """A generator whose state takes long to copy (tens of microseconds, several times a step) and is seldom used.
+
+    Whether it was used since its state was copied or set is seen from its memory.
+
+    Args:
+        get: Copies the state.
+        put: Sets it.
+        look: Given the state copied or set last, returns what is different after every use; None if nothing is.
+    """
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], None], look: Callable[[Any], Any]) -> None:
+        self._get, self._put, self._look = get, put, look
+        self._state: Any = None
+        self._seen: Any = None
+
+    def get(self) -> Any:
+        """Return the state."""
+        seen = self._look(self._state)
+        if seen is None or seen != self._seen:
+            self._state, self._seen = self._get(), seen
+        return self._state
+
+    def put(self, state: Any) -> None:
+        """Make a state current that `get` returned."""
+        if state is self._state and self._seen is not None and self._look(state) == self._seen:
+            return
+        self._put(state)
+        self._state, self._seen = state, self._look(state)
+
+
+_WORDS = 625  # the Mersenne Twister's, and its position
+
+
+def _look_at_pythons(_: Any = None) -> Any:
+    generator: Any = random._inst
+    return ctypes.string_at(id(generator) + object.__basicsize__, 4 * _WORDS), generator.gauss_next
+
+
+def _pythons_can_be_looked_at() -> bool:
+    """Whether Python's generator is in memory what it is in CPython."""
+    if sys.implementation.name != "cpython" or not isinstance(getattr(random, "_inst", None), random.Random):
+        return False
+    if random.Random.__basicsize__ < object.__basicsize__ + 4 * _WORDS:
+        return False
+    position, *words = struct.unpack(f"{_WORDS}I", _look_at_pythons()[0])
+    return bool((*words, position) == random.getstate()[1])
+
+
+_pythons = _Seldom(
+    random.getstate, random.setstate, _look_at_pythons if _pythons_can_be_looked_at() else lambda _: None
+)
+
+
+@functools.cache
+def _numpys() -> _Seldom:
+    numpy = sys.modules["numpy"]
+    current = getattr(numpy.random, "get_bit_generator", lambda: None)
+    places: list[Any] = [None, 0]  # a generator and the address of its state
+
+    def look(state: Any) -> Any:
+        generator: Any = current()
+        # the second of a pair of normal numbers, drawn in advance, is given out without any change in that memory
+        if type(generator) is not numpy.random.MT19937 or not isinstance(state, tuple) or state[3]:
+            return None
+        if generator is not places[0]:
+            places[:] = generator, generator.ctypes.state_address
+        return ctypes.string_at(places[1], 4 * _WORDS)
+
+    return _Seldom(numpy.random.get_state, numpy.random.set_state, look)
 
 
 def _part(generator: Any) -> Part:
@@ -85,6 +160,8 @@ def _part(generator: Any) -> Part:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if type(a).__module__ == "numpy":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.errors import NotRepeatableError
+from lightning_dropreg.numerics.torch_private import hidden_from_modes
 from lightning_dropreg.passes.batches import fresh_batch, walk_batch
 
 __all__ = ["Arguments"]
@@ -37,6 +38,7 @@ class Arguments:
         self._kept: Call = fresh_batch((args, kwargs), tensors=copies)
         self._tensors = _tensors(self._kept)
         self._marks = [] if copies else [_mark(tensor) for _, tensor in self._tensors]
+        self._was_called = False
 
     @property
     def batch(self) -> Any:
@@ -73,11 +75,13 @@ class Arguments:
         ]
 
     def _check(self) -> None:
-        if self.copies:
+        if self.copies or not self._was_called:
+            self._was_called = True
             return
-        changed = [
-            place for (place, tensor), mark in zip(self._tensors, self._marks, strict=True) if _mark(tensor) != mark
-        ]
+        with hidden_from_modes():
+            changed = [
+                place for (place, tensor), mark in zip(self._tensors, self._marks, strict=True) if _mark(tensor) != mark
+            ]
         if changed:
             raise NotRepeatableError(
                 f"{self._name} has changed {', '.join(changed)} in place, and it runs several times for a batch, so "

@@ -156,15 +156,17 @@ class Batch:
         alone = torch.ones(count, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
         single = torch.cat([alone, rows]) if clean else alone
         pairs = Pairs(len(single), len(rows), clean)
-        first = torch.empty(count, dtype=torch.long)
-        first[single] = torch.arange(pairs.single)
-        places = [first]
-        if not clean:  # the state of the batch is the mean of those that the two of a pair leave
-            places.append(first.clone())
-            for number, place in enumerate(places):
-                place[rows] = pairs.single + number * pairs.count + torch.arange(pairs.count)
         hook = getattr(self.module, "select_rows", None)
-        cuts: list[Callable[[], None]] = [] if hook is None else [partial(hook, place, dim) for place in places]
+        cuts: list[Callable[[], None]] = []
+        if hook is not None:
+            first = torch.empty(count, dtype=torch.long)
+            first[single] = torch.arange(pairs.single)
+            places = [first]
+            if not clean:  # the state of the batch is the mean of those that the two of a pair leave
+                places.append(first.clone())
+                for number, place in enumerate(places):
+                    place[rows] = pairs.single + number * pairs.count + torch.arange(pairs.count)
+            cuts = [partial(hook, place, dim) for place in places]
         return self._on_rows(torch.cat([single, rows, rows]), dim, count, trace, cuts), pairs, cuts
 
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
@@ -237,10 +239,11 @@ class Batch:
         output = self._output(step, trace, cuts, batch)
         loss = loss_of(output)
         self.loss = loss.detach()
-        self.returned = with_loss(apply_to_collection(output, Tensor, Tensor.detach), self.loss)
+        # as Lightning would after the backward; a graph in it would live as long as the batch
+        detached = self.loss if output is loss else apply_to_collection(output, Tensor, Tensor.detach)
+        self.returned = with_loss(detached, self.loss)
         if trace and self.output is None:
-            # as Lightning would after the backward; a graph in it would live as long as the batch
-            self.output = apply_to_collection(output, Tensor, Tensor.detach)
+            self.output = detached
         return loss
 
     def _output(

@@ -45,20 +45,19 @@ class StaleGradients:
         self._fresh_batch = False
 
     def take(self) -> Callable[[], None] | None:
-        """Return what lets go of them; None where they may still be wanted, and until the next batch."""
+        """Return what lets go of them where they are not wanted any more; None until the next batch."""
         if not self._fresh_batch:
             return None
         self._fresh_batch = False
+        return self._drop
+
+    def _drop(self) -> None:
         optimizers: list[Optimizer] = self._trainer.optimizers
         if not self._are_cleared() or len(optimizers) != 1 or self._are_watched(optimizers[0]):
-            return None
-        parameters = [parameter for group in optimizers[0].param_groups for parameter in group["params"]]
-
-        def drop() -> None:
-            for parameter in parameters:
+            return
+        for group in optimizers[0].param_groups:
+            for parameter in group["params"]:
                 parameter.grad = None
-
-        return drop
 
     def _are_cleared(self) -> bool:
         """What Lightning has asked itself just now, when it made the closure of the step."""

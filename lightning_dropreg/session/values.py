@@ -102,7 +102,7 @@ class Values:
             if held is None or held.has_reset or held.value.device != value.device:
                 self.module.log(f"dropreg/{name}", value, on_step=True, on_epoch=False, batch_size=1)
             else:
-                held.forward(value, 1)
+                type(held).update(held, value, 1)  # without what torchmetrics puts around it
         self._latest.clear()
 
     def log_means(self) -> None:

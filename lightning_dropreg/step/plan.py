@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class Plan:
         penalty = self.penalty_at(step)
         return self.alpha or 0.0 if penalty is None else penalty.strength * penalty.every_n_steps
 
-    @property
+    @cached_property
     def followed(self) -> set[tuple[str, str | None, str]]:
         """Whose derivatives are taken for those of the step: estimator, curvature (None for noise) and mask of each."""
         found: set[tuple[str, str | None, str]] = set()
@@ -90,12 +91,12 @@ class Plan:
             found.add((self.noise.estimation.estimator, None, self.noise.estimation.mask))
         return {each for each in found if each[0] not in {"antithetic", AUTO}}
 
-    @property
+    @cached_property
     def penalizes(self) -> bool:
         """Whether the penalty acts at all; with strength 0 nothing has to be known of the loss."""
         return self.penalty is not None and self.penalty.strength > 0
 
-    @property
+    @cached_property
     def noise_scale(self) -> float:
         """Factor of the noise scalar; 0 without noise."""
         if self.noise is None:
@@ -104,7 +105,7 @@ class Plan:
         spread = 0.5 if self.noise.source == "dropout" else 1.0  # a difference of two draws has twice the covariance
         return self.noise.strength * math.sqrt(spread * missing)
 
-    @property
+    @cached_property
     def noise_in_loss(self) -> bool:
         """Whether the noise enters by the loss (``injection="auto"``: where that is the cheaper way)."""
         if self.noise is None or self.noise_scale == 0:
@@ -134,7 +135,7 @@ class Plan:
             return None
         return self.penalty.estimation
 
-    @property
+    @cached_property
     def noise_after_backward(self) -> bool:
         """Whether the noise is added to the gradients after the backward pass."""
         return self.noise_scale != 0 and not self.noise_in_loss
@@ -143,7 +144,7 @@ class Plan:
         """Return the plan with the noise in the one backward, where whatever acts on a gradient sees it once."""
         return self if self.noise is None else replace(self, noise=replace(self.noise, injection="loss"))
 
-    @property
+    @cached_property
     def untouched(self) -> bool:
         """Whether the plan leaves every step exactly as it is."""
         if self.k == 1:
@@ -154,18 +155,18 @@ class Plan:
         """Whether optimizer step `step` is one pass without dropout and nothing else."""
         return self.k is None and not self.noise_scale and self.penalty_at(step) is None
 
-    @property
+    @cached_property
     def row_dims(self) -> set[int]:
         """Dimensions along which something is estimated on some of the batch's rows."""
         return {e.batch_dim for e in self._estimations() if e.batch_fraction is not None}
 
-    @property
+    @cached_property
     def in_one_pass(self) -> Estimation | None:
         """How everything is estimated, if that is on some rows and may be done in the pass that gives the loss."""
         shares = [] if self.k is not None else self._shares(0)
         return shares[0].estimation if len(shares) == 1 and shares[0].estimation.may_be_one_pass else None
 
-    @property
+    @cached_property
     def estimators(self) -> set[str]:
         """Names of the estimators that the plan uses."""
         return {e.estimator for e in self._estimations()}
@@ -174,7 +175,7 @@ class Plan:
         """Return the plan with all step sizes changed by `change`."""
         return self._changed(lambda chosen: replace(chosen, step_size=change(chosen.step_size)))
 
-    @property
+    @cached_property
     def has_choice(self) -> bool:
         """Whether an estimator is to be chosen yet."""
         return AUTO in self.estimators
@@ -204,13 +205,15 @@ class Plan:
         """Dimensions and fractions of the rows on which anything is estimated."""
         return {(e.batch_dim, e.batch_fraction) for e in self._estimations()}
 
-    @property
+    @cached_property
     def on_rows(self) -> set[tuple[int, float]]:
         """The same of what is estimated on some of the rows."""
         return {(dim, fraction) for dim, fraction in self.estimated_on if fraction is not None}
 
     def choosing(self, estimator: str) -> Plan:
         """Return the plan with `estimator` wherever the choice was left open."""
+        if not self.has_choice:
+            return self
         return self._changed(lambda e: replace(e, estimator=estimator) if e.estimator == AUTO else e)
 
     def _changed(self, change: Callable[[Estimation], Estimation]) -> Plan:
@@ -281,9 +284,20 @@ class Plan:
             return Share(self.noise.estimation, noise=self.noise_scale).carry_out(runner, key, False).total
 
     def _shares(self, step: int) -> list[Share]:
+        return self._shares_without if self.penalty_at(step) is None else self._shares_with
+
+    @cached_property
+    def _shares_with(self) -> list[Share]:
+        return self._shared(self.penalty)
+
+    @cached_property
+    def _shares_without(self) -> list[Share]:
+        return self._shared(None)
+
+    def _shared(self, penalty: PenaltySettings | None) -> list[Share]:
         """Sort out which passes bring what; penalty and noise with equal settings come from the same ones."""
         shares: list[Share] = []
-        penalty, noise = self.penalty_at(step), self.noise
+        noise = self.noise
         if noise is not None and (noise.source == "dropout" or not self.noise_scale):
             noise = None
         if penalty is not None:

@@ -238,18 +238,19 @@ class Share:
         """The scalar to differentiate, and the noise alone if that is to be measured."""
         scalars = [estimate.loss] if self.has_loss else []
         if estimate.penalty is not None:
-            scalars.append(self.penalty * estimate.penalty)
-        if estimate.noise is not None and self.noise:
-            scalars.append(self._spread(fraction) * estimate.noise)
+            scalars.append(estimate.penalty if self.penalty == 1 else self.penalty * estimate.penalty)
+        noise = self._scaled(estimate, fraction)
+        if noise is not None and self.noise:
+            scalars.append(noise)
         total = sum(scalars[1:], scalars[0])
-        return (
-            [total] if estimate.noise is None or not measure_noise else [total, self._spread(fraction) * estimate.noise]
-        )
+        return [total] if noise is None or not measure_noise else [total, noise]
+
+    def _scaled(self, estimate: Estimate, fraction: float) -> Tensor | None:
+        spread = self._spread(fraction)
+        return estimate.noise if estimate.noise is None or spread == 1 else spread * estimate.noise
 
     def _result(self, estimate: Estimate, scalars: list[Tensor], fraction: float) -> StepResult:
-        noise = None if estimate.noise is None else self._spread(fraction) * estimate.noise
-        if len(scalars) > 1:
-            noise = scalars[1]
+        noise = scalars[1] if len(scalars) > 1 else self._scaled(estimate, fraction)
         return StepResult(
             scalars[0], estimate.loss, estimate.penalty, noise if self.noise else None, noise if self.later else None
         )
