@@ -22,7 +22,7 @@ from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.step import QUIET_TRAINER
 from lightning_dropreg.passes import isolation
-from lightning_dropreg.session import arguments, session
+from lightning_dropreg.session import arguments, looking
 
 STEPS, MEASURED = (1_000, 10_000, 100_000), 40
 
@@ -55,24 +55,22 @@ def measure(config):
     callbacks = [ExplicitPenalty(strength=2.0), ImplicitNoise()]
     options = {**QUIET_TRAINER, "max_steps": MEASURED, "max_epochs": -1}
     trainer = cli.instantiate_trainer(callbacks=callbacks, **options)
-    begun = []
     run = type(trainer.fit_loop.epoch_loop)
     with contextlib.ExitStack() as stack:
         for target, name, spent in (
             (run, "advance", steps),
-            (session.Session, "_watch", begun),
-            (session, "measure_repeatability", looks),
+            (looking, "measure_repeatability", looks),
             (isolation.Structure, "__init__", structure),
             (isolation.Structure, "restore", structure),
             (arguments, "fresh_batch", batches),
             (arguments.Arguments, "_check", batches),
-            (isolation, "Reach", reach),
+            (looking, "Reach", reach),
         ):
             stack.enter_context(patched(target, name, spent))
         trainer.fit(cli.model, datamodule=cli.datamodule)
     step = sorted(steps[3:])[len(steps[3:]) // 2]  # the first ones warm up
-    every = (sum(structure) + sum(batches) + sum(reach)) / len(steps)
-    look = sum(looks) / len(looks)
+    every = (sum(structure) + sum(batches)) / len(steps)
+    look = (sum(looks) + sum(reach)) / len(looks)
     share = {n: (every + look * (2 + math.floor(math.log2(n))) / n) / step for n in STEPS}
     return {
         "machine": describe_machine(cli.model),
