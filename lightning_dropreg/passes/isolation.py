@@ -8,7 +8,7 @@ the state must advance once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
@@ -244,14 +244,9 @@ class Isolation:
         return states
 
     def _install(self, states: list[_ModuleState]) -> None:
-        start, holders = self._start, self._holders
-        numbers: Iterable[int] = self._plain.others if self._plain.is_current() else range(len(holders))
-        for number in self._plain.numbers:
-            if states[number] is not start[number]:
-                numbers = range(len(holders))
-                break
-        for number in numbers:
-            states[number].install(holders[number])
+        kept = self._plain.is_current() and all(states[n] is self._start[n] for n in self._plain.numbers)
+        for number in self._plain.others if kept else range(len(self._holders)):
+            states[number].install(self._holders[number])
 
 
 def _fresh(states: list[_ModuleState]) -> list[_ModuleState]:
