@@ -2,8 +2,10 @@
 
 pip install transformers scikit-learn matplotlib;  python examples/huggingface_classifier.py [--fast] [--figure F.png]
 
-A digit is read as a sentence: 64 words, one for each pixel, in 17 shades. The weights are random, so nothing is
-downloaded; ``from_pretrained`` in the place of the configuration is the real thing. Ten classes: chance is 0.10.
+A digit is read as a sentence of 16 words, one for each patch of four pixels, in 17 shades. The weights are random, so
+nothing is downloaded; ``from_pretrained`` in the place of the configuration is the real thing. Ten classes: chance is 0.10.
+
+So short a training underfits, and a penalty does not help a net that underfits: dropout does better here.
 """
 
 import argparse
@@ -23,7 +25,7 @@ class DigitReader(L.LightningModule):
         super().__init__()
         config = BertConfig(
             vocab_size=17, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-            max_position_embeddings=64, num_labels=10,
+            max_position_embeddings=16, num_labels=10,
         )  # fmt: skip
         self.model = BertForSequenceClassification(config)
 
@@ -34,13 +36,14 @@ class DigitReader(L.LightningModule):
         return self.model(**batch).logits
 
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=2e-3)
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 def make_rows():
     """1,000 digits to train with, 797 to test."""
     digits = load_digits()
-    words, labels = torch.tensor(digits.data).long(), torch.tensor(digits.target)
+    patches = torch.tensor(digits.images).reshape(-1, 4, 2, 4, 2).mean((2, 4))
+    words, labels = patches.round().long().flatten(1), torch.tensor(digits.target)
     rows = [{"input_ids": row, "labels": label} for row, label in zip(words, labels, strict=True)]
     return rows[:1000], rows[1000:], labels[1000:]
 
@@ -57,7 +60,7 @@ def main(args=None):
         print(f"{site.name:60s} p={site.p} {site.shape}")
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    options = {"accelerator": "cpu", "max_epochs": 12, "fast_dev_run": 2 if given.fast else False, **quiet}
+    options = {"accelerator": "cpu", "max_epochs": 25, "fast_dev_run": 2 if given.fast else False, **quiet}
     for name, callbacks in (("dropout", []), ("penalty", [dr.ExplicitPenalty(batch_fraction=0.25)])):
         L.seed_everything(1, verbose=False)
         reader = DigitReader()
