@@ -3,9 +3,10 @@
 pip install transformers scikit-learn matplotlib;  python examples/huggingface_classifier.py [--fast] [--figure F.png]
 
 A digit is read as a sentence of 16 words, one for each patch of four pixels, in 17 shades. The weights are random, so
-nothing is downloaded; ``from_pretrained`` in the place of the configuration is the real thing. Ten classes: chance is 0.10.
+nothing is downloaded; ``from_pretrained`` in the place of the configuration is the real thing.
 
-So short a training underfits, and a penalty does not help a net that underfits: dropout does better here.
+Ten classes: chance is 0.10. So short a training underfits, and a penalty does not help a net that underfits: dropout
+does better here.
 """
 
 import argparse
