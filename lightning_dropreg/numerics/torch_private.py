@@ -35,6 +35,7 @@ __all__ = [
     "keeping_side_effects_out_of_recomputation",
     "modes_aside",
     "norms_of",
+    "recompile_limits",
     "set_version",
     "watching_saved_tensors",
     "without_fused_recurrence",
@@ -332,6 +333,12 @@ def keeping_side_effects_out_of_recomputation() -> AbstractContextManager[None]:
 
 
 _SIDE_EFFECTS = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+
+
+def recompile_limits() -> tuple[type[Exception], ...]:
+    """What Dynamo raises where one function would have too many graphs; nothing where a release has no name for it."""
+    names = ("RecompileLimitExceeded", "FailOnRecompileLimitHit")  # of torch 2.6, and since
+    return tuple(e for e in (_attribute(torch, f"_dynamo.exc.{name}") for name in names) if e is not None)
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

@@ -39,6 +39,7 @@ def test_this_release_has_what_is_looked_for():
     lacking = [name for name in REACHED if torch_private._attribute(torch, name) is None]
     assert lacking in ([], [REACHED[0]])
     assert set(torch_private.checkpoint_entrances()) == {"generator", "function"}
+    assert torch_private.recompile_limits()
 
 
 def net():
