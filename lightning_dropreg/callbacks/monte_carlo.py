@@ -43,6 +43,15 @@ class MonteCarloPrediction(NamedTuple):
     output_variance: Tensor
     first_order_variance: Tensor | None
 
+    def to_dict(self) -> dict[str, Tensor]:
+        """Return what there is by name, without what is None."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def __repr__(self) -> str:
+        """Return names and shapes; the numbers would fill screens."""
+        shapes = (f"{name} {' × '.join(map(str, value.shape))}" for name, value in self.to_dict().items())
+        return f"MonteCarloPrediction({', '.join(shapes)})"
+
 
 class MonteCarloDropout(Callback):
     """Lets ``trainer.predict`` return what several draws of dropout say of each example.

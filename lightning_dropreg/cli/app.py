@@ -20,7 +20,8 @@ from lightning_dropreg.session.base import RegularizerCallback
 
 __all__ = ["DropregCLI"]
 
-AddOptions = Callable[[LightningArgumentParser], object]
+AddOptions = Callable[[Any], object]
+"""Adds options to a parser, or to a group of them."""
 
 
 class DropregCLI(LightningCLI):
@@ -46,6 +47,7 @@ class DropregCLI(LightningCLI):
         self._add_options = add_options
         self.fit_summary = FitSummary(resume_file)
         command, *options = args
+        self._command = command
         by_lightning = command in self.subcommands()
         super().__init__(
             save_config_callback=SaveConfigCallback if by_lightning else None,
@@ -67,6 +69,8 @@ class DropregCLI(LightningCLI):
         Returns:
             The parser.
         """
+        if kwargs.get("prog") != "dropreg":  # of which the names of the commands' own parsers are made
+            kwargs.setdefault("usage", f"dropreg {self._command} --config FILE [--config FILE ...] [--KEY VALUE ...]")
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is a mistake, not max_epochs
         parser: LightningArgumentParser = ConfigParser(**kwargs)
         parser.add_argument(
@@ -103,7 +107,10 @@ class DropregCLI(LightningCLI):
         )
         if self._add_options is not None:
             parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
-            self._add_options(parser)
+            group = parser.add_argument_group(f"dropreg {self._command}")
+            self._add_options(group)
+            groups: Any = parser._action_groups
+            groups.insert(1, groups.pop(groups.index(group)))  # before the options that every command has
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments; Lightning's own method would warn that the process has some too.

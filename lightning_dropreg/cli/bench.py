@@ -44,7 +44,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         InvalidArgumentError: If there are too few steps or rounds, or an unknown method.
     """
-    cli = DropregCLI(["bench", *args], description=__doc__, add_options=_add_options)
+    cli = DropregCLI(["bench", *args], description=(__doc__ or "").replace("``", "`"), add_options=_add_options)
     options = cli.config
     if options["repeats"] < 1 or options["steps"] < 2 or options["warmup"] < 0:
         raise InvalidArgumentError(

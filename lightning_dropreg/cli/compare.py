@@ -20,10 +20,12 @@ from lightning_dropreg.cli.curves import draw_curves
 from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.summary import FitResult
 from lightning_dropreg.diagnostics.figures import need_matplotlib
-from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.errors import CorpusNotFoundError, InvalidArgumentError
 
 __all__ = ["main"]
 
+_NAME = 32
+"""A name of so many characters stays in one piece, in a terminal of 80."""
 _SHORT = 8
 """So much of a fingerprint tells runs apart."""
 
@@ -46,8 +48,11 @@ def main(args: Sequence[str]) -> None:
     problems: dict[str, str] = {}
     runs: list[Run] = []
     made_with: dict[str, Any] = {"command": shlex.join(["dropreg", "compare", *args]), "configurations": {}}
+    missing: set[str] = set()
     for seed in options.seeds:  # seed by seed, so that what there is can be compared at any time
         for config, name in names.items():
+            if config in missing:
+                continue
             get_console().rule(f"{name}, seed {seed}", style="dim")
             folder = options.out / name / f"seed-{seed}"
             try:
@@ -55,6 +60,10 @@ def main(args: Sequence[str]) -> None:
                 runs.append(Run(name, seed, FitResult(**record["result"])))
                 made_with["configurations"].setdefault(name, {k: record.get(k) for k in ("machine", "config")})
             except Exception as error:  # the other runs may take or have taken hours
+                if _lacks_files(error):
+                    if not runs:  # and most likely the others want the same files
+                        raise
+                    missing.add(config)
                 problems[f"{name}, seed {seed}"] = f"{type(error).__name__}: {error}"
                 get_console().print(f"failed: {error}", highlight=False, markup=False)
     if not runs:
@@ -72,6 +81,13 @@ def main(args: Sequence[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _lacks_files(error: BaseException | None) -> bool:
+    """Whether a corpus is not there, which another seed does not change."""
+    while error is not None and not isinstance(error, CorpusNotFoundError):
+        error = error.__cause__
+    return error is not None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,7 +185,8 @@ def _print(comparison: Comparison, problems: dict[str, str]) -> None:
     for title, columns in (("Comparison", range(cut)), ("Time", [0, *range(cut, len(rows[0]))])):
         table = Table(title=title, title_justify="left")
         for number in columns:
-            table.add_column(rows[0][number], justify="right" if number else "left", overflow="fold")
+            whole = not number and max(len(row[0]) for row in rows) <= _NAME
+            table.add_column(rows[0][number], justify="right" if number else "left", overflow="fold", no_wrap=whole)
         for row in rows[1:]:
             table.add_row(*(row[number] for number in columns))
         get_console().print(table)

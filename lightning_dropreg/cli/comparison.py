@@ -14,6 +14,8 @@ from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["Comparison", "Run", "Summary"]
 
+MISSING = "–"
+"""Where there is no number: one seed has no spread, the reference no difference to itself."""
 _RUN = {"best": float, "best_epoch": int, "epochs": int, "seconds": float, "ms_per_step": float}
 
 
@@ -162,12 +164,12 @@ class Comparison:
                     s.config,
                     str(s.seeds),
                     _text(s.best),
-                    "" if math.isnan(s.difference) else f"{s.difference:+.1f}",
+                    MISSING if math.isnan(s.difference) else f"{s.difference:+.1f}",
                     f"{s.best_epoch:.3g} of {s.epochs}",
                     *(_text(spread) for spread in s.test.values()),
                     f"{s.seconds:.0f} s",
                     _text(s.ratio),
-                    " ".join([_text(s.time_to_reference), *never]).strip(),
+                    " ".join([*([_text(s.time_to_reference)] if s.time_to_reference else []), *never]) or MISSING,
                     _text(s.at_equal_time),
                 ]
             )
@@ -218,7 +220,7 @@ def _first_time(result: FitResult, target: float) -> float:
 
 
 def _text(spread: Spread | None) -> str:
-    return "" if spread is None else str(spread)
+    return MISSING if spread is None else str(spread)
 
 
 def _numbers(spread: Spread | None) -> list[str]:

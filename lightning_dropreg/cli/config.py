@@ -24,15 +24,20 @@ _EXPECTED = re.compile(r"Expected a <class '([\w.]+)'>")
 _CHOICES = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
 _REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
 _NO_FILE = re.compile(r'Parser key "config": File does not exist: \'(.*)\'')
+_OPTION = re.compile(r"(?:Option|[Kk]ey) ['\"]([\w.]+)['\"] is not accepted")
 _VALUE = re.compile(r"(?:Given|Got) value: (.*)")
 
 
 def _missing(message: str) -> str | None:
     """Say what is to be given, if something is not, or a file is not there."""
     if found := _NO_FILE.search(message):
-        return f"--config {found[1]}: there is no such file."
+        file = Path(found[1])
+        return f"--config {file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}: no such file."
     if found := ATTRIBUTE.search(message):
         return f"there is no {found[1]}.{found[2]}."
+    keys, classes = _KEY.findall(message), _CLASS.findall(message)
+    if keys and classes and (found := _OPTION.search(message)):
+        return f"{': '.join(keys)}: {classes[-1]} takes no {found[1]!r}."
     if found := _REQUIRED.search(message):
         names = [name.rpartition(".")[2] for name in found[1].split(", ")]
         return f"no {' and no '.join(names)} is configured. Give --config FILE (`dropreg init` writes a first one)."
@@ -160,6 +165,6 @@ class ConfigParser(LightningArgumentParser):
             or "\n".join(line for line in message.splitlines() if not line.lstrip(" -").startswith(_NOISE))
         )
         meant = nearest(message, self)
-        hint = f"Did you mean {meant!r}?\n" if meant else ""
-        sys.stderr.write(f"{prog}: {told}\n{hint}(all options: {prog} --help)\n")
+        hint = f" Did you mean {meant!r}?" if meant else ""
+        sys.stderr.write(f"{prog}: {told}{hint}\n(all options: {prog} --help)\n")
         self.exit(2)

@@ -61,11 +61,14 @@ def main(args: Sequence[str]) -> None:
     Raises:
         InvalidArgumentError: If an option is out of range, or two of them contradict each other.
     """
-    cli = DropregCLI(["diagnose", *args], description=__doc__, add_options=_add_options)
+    cli = DropregCLI(["diagnose", *args], description=(__doc__ or "").replace("``", "`"), add_options=_add_options)
     options = cli.config
     check_count("draws", options["draws"], MIN_DRAWS)
     check_confidence(options["confidence"])
     check_tolerance(options["tolerance"])
+    for q in options["sweep"]:  # before minutes of measuring
+        if not 0 < q < 1:
+            raise InvalidArgumentError(f"--sweep: drop_prob={q!r} must be a number in (0, 1).")
     if options["bench"] and options["no_costs"]:
         raise InvalidArgumentError("--bench FILE shows costs and --no-costs leaves them out: give one of them.")
     costs = _read_costs(options["bench"], cli.model) if options["bench"] else None

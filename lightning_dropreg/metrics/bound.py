@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_dropreg.checks import check_count
 from lightning_dropreg.errors import InvalidArgumentError
@@ -18,11 +17,12 @@ from lightning_dropreg.metrics.functional import (
     loss_jacobian_size,
     norm_2_1,
 )
+from lightning_dropreg.metrics.plotted import PlottedMetric
 
 __all__ = ["LinearModelBound"]
 
 
-class LinearModelBound(Metric):
+class LinearModelBound(PlottedMetric):
     """The data-dependent terms of the bound, see `lightning_dropreg.metrics.functional.linear_model_bound`.
 
     The weight must be the same in all batches (that of a trained model).

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_dropreg.checks import check_count, check_flags, check_integer
 from lightning_dropreg.metrics.functional import Effects, dropout_effects
+from lightning_dropreg.metrics.plotted import PlottedMetric
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.step.settings import check_curvature, check_estimation
@@ -17,7 +17,7 @@ from lightning_dropreg.step.settings import check_curvature, check_estimation
 __all__ = ["MeanExplicitPenalty", "NoiseScale"]
 
 
-class _DropoutEffect(Metric):
+class _DropoutEffect(PlottedMetric):
     """Weighted sums of the effects of dropout on batches.
 
     Args:
@@ -144,14 +144,15 @@ class NoiseScale(_DropoutEffect):
         self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("gradient", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, closure: Closure, module: nn.Module) -> None:
+    def update(self, closure: Closure, module: nn.Module, examples: int = 1) -> None:
         """Take in a batch; every batch counts the same.
 
         Args:
             closure: Runs forward and loss and returns the loss, any loss.
             module: The model; no trace of this is left in it.
+            examples: As for `MeanExplicitPenalty`, so that one call updates both; it changes nothing.
         """
-        effects = self._effects(closure, module, 1, penalty=False)
+        effects = self._effects(closure, module, examples, penalty=False)
         self.noise = self.noise + effects.noise
         self.gradient = self.gradient + effects.gradient
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_dropreg.checks import check_integer
 from lightning_dropreg.metrics.functional import loss_hessian_size, loss_jacobian_size
+from lightning_dropreg.metrics.plotted import PlottedMetric
 
 __all__ = ["LossHessianSize", "LossJacobianSize"]
 
 
-class _MeanOverExamples(Metric):
+class _MeanOverExamples(PlottedMetric):
     """Mean of a function of logits and targets over all examples of all batches and processes."""
 
     is_differentiable = True

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from commands import BRIEF, CONFIGS, printed_json
+from rich.console import Console
 
 from lightning_dropreg.cli import main
+from lightning_dropreg.cli.compare import _print
 from lightning_dropreg.cli.comparison import Comparison, Run
 from lightning_dropreg.cli.summary import FitResult
 
@@ -86,6 +88,26 @@ def test_compare_survives_a_run_that_fails(monkeypatch, capsys):
     assert "failed: quickstart_none, seed 2: ZeroDivisionError" in out
 
 
+def test_compare_asks_once_for_a_corpus_that_is_not_there(capsys):
+    """And not once for each configuration and seed."""
+    configs = [str(CONFIGS / "small" / f"ptb_{name}.yaml") for name in ("none", "dropout_1", "r_approx")]
+    assert main(["compare", *configs, "--seeds", "1", "2"]) == 1
+    printed = "".join(capsys.readouterr())
+    assert printed.count("dropreg compare: ") == 1
+    assert printed.count("ptb_") == 1  # the rule above the first run
+
+
+def test_names_stay_in_one_piece(capsys, monkeypatch):
+    monkeypatch.setattr("lightning_dropreg.cli.compare.get_console", lambda: Console(width=80))
+    name = "algorithm_2_economical_of_rows"
+    histories = [FitResult("val_ppl", 40.0, 1, 1, 1, 9.0, history=[(1, 40.0 + n, 9.0)]) for n in range(4)]
+    runs = [Run(config, seed, histories[2 * seed - 2 + n]) for n, config in enumerate(("d", name)) for seed in (1, 2)]
+    _print(Comparison(runs, ["d", name]), {})
+    out = capsys.readouterr().out
+    assert out.count(f" {name} ") == 2
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_compare_goes_on_where_it_was_killed(monkeypatch, capsys):
     from lightning_dropreg.paper.models import LSTMLanguageModel
 
@@ -126,3 +148,8 @@ def test_comparison_of_known_histories():
     assert [comparison.time_to_reference(r) for r in runs] == [1.0, 0.75, 1.0, float("inf")]
     assert [comparison.at_equal_time(r) for r in runs] == [5.0, 4.0, 5.0, 7.0]
     assert comparison.rows()[2][-2] == "0.75 (never: 1 of 2)"
+    single = Comparison([run("slow", 1, *slow), run("late", 1, (1, 9.0, 9.0))], ["slow", "late"]).rows()
+    cells = [cell for row in single for cell in row]
+    assert not [cell for cell in cells if "nan" in cell or not cell]
+    assert single[1][3] == "–"  # the reference has no difference to itself
+    assert single[2][-2] == "(never: 1 of 1)"

@@ -28,7 +28,7 @@ MISTAKES = {
     "nothing_given": (["fit"], "no model is configured. Give --config FILE"),
     "nothing_to_inspect": (["inspect"], "no model is configured. Give --config FILE"),
     "command": (["fitt"], "there is no command 'fitt'. Did you mean 'fit'?"),
-    "no_such_config": (["fit", "--config", "absent.yaml"], "absent.yaml: there is no such file."),
+    "no_such_config": (["fit", "--config", "absent.yaml"], "absent.yaml: no such file."),
     "yaml": (["fit", "--config", "unclosed.yaml"], "unclosed.yaml, line 3, column 3: this is no YAML"),
     "list": (["fit", "--config", "list.yaml"], "list.yaml holds a list, not keys with values"),
     "empty": (["inspect", "--config", "empty.yaml"], "empty.yaml holds nothing, not keys with values"),
@@ -52,10 +52,18 @@ MISTAKES = {
     "sweep": (["diagnose", *QUICKSTART, "--sweep", "2"], "drop_prob=2.0 must be a number in (0, 1)."),
     "methods": (["bench", *QUICKSTART, "--methods=[nothing]"], "nothing"),
     "no_files": (["compare"], "the following arguments are required: FILE"),
-    "no_such_file": (["compare", "absent.yaml"], "absent.yaml: there is no such file."),
+    "no_such_file": (["compare", "absent.yaml"], "absent.yaml: no such file."),
     "twice": (["compare", "there.yaml", "there.yaml"], "a configuration file is named twice"),
     "there": (["init", "there.yaml"], "there.yaml is there already"),
 }
+
+PAGE = CONFIGS.parent / "docs" / "mistakes.md"
+WRITE = os.environ.get("WRITE_MISTAKES")
+if WRITE:
+    PAGE.write_text(
+        "# Mistakes on the command line\n\nWhat was typed, and the first line of the answer; a test compares this page "
+        "with what is printed.\n\n| command | says |\n|---|---|\n"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +88,12 @@ def test_a_mistake_is_told_in_a_few_lines(mistake, capfd):
     if mistake != "command":  # which is followed by the commands there are
         assert len(printed.splitlines()) <= 6, printed
     assert f"dropreg {args[0]}: dropreg" not in printed
+    command = " ".join(["dropreg", *args]).replace(f"{CONFIGS}/", "configs/")
+    line = f"| `{command}` | {printed.splitlines()[0].replace(f'{CONFIGS}/', 'configs/').replace('|', ' ')} |\n"
+    if WRITE:
+        with PAGE.open("a") as page:
+            page.write(line)
+    assert line in PAGE.read_text(), "run  WRITE_MISTAKES=1 pytest -n 0 tests/cli/test_mistakes.py"
 
 
 def test_an_error_in_the_users_own_code_keeps_its_traceback(monkeypatch):

@@ -348,3 +348,11 @@ def test_figure_shows_what_was_found(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(errors.MissingDependencyError, match=r"lightning-dropreg\[plot\]"):
         uncertainty_figure({"plain": p}, target)
+
+
+def test_a_prediction_is_short_to_read_and_a_dictionary():
+    from lightning_dropreg.callbacks.monte_carlo import MonteCarloPrediction
+
+    found = MonteCarloPrediction(torch.ones(5, 3), torch.ones(5, 3), torch.ones(5, 3), None, None, torch.ones(5), None)
+    assert repr(found) == "MonteCarloPrediction(outputs 5 × 3, mean 5 × 3, variance 5 × 3, output_variance 5)"
+    assert found.to_dict().keys() == {"outputs", "mean", "variance", "output_variance"}
