@@ -330,7 +330,7 @@ class _Plain:
 
 
 def _values(dicts: Sequence[dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, dicts)))
+    return [value for each in dicts for value in each.values()]
 
 
 class _ModuleState:
