@@ -360,8 +360,8 @@ MUTATIONS: dict[str, Row] = {
     ),
     "companions": (
         "losses/categorical.py",
-        "scale = (1 - label_smoothing) * scale + label_smoothing / classes * class_weights.sum() * counted",
-        "scale = scale * 1",
+        "return (1 - label_smoothing) * hard - label_smoothing / classes * (log_p @ class_weights) * counted",
+        "return hard",
         "callbacks/test_companions.py -k 'two_ways and Smoothed'",
     ),
     "documented names": (
