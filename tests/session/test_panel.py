@@ -78,7 +78,7 @@ COSTS = [
 ]
 
 
-@pytest.mark.parametrize(("callbacks", "name", "cost"), COSTS, ids=str)
+@pytest.mark.parametrize(("callbacks", "name", "cost"), COSTS, ids=range(len(COSTS)))
 def test_what_a_method_is_called_and_costs(callbacks, name, cost):
     trainer = type("Trainer", (), {"callbacks": callbacks})()
     plan = callbacks[0].plan(trainer)
