@@ -110,6 +110,7 @@ def write_math(self: Any, node: nodes.math | nodes.math_block) -> None:
     """Write a formula as MathML, which browsers draw without a script."""
     block = isinstance(node, nodes.math_block)
     code = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", node.astext())  # brackets grow by themselves
+    code = re.sub(r"\\([td]?frac)\s*(\w)\s*(\w)", r"\\\1{\2}{\3}", code)  # the converter takes 12 for one number
     if block and ("&" in code or "\\\\" in code):
         code = f"\\begin{{aligned}}{code}\\end{{aligned}}"
     self.body.append(('<div class="math-block">{}</div>' if block else "{}").format(tex2mathml(code, as_block=block)))
@@ -140,6 +141,11 @@ def table_of_markdown(app: Sphinx, what: str, name: str, obj: object, options: o
         lines += ["", f":doc:`What to do </docs/troubleshooting>`, under *{short}*.", ""]
 
 
+def skip_fields(app: Sphinx, what: str, name: str, member: Any, skip: bool, options: object) -> bool | None:
+    """Leave out the fields of named tuples, which are told of as attributes."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 TITLES = {
     "bench": "Milliseconds of a step",
     "claims/ablations": "Strengths tried before",
@@ -164,6 +170,7 @@ def title_of_record(app: Sphinx, page: str, source: list[str]) -> None:
 
 def setup(app: Sphinx) -> None:
     """Add what Sphinx does not bring."""
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("source-read", title_of_record)
     app.add_directive("mermaid", Mermaid)
     app.connect("autodoc-process-docstring", table_of_markdown)

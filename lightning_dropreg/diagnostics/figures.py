@@ -313,8 +313,8 @@ def _points(
 ) -> None:
     """Draw values with their intervals, these as far as values are possible."""
     values = [i.value for i in intervals]
-    below = [max(0.0, i.value - max(i.low, possible[0])) for i in intervals]
-    above = [max(0.0, min(i.high, possible[1]) - i.value) for i in intervals]
+    below = [max(min(i.margin, i.value - possible[0]), 0.0) for i in intervals]  # NaN, not known, stays NaN
+    above = [max(min(i.margin, possible[1] - i.value), 0.0) for i in intervals]
     ax.errorbar(values, at, xerr=[below, above], label=label, **_style(style))
 
 
