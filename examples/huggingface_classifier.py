@@ -55,7 +55,7 @@ def main(args=None):
     parser.add_argument("--figure", default="huggingface_classifier.png", help="where to write the picture")
     given = parser.parse_args(args)
     train, test, labels = make_rows()
-    loader, test_loader = DataLoader(train, 50, shuffle=True), DataLoader(test, 400)
+    loader, test_loader = DataLoader(train, batch_size=50, shuffle=True), DataLoader(test, batch_size=400)
     batch, model = next(iter(loader)), DigitReader().train()
     for site in dr.functional.find_sites(lambda: model.model(**batch).loss):
         print(f"{site.name:60s} p={site.p} {site.shape}")

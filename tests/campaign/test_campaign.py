@@ -60,12 +60,12 @@ def test_an_error_of_second_order_in_the_step_is_no_fault_and_one_of_first_order
     """The loss of this problem is small: with the step 0.02 it is 5 % off, and right in the limit of no step."""
     torch.set_default_dtype(torch.float64)
     made, combine = campaign_run.draw(800473), module_of_pairs.__globals__["combine"]
-    assert campaign_run.off(made, campaign_run.expected(made), *campaign_run.fit(made, 10))
-    assert campaign_run.trial(made["seed"], steps=10)[1] == "right"
+    assert campaign_run.off(made, campaign_run.expected(made), *campaign_run.fit(made, 40))
+    assert campaign_run.trial(made["seed"], steps=40)[1] == "right"
 
     def off(*args):  # by 2 % at this step
         found = combine(*args)
         return type(found)((1 + args[-1]) * found.loss, found.penalty, found.noise)
 
     monkeypatch.setitem(module_of_pairs.__globals__, "combine", off)
-    assert campaign_run.trial(made["seed"], steps=10)[1] == "wrong"
+    assert campaign_run.trial(made["seed"], steps=40)[1] == "wrong"

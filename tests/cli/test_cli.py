@@ -20,6 +20,7 @@ from lightning_dropreg.cli.methods import CLOSING, CONFIGURED
 from lightning_dropreg.estimators import ESTIMATORS
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
+IMAGES = {"conv", "mlp"}  # of the benchmark; the rest are language models
 # the others, under paper/ and small/, have tests of their own
 SHIPPED = sorted(path for folder in (".", "bench", "time_to_quality") for path in (CONFIGS / folder).glob("*.yaml"))
 
@@ -43,6 +44,9 @@ def test_the_module_is_the_command():
 
 @pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_configuration_trains(config, capsys):
+    if config.stem in IMAGES:
+        assert main(["fit", "--config", str(config), *TWO]) == 0
+        return
     small = [*TWO, "--model.width=8"] if config.stem == "transformer" else BRIEF
     assert main(["fit", "--config", str(config), *small]) == 0
     out = capsys.readouterr().out
@@ -299,7 +303,7 @@ def test_unknown_command(capsys):
     [
         (
             ["--config", "bad.yaml"],
-            "trainer.callbacks: lightning_dropreg.ExplicitPenalty: batch_fraction='quarter' must be float or None.",
+            "trainer.callbacks: lightning_dropreg.ExplicitPenalty: step_size='quarter' must be float.",
         ),
         (["--trainer.max_epochs=many"], "trainer.max_epochs='many' must be int or None."),
         (
@@ -310,7 +314,7 @@ def test_unknown_command(capsys):
 )
 def test_a_value_of_the_wrong_type_is_told_in_one_line(options, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    bad = "{class_path: lightning_dropreg.ExplicitPenalty, init_args: {batch_fraction: quarter}}"
+    bad = "{class_path: lightning_dropreg.ExplicitPenalty, init_args: {step_size: quarter}}"
     Path("bad.yaml").write_text(f"trainer: {{callbacks: [{bad}]}}\n")
     with pytest.raises(SystemExit):
         main(["fit", "--config", QUICKSTART, *options])

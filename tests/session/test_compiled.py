@@ -20,18 +20,19 @@ METHODS = {
     "pairs": lambda: [dr.MiniBatchDropout(2, antithetic=True)],
     "every second step": lambda: [dr.ExplicitPenalty(every_n_steps=2)],
 }
-GRAPHS, RUNS = [], []  # not in the module, whose attributes are put back between passes
+GRAPHS, RUNS = [], []
+note_graph, note_run = GRAPHS.append, RUNS.append  # what a step reaches otherwise is put back for every pass
 
 
 def counting(graph, inputs):
     """A backend that counts its graphs and how often they run."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    GRAPHS.append([node.target for node in graph.graph.nodes])
+    note_graph([node.target for node in graph.graph.nodes])
     run = aot_eager(graph, inputs)
 
     def counted(*args):
-        RUNS.append(None)
+        note_run(None)
         return run(*args)
 
     return counted

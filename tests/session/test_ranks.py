@@ -11,6 +11,7 @@ from own_modules import GAN, Manual, Predicting
 from ranks import run_on_two_ranks
 
 import lightning_dropreg as dr
+from lightning_dropreg.numerics.noise import fold_key
 
 ESTIMATORS = ("antithetic", "forward", "double_backward", "exact")
 INJECTIONS = ("loss", "after_backward")
@@ -65,6 +66,10 @@ def replicas(method, **options):
     return check
 
 
+LOOKS = {fold_key(0, position) for position in range(8)}
+"""Seeds of the sites in a look."""
+
+
 class SameNoise:
     """Signs and masks of the example, not of the rank: the whole batch's are drawn and this rank's rows taken."""
 
@@ -79,7 +84,7 @@ class SameNoise:
         torch.rand = lambda *a, generator=None, **k: self.draw(a, self.rand) if generator else self.rand(*a, **k)
 
         def signs(shape, dtype, generator):
-            if generator.initial_seed() == 0:  # of a look at the first step, which may be on fewer rows
+            if generator.initial_seed() in LOOKS:  # of a look at the first step, which may be on fewer rows
                 return torch.ones(shape, dtype=dtype)
             return self.draw((shape,), self.rand).sub_(0.5).sign_().to(dtype)
 
