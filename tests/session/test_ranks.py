@@ -66,10 +66,6 @@ def replicas(method, **options):
     return check
 
 
-LOOKS = {fold_key(0, position) for position in range(8)}
-"""Seeds of the sites in a look."""
-
-
 class SameNoise:
     """Signs and masks of the example, not of the rank: the whole batch's are drawn and this rank's rows taken."""
 
@@ -84,7 +80,7 @@ class SameNoise:
         torch.rand = lambda *a, generator=None, **k: self.draw(a, self.rand) if generator else self.rand(*a, **k)
 
         def signs(shape, dtype, generator):
-            if generator.initial_seed() in LOOKS:  # of a look at the first step, which may be on fewer rows
+            if generator.initial_seed() in {fold_key(0, i) for i in range(8)}:  # of a look, maybe on fewer rows
                 return torch.ones(shape, dtype=dtype)
             return self.draw((shape,), self.rand).sub_(0.5).sign_().to(dtype)
 
@@ -116,13 +112,8 @@ def half(method, **options):
 
 
 SAME_NOISE = ["penalty, antithetic", "draws"]
-for kind in (
-    "algorithm 2, antithetic",
-    "algorithm 2, forward",
-    "noise, double_backward",
-    "dropout noise",
-    "algorithm 4",
-):
+KINDS = ["algorithm 2, antithetic", "algorithm 2, forward", "noise, double_backward", "dropout noise", "algorithm 4"]
+for kind in KINDS:
     SAME_NOISE += [f"{kind}, {injection}" for injection in INJECTIONS]
 
 
