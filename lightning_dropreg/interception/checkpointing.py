@@ -23,7 +23,12 @@ from torch.utils._pytree import tree_leaves
 from lightning_dropreg.errors import InconsistentPassesError, UnsupportedOperationError, UnsupportedSiteError
 from lightning_dropreg.interception.naming import name_caller
 from lightning_dropreg.interception.sites import RepeatableRule, Site
-from lightning_dropreg.numerics.torch_private import checkpoint_entrances, in_checkpoint, watching_saved_tensors
+from lightning_dropreg.numerics.torch_private import (
+    checkpoint_entrances,
+    in_checkpoint,
+    is_made_a_graph,
+    watching_saved_tensors,
+)
 
 __all__ = ["Repeating", "Replay", "check_recomputation", "enter", "in_checkpointed_region", "leave"]
 
@@ -136,7 +141,7 @@ class Replay:
 
 def _without_reentrance(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
     """Stand in for torch's generator around a checkpointed call; `fn` is what it runs again in the backward."""
-    if not _active.modes:
+    if not _active.modes or is_made_a_graph():
         yield from _torchs_own["generator"](fn, *args, **kwargs)
         return
     mode = _active.modes[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,9 @@ from lightning_dropreg.interception.handlers.stochastic_depth import HANDLERS as
 from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.interception.sites import Site, TracedRule
 from lightning_dropreg.losses import RECOGNIZED, Loss
+from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.numerics.dtypes import is_in_bfloat16
+from lightning_dropreg.numerics.torch_private import traced_from_outside_only
 
 __all__ = ["Met", "Traced", "entered", "hand_back"]
 
@@ -84,7 +87,11 @@ class Traced(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Route one call; `args` and `kwargs` are those of `func`."""
-        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return self._route(func, args, kwargs or {})
+        return self._route_outside(func, args, kwargs or {})
+
+    def _route(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is Tensor.unflatten:  # written in Python, with a super() that breaks the graph under any mode
             return torch.unflatten(*args, **kwargs)
         if func is torch_checkpoint.checkpoint:  # offered by Dynamo alone
@@ -92,9 +99,11 @@ class Traced(TorchFunctionMode):
         handler = HANDLERS.get(func)
         if handler is not None and (self.asks_callers or func not in BY_THEIR_CALLERS):
             return handler(self, func, *args, **kwargs)
-        if self.record_losses and func in RECOGNIZED:
+        if self.record_losses and (func in RECOGNIZED or (isinstance(func, FunctionType) and is_registered(func))):
             return _record(self, func, args, kwargs)
         return func(*args, **kwargs)
+
+    _route_outside = torch.compiler.disable(_route)
 
     def site(self, h: Tensor, p: float, mask_shape: tuple[int, ...], kind: str, inplace: bool) -> Tensor:
         """See `lightning_dropreg.interception.sites.Mode`."""
@@ -143,6 +152,9 @@ class Traced(TorchFunctionMode):
         return replay
 
 
+traced_from_outside_only(Traced.__torch_function__)
+
+
 def _checkpoint(mode: Traced, func: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`torch.utils.checkpoint.checkpoint` in a graph: what it runs is offered to no mode but one entered there."""
 
@@ -156,7 +168,7 @@ def _checkpoint(mode: Traced, func: Callable[..., Any], function: Callable[..., 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _record(mode: Traced, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Take a loss apart outside the graph: its elements must have a node of their own to be differentiated in."""
-    reduced, loss = RECOGNIZED[func](*args, **kwargs)
+    reduced, loss = RECOGNIZED[func](*args, **kwargs) if func in RECOGNIZED else describe(func, *args, **kwargs)
     if loss.elements.requires_grad:
         mode.losses.append(loss)
     return reduced

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, UnsupportedOperationError
 from lightning_dropreg.losses.base import Loss
+from lightning_dropreg.numerics.torch_private import a_mode_is_on
 
 __all__ = ["DifferentiatedLoss", "HessianLoss", "describe", "is_registered", "recognize"]
 
@@ -119,7 +120,7 @@ def recognize(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         raise InvalidArgumentError(f"recognize() takes a function of the output, not {type(loss).__name__}.")
 
     def known(output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if has_torch_function((output,)):
+        if has_torch_function((output,)) or a_mode_is_on():
             result: Tensor = handle_torch_function(known, (output,), output, *args, **kwargs)
             return result
         return loss(output, *args, **kwargs)

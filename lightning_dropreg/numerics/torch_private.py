@@ -7,9 +7,9 @@ looked up when it is used, so that ``tests/numerics/test_torch_private.py`` can 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -23,6 +23,7 @@ __all__ = [
     "FUSED_SOFTMAX",
     "FUSED_WEIGHT_NORM",
     "NORM_LAYERS",
+    "a_mode_is_on",
     "active_modes",
     "assert_on_device",
     "checkpoint_entrances",
@@ -31,12 +32,14 @@ __all__ = [
     "hidden_from_modes",
     "in_checkpoint",
     "is_compiled_wrapper",
+    "is_made_a_graph",
     "keeping_donated_buffers",
     "keeping_side_effects_out_of_recomputation",
     "modes_aside",
     "norms_of",
     "recompile_limits",
     "set_version",
+    "traced_from_outside_only",
     "watching_saved_tensors",
     "without_fused_recurrence",
 ]
@@ -261,6 +264,39 @@ def active_modes() -> list[TorchFunctionMode]:
     return list(stack())
 
 
+_current_mode = _attribute(torch, "overrides._get_current_function_mode")
+
+
+def a_mode_is_on() -> bool:
+    """Whether a mode is to be offered what is called; in a graph `has_torch_function` does not say that."""
+    return _current_mode is not None and _current_mode() is not None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def traced_from_outside_only(function: Function) -> Function:
+    """Let Dynamo go through a function where it traces the caller, but make no graph of the function by itself.
+
+    A mode's ``__torch_function__`` is called by torch, out of frames that Dynamo leaves alone (torch's own layers); a
+    graph made of it there is guarded by too little, and answers for another function than it was made for.
+
+    Args:
+        function: The function.
+
+    Returns:
+        The function.
+
+    Raises:
+        NotImplementedError: If torch has no way to say so.
+    """
+    skip = _attribute(torch, "_dynamo.eval_frame.skip_code")
+    if skip is None:
+        raise NotImplementedError
+    skip(function.__code__)
+    return function
+
+
 @contextmanager
 def modes_aside(kind: type[TorchFunctionMode]) -> Iterator[None]:
     """Let the modes of a kind not see what runs inside, while all others do, and may be entered and left.
@@ -339,6 +375,12 @@ def recompile_limits() -> tuple[type[Exception], ...]:
     """What Dynamo raises where one function would have too many graphs; nothing where a release has no name for it."""
     names = ("RecompileLimitExceeded", "FailOnRecompileLimitHit")  # of torch 2.6, and since
     return tuple(e for e in (_attribute(torch, f"_dynamo.exc.{name}") for name in names) if e is not None)
+
+
+def is_made_a_graph() -> bool:
+    """Whether what runs now runs to be made a graph of (its tensors are fake), long after Dynamo went through it."""
+    context = _attribute(torch, "_guards.TracingContext.try_get")
+    return context is not None and context() is not None
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

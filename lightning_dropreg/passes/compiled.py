@@ -10,37 +10,23 @@ looking again.
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_dropreg.errors import CompiledPartError, CompiledPartWarning
-from lightning_dropreg.interception.mode import Interception, marks_constants
-from lightning_dropreg.interception.sites import TraceableRule
-from lightning_dropreg.interception.traced import Met, Traced, entered, hand_back
-from lightning_dropreg.losses import Loss
 from lightning_dropreg.numerics.torch_private import (
-    active_modes,
     is_compiled_wrapper,
     keeping_donated_buffers,
     keeping_side_effects_out_of_recomputation,
-    modes_aside,
-    recompile_limits,
 )
-from lightning_dropreg.passes.batches import batch_tensors, map_batch
-from lightning_dropreg.passes.isolation import Isolation
+
+if TYPE_CHECKING:
+    from lightning_dropreg.passes.part import Part
 
 __all__ = ["CompiledParts", "uncompiled"]
-
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
-_COARSE = 0.2  # of what has fewer digits
-_SIZES = 2  # a graph for the first sizes, and one for all
-_SURPRISES = 4
 
 
 def uncompiled() -> AbstractContextManager[None]:
@@ -56,7 +42,12 @@ class CompiledParts:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.parts = {name: Part(name, part) for name, part in root.named_modules() if is_compiled(part)}
+        self.parts: dict[str, Part] = {}
+        found = {name: part for name, part in root.named_modules() if is_compiled(part)}
+        if found:  # who compiles nothing need not wait for the compiler to be imported
+            from lightning_dropreg.passes.part import Part
+
+            self.parts = {name: Part(name, part) for name, part in found.items()}
         self._running = 0
 
     @contextmanager
@@ -88,265 +79,3 @@ def is_compiled(module: nn.Module) -> bool:
         or getattr(module, "_compiled_call_impl", None) is not None
         or getattr(module, "_compiler_ctx", None) is not None
     )
-
-
-class Part:
-    """One compiled part.
-
-    Args:
-        name: Its path.
-        module: The module that is compiled, or that compiling has wrapped around it.
-
-    Attributes:
-        refused: Why it runs uncompiled; None while it does not.
-    """
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
-        self.module = module
-        self.refused: str | None = None
-        self._attribute = "_compiled_call_impl" if module.__dict__.get("_compiled_call_impl") else "forward"
-        self._call: Callable[..., Any] = module.__dict__[self._attribute]
-        self._known: dict[Any, list[Any]] = {}
-        self._sizes: dict[Any, set[Any]] = {}
-        self._surprises = 0
-        self._asks_callers = False
-        part = self
-
-        @functools.wraps(self._call)
-        def called(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # as a piece of another part
-                return part._call(*args, **kwargs)
-            return part.call(args, kwargs)
-
-        self._called = called  # the same object always: graphs around it are guarded by that
-
-    @contextmanager
-    def in_passes(self) -> Iterator[None]:
-        """Be called by way of `call`.
-
-        Yields:
-            Nothing.
-        """
-        self._call = self.module.__dict__[self._attribute]
-        self.module.__dict__[self._attribute] = self._called
-        try:
-            yield
-        finally:
-            self.module.__dict__[self._attribute] = self._call
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do what a call of the module means within the pass that is running, if one is.
-
-        Args:
-            args: Its arguments.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            What the module returns.
-
-        Raises:
-            CompiledPartError: If its graph has met other sites than those known.
-        """
-        modes = [mode for mode in active_modes() if isinstance(mode, (Interception, Traced))]
-        if not modes or isinstance(modes[-1], Traced):
-            return self._call(*args, **kwargs)
-        mode = modes[-1]
-        rule = mode.rule.traced() if isinstance(mode.rule, TraceableRule) and _is_plain(mode) else None
-        if rule is None or self.refused is not None:
-            with uncompiled():
-                return self._call(*args, **kwargs)
-        kind, sizes = self._kind_of(mode, args, kwargs)
-        if kind not in self._known or (len(self._sizes[kind]) < _SIZES and sizes not in self._sizes[kind]):
-            self.refused = self._compared(mode, kind, args, kwargs)
-            self._sizes.setdefault(kind, set()).add(sizes)
-            if self.refused is not None:
-                self._warn()
-                return self.call(args, kwargs)
-        traced = self._traced(mode, mode.position)
-        try:
-            with modes_aside(Interception), entered(traced):
-                output = self._call(*args, **kwargs)
-        except recompile_limits() as error:
-            self.refused = f"torch compiles it anew for every pass ({error}); later releases do not."
-            self._warn()
-            return self.call(args, kwargs)
-        if _structure(traced.sites) not in self._known[kind]:
-            raise CompiledPartError(
-                f"{self._path} met other dropout sites in its graph than when it was compared with itself uncompiled: "
-                f"{', '.join(met.kind for met in traced.sites) or 'none'}. Train it uncompiled.",
-                self.name,
-            )
-        nodes = [tensor.grad_fn for tensor in batch_tensors(output) if tensor.grad_fn is not None]
-        hand_back(traced, mode, nodes[0] if nodes else None)
-        return output
-
-    def surprised(self) -> None:
-        """Compare again with what the part does uncompiled, after a `CompiledPartError`; give up after a few times."""
-        self._surprises += 1
-        self._sizes = {kind: set() for kind in self._sizes}
-        if self._surprises == _SURPRISES:
-            self.refused = "it meets other dropout sites in its graph from call to call."
-            self._warn()
-
-    def _warn(self) -> None:
-        text = f"{self._path} was compiled by torch.compile and runs uncompiled in training: {self.refused}"
-        warnings.warn(text, CompiledPartWarning, stacklevel=3)
-
-    @property
-    def _path(self) -> str:
-        return self.name.removesuffix("._orig_mod") or "The module itself"
-
-    def _traced(self, mode: Interception, first: int) -> Traced:
-        assert isinstance(mode.rule, TraceableRule)
-        rule = mode.rule.traced()
-        assert rule is not None
-        return Traced(rule, first, mode.record_losses, mode.ignores_attention, self._asks_callers)
-
-    def _kind_of(self, mode: Interception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        tensors = batch_tensors((args, kwargs))
-        kind = (
-            type(mode.rule), mode.record_losses, mode.ignores_attention, self.module.training, torch.is_grad_enabled(),
-            torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"),
-            tuple((t.dtype, t.ndim, t.device.type, t.requires_grad) for t in tensors),
-        )  # fmt: skip
-        return kind, tuple(t.shape for t in tensors)
-
-    def _compared(self, mode: Interception, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Call the part aside, uncompiled and compiled; say what is different, None if nothing is."""
-        rule = mode.rule
-        assert isinstance(rule, TraceableRule)
-        options: dict[str, Any] = {"record_losses": mode.record_losses, "lenient": mode.lenient}
-
-        def eager() -> _Outcome:
-            given = _copied((args, kwargs))
-            with uncompiled(), Interception(rule.strong(), **options) as seen:
-                output = self._call(*given[0], **given[1])
-            sites = [Met(s.p, s.shape, s.mask_shape, s.kind) for s in seen.sites]
-            self._asks_callers = any(site.kind == "stochastic_depth" for site in sites)
-            return _Outcome(sites, seen.inactive, seen.losses, output, self._gradients(given, output))
-
-        def compiled() -> _Outcome:
-            given = _copied((args, kwargs))
-            with Interception(rule.strong(), **options) as strong:
-                pass
-            strong.ignores_attention = mode.ignores_attention
-            traced = self._traced(strong, 0)
-            with entered(traced):
-                output = self._call(*given[0], **given[1])
-            sites = [met for met in traced.sites if met.p]
-            self._known.setdefault(kind, []).append(_structure(traced.sites))
-            inactive = len(traced.sites) - len(sites)
-            return _Outcome(sites, inactive, traced.losses, output, self._gradients(given, output))
-
-        with modes_aside(Interception), Isolation(self.module) as isolation:
-            expected = isolation.run(eager, trace=False)
-            try:
-                found = isolation.run(compiled, trace=False)
-            except Exception as error:  # whatever a compiler has to say
-                return f"it cannot be traced ({type(error).__name__}: {str(error).strip().splitlines()[0]})."
-        return expected.differs_from(found)
-
-    def _gradients(self, given: Any, output: Any) -> list[Tensor | None]:
-        """Gradients of a random function of the output in parameters and inputs."""
-        outputs = [t for t in batch_tensors(output) if t.requires_grad]
-        leaves = [t for t in [*self.module.parameters(), *batch_tensors(given)] if t.requires_grad and t.is_leaf]
-        if not outputs or not leaves:
-            return []
-        generator = torch.Generator().manual_seed(0)
-        cotangents = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
-        return list(torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True))
-
-
-class _Outcome:
-    """What a call has met, returned and been differentiated to."""
-
-    def __init__(
-        self,
-        sites: Sequence[Met],
-        inactive: int,
-        losses: Sequence[Loss],
-        output: Any,
-        gradients: Sequence[Tensor | None],
-    ) -> None:
-        self.sites = [met._replace(in_bfloat16=False) for met in sites]
-        self.inactive = inactive
-        self.losses = [(loss.name, loss.outputs.detach(), loss.elements.detach()) for loss in losses]
-        self.outputs = [t.detach() for t in batch_tensors(output)]
-        self.gradients = [None if g is None else g.detach() for g in gradients]
-
-    def _of_losses(self) -> list[Tensor]:
-        return [tensor for _, outputs, elements in self.losses for tensor in (outputs, elements)]
-
-    def differs_from(self, other: _Outcome) -> str | None:
-        """Say in what `other`, of the compiled part, differs from this; None if in nothing."""
-        if self.sites != other.sites or self.inactive != other.inactive:
-            met, found = ([f"{m.kind} (p={m.p:g}) on {m.shape}" for m in each.sites] for each in (self, other))
-            return f"in the graph other dropout sites are met ({found or 'none'}) than outside ({met or 'none'})."
-        names = [name for name, *_ in self.losses], [name for name, *_ in other.losses]
-        if names[0] != names[1]:
-            return f"in the graph other losses are seen ({names[1] or 'none'}) than outside ({names[0] or 'none'})."
-        if not self.outputs:
-            return "it returns no tensor, so that it could not be compared with itself uncompiled."
-        pairs: list[tuple[str, Sequence[Tensor | None], Sequence[Tensor | None]]] = [
-            ("outputs", self.outputs, other.outputs),
-            ("losses", self._of_losses(), other._of_losses()),
-            ("gradients", self.gradients, other.gradients),
-        ]
-        floats = [t.dtype for t in self.outputs + self.gradients if t is not None and t.is_floating_point()]
-        tolerance = max((_TOLERANCES.get(dtype, _COARSE) for dtype in floats), default=0.0)
-        if any(torch.is_autocast_enabled(t.device.type) for t in self.outputs):
-            tolerance = _COARSE
-        for what, here, there in pairs:
-            distance = _distance(here, there)
-            if distance > tolerance:
-                return f"compiled, its {what} differ from those uncompiled (by {distance:.2g} of their size)."
-        return None
-
-
-def _distance(here: Sequence[Tensor | None], there: Sequence[Tensor | None]) -> float:
-    """The largest relative distance of two tensors that belong together."""
-    if len(here) != len(there):
-        return float("inf")
-    distances = [0.0]
-    norms = [0.0 if a is None else float(torch.nan_to_num(a.double()).norm()) for a in here]
-    least = 1e-3 * max(norms, default=0.0)
-    for a, b, norm in zip(here, there, norms, strict=True):
-        if a is None or b is None:
-            distances += [] if a is b else [float("inf")]
-            continue
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return float("inf")
-        same = (a == b) | (a.isnan() & b.isnan())
-        apart = float(torch.where(same, 0.0, (a.double() - b.double())).norm())
-        distances.append(apart / max(norm, least) if apart else 0.0)
-    return max(distances)
-
-
-def _structure(sites: Sequence[Met]) -> tuple[Any, ...]:
-    """What stays the same of sites when sizes and probabilities change."""
-    return tuple((m.kind, tuple(a == b for a, b in zip(m.mask_shape, m.shape, strict=True))) for m in sites)
-
-
-def _is_plain(mode: Interception) -> bool:
-    """Whether a pass asks nothing that only uncompiled code can answer."""
-    return not (
-        mode.name_sites
-        or mode.written_out
-        or mode.replacements
-        or mode.checkpoints
-        or mode.problems is not None
-        or marks_constants()
-    )
-
-
-def _copied(given: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of arguments that can be differentiated in and changed."""
-
-    def exchange(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return NotImplemented
-        copy = value.detach().clone()
-        return copy.requires_grad_() if value.requires_grad else copy
-
-    return map_batch(exchange, given)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from lightning_dropreg.checks import check_drop_prob
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.interception.sites import Mode
+from lightning_dropreg.numerics.torch_private import a_mode_is_on
 
 __all__ = ["HANDLERS", "drop"]
 
@@ -52,7 +53,7 @@ def drop(
         )
     if not training:
         return h
-    if has_torch_function((h,)):  # also where p is 0 at the moment: the pass counts it
+    if has_torch_function((h,)) or a_mode_is_on():  # also where p is 0 at the moment: the pass counts it
         result: Tensor = handle_torch_function(drop, (h,), h, p, shape, training, kind)
         return result
     if p == 0:
