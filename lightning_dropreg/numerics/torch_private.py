@@ -26,6 +26,7 @@ __all__ = [
     "a_mode_is_on",
     "active_modes",
     "assert_on_device",
+    "can_trace_modes",
     "checkpoint_entrances",
     "has_gradient_hooks",
     "has_hooks_after_accumulation",
@@ -248,20 +249,24 @@ def hidden_from_modes() -> AbstractContextManager[None]:
     return nullcontext() if disable is None else disable()  # what is compiled then sees the interception, and breaks
 
 
-_POP, _PUSH = "overrides._pop_mode", "overrides._push_mode"
+_POP, _PUSH, _STACK = (f"overrides.{name}" for name in ("_pop_mode", "_push_mode", "_get_current_function_mode_stack"))
+_SKIP = "_dynamo.eval_frame.skip_code"
+
+
+def can_trace_modes() -> bool:
+    """Whether torch has all that it takes to have a mode of ours traced into a graph; else parts run uncompiled."""
+    return all(_attribute(torch, name) is not None for name in (_POP, _PUSH, _STACK, _SKIP))
 
 
 def active_modes() -> list[TorchFunctionMode]:
-    """Return the modes that are on, the outermost first; none where torch cannot be asked, or lets none be set aside.
+    """Return the modes that are on, the outermost first; none where torch cannot be asked.
 
     Example:
         >>> active_modes()
         []
     """
-    stack = _attribute(torch, "overrides._get_current_function_mode_stack")
-    if stack is None or _attribute(torch, _POP) is None or _attribute(torch, _PUSH) is None:
-        return []
-    return list(stack())
+    stack = _attribute(torch, _STACK)
+    return [] if stack is None else list(stack())
 
 
 _current_mode = _attribute(torch, "overrides._get_current_function_mode")
@@ -286,14 +291,10 @@ def traced_from_outside_only(function: Function) -> Function:
 
     Returns:
         The function.
-
-    Raises:
-        NotImplementedError: If torch has no way to say so.
     """
-    skip = _attribute(torch, "_dynamo.eval_frame.skip_code")
-    if skip is None:
-        raise NotImplementedError
-    skip(function.__code__)
+    skip = _attribute(torch, _SKIP)
+    if skip is not None:  # see `can_trace_modes`
+        skip(function.__code__)
     return function
 
 

@@ -16,7 +16,7 @@ from lightning_dropreg.interception.mode import Interception, marks_constants
 from lightning_dropreg.interception.sites import TraceableRule
 from lightning_dropreg.interception.traced import Met, Traced, entered, hand_back
 from lightning_dropreg.losses import Loss
-from lightning_dropreg.numerics.torch_private import active_modes, modes_aside
+from lightning_dropreg.numerics.torch_private import active_modes, can_trace_modes, modes_aside
 from lightning_dropreg.passes.batches import batch_tensors, map_batch
 from lightning_dropreg.passes.compiled import uncompiled
 from lightning_dropreg.passes.isolation import Isolation
@@ -88,6 +88,9 @@ class Part:
         Raises:
             CompiledPartError: If its graph has met other sites than those known.
         """
+        if not can_trace_modes():
+            with uncompiled():
+                return self._call(*args, **kwargs)
         modes = [mode for mode in active_modes() if isinstance(mode, (Interception, Traced))]
         if not modes or isinstance(modes[-1], Traced):
             return self._call(*args, **kwargs)
@@ -269,7 +272,8 @@ def _node_of(losses: Sequence[Loss], output: Any) -> Any:
     """
     tensors = [loss.outputs for loss in losses] or batch_tensors(output)
     nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen, stack = set(), nodes[:1]
+    seen: set[Any] = set()
+    stack = nodes[:1]
     while stack and len(seen) < _NEAR:
         node = stack.pop()
         if "CompiledFunction" in type(node).__name__:

@@ -6,12 +6,16 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint_by_another_door
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dropreg.errors import UnsupportedSiteError
 from lightning_dropreg.functional import explicit_penalty, find_sites
 from lightning_dropreg.interception import checkpointing
 from lightning_dropreg.numerics import torch_private
+from lightning_dropreg.passes import Drop, run_pass
+from lightning_dropreg.passes.compiled import CompiledParts
 
 X, Y = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 3
 REACHED = (
@@ -21,8 +25,15 @@ REACHED = (
     "_foreach_norm",
     "_assert_async",
     "_C.DisableTorchFunction",
+    "_dynamo.eval_frame.OptimizedModule",  # first: it imports what follows
     "_functorch.config.donated_buffer",
-    "_dynamo.eval_frame.OptimizedModule",
+    "_dynamo.eval_frame.skip_code",
+    "_dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint",
+    "_guards.TracingContext.try_get",
+    "overrides._get_current_function_mode",
+    "overrides._get_current_function_mode_stack",
+    "overrides._pop_mode",
+    "overrides._push_mode",
 )
 
 
@@ -122,6 +133,40 @@ def test_compiled_wrappers(without):
     assert not torch_private.is_compiled_wrapper(model)
     with torch_private.keeping_donated_buffers(), torch_private.hidden_from_modes():
         assert model(X).shape == (5, 3)
+
+
+def test_dropout_in_compiled_parts(without):
+    """Where torch has not what it takes, they run uncompiled, and give the same."""
+    model = net()
+    model[2].compile(backend="eager")
+    parts = CompiledParts(model)
+    expected = run_pass(lambda: F.cross_entropy(net()(X), Y), Drop(3))
+    with parts.running():
+        found = run_pass(lambda: F.cross_entropy(model(X), Y), Drop(3))
+    assert found.sites == expected.sites
+    assert torch.equal(found.loss, expected.loss)
+
+
+def test_modes_are_set_aside(without):
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch() as outer, DeviceContext(torch.device("cpu")):
+        seen.clear()
+        if without:
+            assert not torch_private.active_modes()
+            return
+        with torch_private.modes_aside(Watch):
+            assert [type(mode) for mode in torch_private.active_modes()] == [DeviceContext]
+            torch.ones(1).exp()
+        assert not seen
+        assert torch_private.active_modes()[0] is outer
+        torch.ones(1).exp()
+        assert seen
 
 
 def test_layers_by_their_names_alone(monkeypatch):
