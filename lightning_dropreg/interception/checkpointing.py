@@ -30,7 +30,7 @@ from lightning_dropreg.numerics.torch_private import (
     watching_saved_tensors,
 )
 
-__all__ = ["Repeating", "Replay", "check_recomputation", "enter", "in_checkpointed_region", "leave"]
+__all__ = ["Repeating", "Replay", "check_recomputation", "enter", "in_checkpointed_region", "leave", "uncompiled"]
 
 
 class Repeating(Protocol):
@@ -148,8 +148,8 @@ def _without_reentrance(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> It
     _check_repeatable(mode)
     start = mode.position
 
-    def again(*args: Any, **kwargs: Any) -> Any:
-        with mode.replaying(start), _as_written():
+    def again(*args: Any, **kwargs: Any) -> Any:  # compiled parts as they were in the checkpoint the first time
+        with mode.replaying(start), uncompiled():
             return fn(*args, **kwargs)
 
     mode.checkpoints += 1
@@ -188,7 +188,7 @@ class _Reentrant:
             if not computed:
                 computed = True
                 return function(*args)
-            with mode.replaying(start), _as_written():
+            with mode.replaying(start), uncompiled():
                 return function(*args)
 
         mode.checkpoints += 1
@@ -206,8 +206,8 @@ class _Reentrant:
 _OURS = {"generator": _without_reentrance, "function": _Reentrant}
 
 
-def _as_written() -> AbstractContextManager[Any]:
-    """Let compiled parts run uncompiled, as they did in the checkpoint the first time."""
+def uncompiled() -> AbstractContextManager[None]:
+    """Let compiled modules run as they were written, to look at them."""
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 

@@ -11,12 +11,12 @@ looking again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
+from lightning_dropreg.interception.checkpointing import uncompiled
 from lightning_dropreg.numerics.torch_private import (
     is_compiled_wrapper,
     keeping_donated_buffers,
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from lightning_dropreg.passes.part import Part
 
 __all__ = ["CompiledParts", "uncompiled"]
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Let compiled modules run as they were written, to look at them."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 class CompiledParts:

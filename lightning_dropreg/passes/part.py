@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.errors import CompiledPartError, CompiledPartWarning
+from lightning_dropreg.interception.checkpointing import uncompiled
 from lightning_dropreg.interception.mode import Interception, marks_constants
 from lightning_dropreg.interception.sites import TraceableRule
 from lightning_dropreg.interception.traced import Met, Traced, entered, hand_back
 from lightning_dropreg.losses import Loss
 from lightning_dropreg.numerics.torch_private import active_modes, can_trace_modes, modes_aside
 from lightning_dropreg.passes.batches import batch_tensors, map_batch
-from lightning_dropreg.passes.compiled import uncompiled
 from lightning_dropreg.passes.isolation import Isolation
 
 __all__ = ["Part"]
