@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -30,7 +30,6 @@ __all__ = [
     "checkpoint_entrances",
     "has_gradient_hooks",
     "has_hooks_after_accumulation",
-    "hidden_from_modes",
     "in_checkpoint",
     "is_compiled_wrapper",
     "is_made_a_graph",
@@ -243,12 +242,6 @@ def has_hooks_after_accumulation(leaf: Tensor) -> bool:
     return bool(getattr(leaf, "_post_accumulate_grad_hooks", True))
 
 
-def hidden_from_modes() -> AbstractContextManager[None]:
-    """Hide what runs inside from all `TorchFunctionMode`s."""
-    disable = _attribute(torch._C, "DisableTorchFunction")
-    return nullcontext() if disable is None else disable()  # what is compiled then sees the interception, and breaks
-
-
 _POP, _PUSH, _STACK = (f"overrides.{name}" for name in ("_pop_mode", "_push_mode", "_get_current_function_mode_stack"))
 _SKIP = "_dynamo.eval_frame.skip_code"
 
@@ -277,10 +270,7 @@ def a_mode_is_on() -> bool:
     return _current_mode is not None and _current_mode() is not None
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def traced_from_outside_only(function: Function) -> Function:
+def traced_from_outside_only(function: Callable[..., Any]) -> None:
     """Let Dynamo go through a function where it traces the caller, but make no graph of the function by itself.
 
     A mode's ``__torch_function__`` is called by torch, out of frames that Dynamo leaves alone (torch's own layers); a
@@ -288,14 +278,10 @@ def traced_from_outside_only(function: Function) -> Function:
 
     Args:
         function: The function.
-
-    Returns:
-        The function.
     """
     skip = _attribute(torch, _SKIP)
     if skip is not None:  # see `can_trace_modes`
         skip(function.__code__)
-    return function
 
 
 @contextmanager
