@@ -30,6 +30,7 @@ __all__ = [
     "checkpoint_entrances",
     "has_gradient_hooks",
     "has_hooks_after_accumulation",
+    "hidden_from_modes",
     "in_checkpoint",
     "is_compiled_wrapper",
     "is_made_a_graph",
@@ -242,6 +243,12 @@ def has_hooks_after_accumulation(leaf: Tensor) -> bool:
     return bool(getattr(leaf, "_post_accumulate_grad_hooks", True))
 
 
+def hidden_from_modes() -> AbstractContextManager[None]:
+    """Hide what runs inside from all `TorchFunctionMode`s."""
+    disable = _attribute(torch._C, "DisableTorchFunction")
+    return nullcontext() if disable is None else disable()
+
+
 _POP, _PUSH, _STACK = (f"overrides.{name}" for name in ("_pop_mode", "_push_mode", "_get_current_function_mode_stack"))
 _SKIP = "_dynamo.eval_frame.skip_code"
 
@@ -252,12 +259,7 @@ def can_trace_modes() -> bool:
 
 
 def active_modes() -> list[TorchFunctionMode]:
-    """Return the modes that are on, the outermost first; none where torch cannot be asked.
-
-    Example:
-        >>> active_modes()
-        []
-    """
+    """Return the modes that are on, the outermost first; none where torch cannot be asked."""
     stack = _attribute(torch, _STACK)
     return [] if stack is None else list(stack())
 
@@ -273,11 +275,8 @@ def a_mode_is_on() -> bool:
 def traced_from_outside_only(function: Callable[..., Any]) -> None:
     """Let Dynamo go through a function where it traces the caller, but make no graph of the function by itself.
 
-    A mode's ``__torch_function__`` is called by torch, out of frames that Dynamo leaves alone (torch's own layers); a
-    graph made of it there is guarded by too little, and answers for another function than it was made for.
-
-    Args:
-        function: The function.
+    A mode's ``__torch_function__`` is called out of frames that Dynamo leaves alone (torch's own layers); a graph made
+    of it there is guarded by too little, and answers for another function than it was made for.
     """
     skip = _attribute(torch, _SKIP)
     if skip is not None:  # see `can_trace_modes`
@@ -294,21 +293,19 @@ def modes_aside(kind: type[TorchFunctionMode]) -> Iterator[None]:
     Yields:
         Nothing.
     """
+
+    def exchange(modes: Sequence[TorchFunctionMode]) -> None:
+        for _ in active_modes():
+            _attribute(torch, _POP)()
+        for mode in modes:
+            _attribute(torch, _PUSH)(mode)
+
     modes = active_modes()
-    others = [mode for mode in modes if not isinstance(mode, kind)]
-    _exchange(modes, others)
+    exchange([mode for mode in modes if not isinstance(mode, kind)])
     try:
         yield
     finally:
-        _exchange(active_modes(), modes)
-
-
-def _exchange(modes: Sequence[TorchFunctionMode], others: Sequence[TorchFunctionMode]) -> None:
-    pop, push = _attribute(torch, _POP), _attribute(torch, _PUSH)
-    for _ in modes:
-        pop()
-    for mode in others:
-        push(mode)
+        exchange(modes)
 
 
 def set_version(tensor: Tensor, version: int) -> None:
@@ -342,20 +339,15 @@ def set_version(tensor: Tensor, version: int) -> None:
 def keeping_donated_buffers() -> AbstractContextManager[None]:
     """Let what is compiled meanwhile be differentiated more than once."""
     config = _attribute(torch, "_functorch.config")
-    if config is None or not hasattr(config, "donated_buffer"):  # a release that gives no buffers away
-        return nullcontext()
-    return config.patch(donated_buffer=False)  # type: ignore[no-any-return]
+    known = config is not None and hasattr(config, "donated_buffer")  # a release that gives buffers away
+    return config.patch(donated_buffer=False) if known else nullcontext()
 
 
 def keeping_side_effects_out_of_recomputation() -> AbstractContextManager[None]:
     """Let what is compiled meanwhile take note of things inside checkpoints, once; without, the graph breaks there."""
-    config = _attribute(torch, "_dynamo.config")
-    if config is None or not hasattr(config, _SIDE_EFFECTS):
-        return nullcontext()
-    return config.patch({_SIDE_EFFECTS: True})  # type: ignore[no-any-return]
-
-
-_SIDE_EFFECTS = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    config, name = _attribute(torch, "_dynamo.config"), "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    known = config is not None and hasattr(config, name)
+    return config.patch({name: True}) if known else nullcontext()
 
 
 def recompile_limits() -> tuple[type[Exception], ...]:

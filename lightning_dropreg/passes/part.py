@@ -17,7 +17,7 @@ from lightning_dropreg.interception.mode import Interception, marks_constants
 from lightning_dropreg.interception.sites import TraceableRule
 from lightning_dropreg.interception.traced import Met, Traced, entered, hand_back
 from lightning_dropreg.losses import Loss
-from lightning_dropreg.numerics.torch_private import active_modes, can_trace_modes, modes_aside
+from lightning_dropreg.numerics.torch_private import active_modes, can_trace_modes, modes_aside, recompile_limits
 from lightning_dropreg.passes.batches import batch_tensors, map_batch
 from lightning_dropreg.passes.isolation import Isolation
 
@@ -107,8 +107,13 @@ class Part:
                 self._warn()
                 return self.call(args, kwargs)
         traced = self._traced(mode, mode.position)
-        with modes_aside(Interception), entered(traced):
-            output = self._call(*args, **kwargs)
+        try:
+            with modes_aside(Interception), entered(traced):
+                output = self._call(*args, **kwargs)
+        except recompile_limits() as error:
+            self.refused = f"torch compiles it anew for every pass ({error}); later releases do not."
+            self._warn()
+            return self.call(args, kwargs)
         if _structure(traced.sites) not in self._known[kind]:
             raise CompiledPartError(
                 f"{self._path} met other dropout sites in its graph than when it was compared with itself uncompiled: "
