@@ -87,6 +87,7 @@ def labels(made: Records) -> None:
         *head(
             "method",
             "test NLL",
+            "minus dropout",
             "accuracy",
             "best step",
             "at the last step",
@@ -97,12 +98,14 @@ def labels(made: Records) -> None:
             "CPU s",
         ),
     ]
+    dropout = next((record for record in found if record["method"] == "dropout"), None)
     for record in found:
         at = min(range(len(record["steps"])), key=lambda i: record["mean_held_out"][i])
         shares = [record[f"mean_fitted_{which}"][i] for i in (at, -1) for which in ("wrong", "right")]
         cells = [
             _arm(record).replace("DROPOUT_1", "dropout"),
             Mean.of(record["test"]).text(),
+            difference(record, dropout).row() if dropout and record is not dropout else " | | ",
             Mean.of(record["accuracy"]).text(3),
             f"{Mean.of(record['best_step']).mean:.0f}",
             Mean.of(record["last_test"]).text(),
@@ -110,6 +113,8 @@ def labels(made: Records) -> None:
             f"{record['cpu_seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    out = [_arm(record) for run in studies.labels() if (record := made.find(run)) and "failed" in record]
+    lines += ["", f"Out, because a network's loss became infinite: {', '.join(out)}."] if out else []
     write(made.path.parent / "labels.md", [*lines, "", PLUS_MINUS], found)
     shown = [r for r in found if not r["parameters"].keys() & {"clip", "fade", "rate"}]
     fitted(shown, "Digits, 40 % random labels: training labels predicted, by step", made.path.parent / "labels")

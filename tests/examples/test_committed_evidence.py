@@ -57,7 +57,7 @@ def test_what_is_there_is_listed(capsys):
 
 
 def test_every_difference_that_a_page_tells_is_in_a_committed_table():
-    told = re.compile(r"([+-]?\d+\.\d+) ± (\d+\.\d+)")
+    told = re.compile(r"([+-]?\d+\.\d+)\s±\s(\d+\.\d+)")
     known = [
         (float(value), float(error))
         for folder in [*FOLDERS, "time_to_quality", "paper_small"]
