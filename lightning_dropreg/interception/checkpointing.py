@@ -30,7 +30,16 @@ from lightning_dropreg.numerics.torch_private import (
     watching_saved_tensors,
 )
 
-__all__ = ["Repeating", "Replay", "check_recomputation", "enter", "in_checkpointed_region", "leave", "uncompiled"]
+__all__ = [
+    "Repeating",
+    "Replay",
+    "check_recomputation",
+    "compiled",
+    "enter",
+    "in_checkpointed_region",
+    "leave",
+    "uncompiled",
+]
 
 
 class Repeating(Protocol):
@@ -63,6 +72,7 @@ class Repeating(Protocol):
 class _Active(threading.local):
     def __init__(self) -> None:
         self.modes: list[Repeating] = []
+        self.stance: AbstractContextManager[None] | None = None
 
 
 _active = _Active()
@@ -74,8 +84,14 @@ _watching = ExitStack()
 
 
 def enter(mode: Repeating) -> None:
-    """Make `mode` the one that checkpoints in this thread belong to."""
+    """Make `mode` the one that checkpoints in this thread belong to.
+
+    What is compiled runs uncompiled meanwhile, but for parts that `lightning_dropreg.passes.part` knows to look into.
+    """
     global _count  # noqa: PLW0603
+    if not _active.modes and "torch._dynamo" in sys.modules:  # else nothing can be compiled
+        _active.stance = uncompiled()
+        _active.stance.__enter__()
     _active.modes.append(mode)
     with _lock:
         _count += 1
@@ -89,6 +105,9 @@ def leave() -> None:
     """Undo the last `enter`."""
     global _count  # noqa: PLW0603
     _active.modes.pop()
+    if not _active.modes and _active.stance is not None:
+        _active.stance.__exit__(None, None, None)
+        _active.stance = None
     with _lock:
         _count -= 1
         if not _count:
@@ -209,6 +228,11 @@ _OURS = {"generator": _without_reentrance, "function": _Reentrant}
 def uncompiled() -> AbstractContextManager[None]:
     """Let compiled modules run as they were written, to look at them."""
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
+def compiled() -> AbstractContextManager[None]:
+    """Let compiled modules run compiled within `uncompiled`."""
+    return torch.compiler.set_stance("default")  # type: ignore[no-any-return]
 
 
 def _check_repeatable(mode: Repeating) -> None:

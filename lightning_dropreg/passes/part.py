@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.errors import CompiledPartError, CompiledPartWarning
-from lightning_dropreg.interception.checkpointing import uncompiled
+from lightning_dropreg.interception.checkpointing import compiled, uncompiled
 from lightning_dropreg.interception.mode import Interception, marks_constants
 from lightning_dropreg.interception.sites import TraceableRule
 from lightning_dropreg.interception.traced import Met, Traced, entered, hand_back
@@ -108,7 +108,7 @@ class Part:
                 return self.call(args, kwargs)
         traced = self._traced(mode, mode.position)
         try:
-            with modes_aside(Interception), entered(traced):
+            with modes_aside(Interception), compiled(), entered(traced):
                 output = self._call(*args, **kwargs)
         except recompile_limits() as error:
             self.refused = f"torch compiles it anew for every pass ({error}); later releases do not."
@@ -160,7 +160,7 @@ class Part:
         assert isinstance(rule, TraceableRule)
         options: dict[str, Any] = {"record_losses": mode.record_losses, "lenient": mode.lenient}
 
-        def eager() -> _Outcome:
+        def as_written() -> _Outcome:
             given = _copied((args, kwargs))
             with uncompiled(), Interception(rule.strong(), **options) as seen:
                 output = self._call(*given[0], **given[1])
@@ -168,13 +168,13 @@ class Part:
             self._asks_callers = any(site.kind == "stochastic_depth" for site in sites)
             return _Outcome(sites, seen.inactive, seen.losses, output, self._gradients(given, output))
 
-        def compiled() -> _Outcome:
+        def in_graph() -> _Outcome:
             given = _copied((args, kwargs))
             with Interception(rule.strong(), **options) as strong:
                 pass
             strong.ignores_attention = mode.ignores_attention
             traced = self._traced(strong, 0)
-            with entered(traced):
+            with compiled(), entered(traced):
                 output = self._call(*given[0], **given[1])
             sites = [met for met in traced.sites if met.p]
             self._known.setdefault(kind, []).append(_structure(traced.sites))
@@ -182,9 +182,9 @@ class Part:
             return _Outcome(sites, inactive, traced.losses, output, self._gradients(given, output))
 
         with modes_aside(Interception), Isolation(self.module) as isolation:
-            expected = isolation.run(eager, trace=False)
+            expected = isolation.run(as_written, trace=False)
             try:
-                found = isolation.run(compiled, trace=False)
+                found = isolation.run(in_graph, trace=False)
             except Exception as error:  # whatever a compiler has to say
                 return f"it cannot be traced ({type(error).__name__}: {str(error).strip().splitlines()[0]})."
         return expected.differs_from(found)

@@ -215,6 +215,23 @@ def test_attention_that_is_ignored_stays_fused_in_the_graph():
         compare(module, torch.randn(4, 6, 8, dtype=torch.float64), rules=("perturb",))
 
 
+def test_what_no_callback_has_looked_at_runs_uncompiled():
+    """Functions, and modules in a loop of one's own: nobody can see into a graph."""
+    layers = nn.ModuleList(linear().double() for _ in range(2))
+
+    def forward(x):
+        return F.dropout(layers[1](F.dropout(layers[0](x), 0.3).tanh()), 0.2)
+
+    compiled = torch.compile(forward, backend="aot_eager")
+    x = torch.randn(4, 6, 8, dtype=torch.float64)
+    losses = [run_pass(lambda f=f: f(x).square().mean(), RULES["perturb"]()) for f in (forward, compiled)]
+    assert losses[0].sites == losses[1].sites
+    assert torch.equal(losses[0].loss, losses[1].loss)
+    assert not counters["stats"].get("unique_graphs")
+    compiled(x)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_other_sites_from_call_to_call():
     """What decides in Python where to drop has a graph for each way: every new one is compared, a few times."""
     module = Of(lambda self, x: F.dropout(self.a(x), 0.3) if self.drops else self.a(x), a=linear()).double()
