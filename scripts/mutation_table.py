@@ -245,7 +245,7 @@ MUTATIONS: dict[str, Row] = {
         "session/test_overhead.py",
     ),
     "compiled parts": (
-        "passes/compiled.py",
+        "passes/part.py",
         "            if distance > tolerance:",
         "            if distance >= 0.0:",
         "session/test_compiled.py -k dropout_in_compiled",
