@@ -18,6 +18,11 @@ def test_no_test_imports_another(path):
     assert not [name for name in names if re.match(r"test_\w+$|conftest$", name)]
 
 
+def test_no_two_tests_have_one_name():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)  # or pytest collects neither
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_is_longer_than_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
