@@ -2,7 +2,7 @@
 
 | estimator                  | how                                       | works with                             |
 |----------------------------|-------------------------------------------|----------------------------------------|
-| `antithetic` (the default) | two passes, ``1 + step r``, ``1 - step r``| everything that has a backward         |
+| `antithetic`               | two passes, ``1 + step r``, ``1 - step r``| everything that has a backward         |
 | `forward`                  | one pass with dual numbers                | operations with a forward-mode formula |
 | `double_backward`          | the paper's: back-propagate twice         | operations with a double backward      |
 | `exact`                    | the full Jacobian                         | small problems; the oracle of the rest |

@@ -63,7 +63,7 @@ class CategoricalLoss(Loss):
         elements: See `Loss`.
         function: See `Loss`.
         scale: ``s``, shape ``(T,)``: the sum of the target's (class-weighted) probabilities; 0 for ignored targets,
-            1 for an unweighted target.
+            1 for an unweighted target. Label smoothing moves probability between classes, so it leaves 1 as it is.
         counted: 1 for examples that count and 0 for ignored ones, shape ``(T,)``.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What the three callbacks have in common."""
+"""What the callbacks that regularize have in common."""
 
 from __future__ import annotations
 
