@@ -107,7 +107,7 @@ MUTATIONS: dict[str, Row] = {
     ),
     "checkpointed noise": (
         "interception/checkpointing.py",
-        "        with mode.replaying(start), _as_written():\n            return fn(*args, **kwargs)",
+        "        with mode.replaying(start), uncompiled():\n            return fn(*args, **kwargs)",
         "        return fn(*args, **kwargs)",
         "numerics/test_torch_private.py -k checkpoints_are_known",
     ),
