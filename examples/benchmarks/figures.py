@@ -128,7 +128,7 @@ def fitted(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None
         title: Above the figure.
         path: The file, without ending.
     """
-    figure = new_figure(8.5, 3.8)
+    figure = new_figure(8.5, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, which in zip(panels, ("wrong", "right"), strict=True):
         for record in records:
@@ -138,5 +138,6 @@ def fitted(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None
         axes.set(xlabel="step", ylabel=f"{which} labels predicted (%)")
         finish(axes)
     figure.suptitle(title, fontsize=10)
-    panels[0].legend(frameon=False, fontsize=8)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     save(figure, path)

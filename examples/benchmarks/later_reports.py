@@ -115,6 +115,10 @@ def labels(made: Records) -> None:
         lines.append(f"| {' | '.join(cells)} |")
     out = [_arm(record) for run in studies.labels() if (record := made.find(run)) and "failed" in record]
     lines += ["", f"Out, because a network's loss became infinite: {', '.join(out)}."] if out else []
+    by = {record["method"]: record for record in reversed(found)}  # of the whole curvature the first, left alone
+    remedy, full = by.get("generalized CE with dropout"), by.get("curvature full")
+    if remedy and full:
+        lines += ["", *head(f"{_arm(remedy)} minus {_arm(full)}"), f"| {difference(remedy, full).row()} |"]
     write(made.path.parent / "labels.md", [*lines, "", PLUS_MINUS], found)
     shown = [r for r in found if not r["parameters"].keys() & {"clip", "fade", "rate"}]
     fitted(shown, "Digits, 40 % random labels: training labels predicted, by step", made.path.parent / "labels")

@@ -187,8 +187,13 @@ def tuned(made: Records, grid: Sequence[Run], label_noise: float, name: str) -> 
         if record is not reference:
             rows.append((record["method"], {}, found))
     lines += ["", *against(fresh, "R"), "", *against(fresh, "Algorithm 2")]
-    notes = [PLUS_MINUS, "An asterisk marks a value at the end of what was tried, where more might be had."]
-    write(made.path.parent / f"{name}.md", [*lines, "", *notes], fresh)
+    done = {record["method"] for record in fresh}
+    missing = [method for method in dict.fromkeys(run.method for run in grid) if method not in done]
+    later = [method for method in studies.LATER if method in done]
+    lines += ["", f"Not run to the end: {', '.join(missing)}."] if missing else []
+    lines += ["", f"Added when the results of the others were known: {', '.join(later)}."] if later else []
+    notes = ["", PLUS_MINUS, "An asterisk marks a value at the end of what was tried, where more might be had."]
+    write(made.path.parent / f"{name}.md", [*lines, *notes], fresh)
     table_of_grid(made, grid, name)
     by_the_clock(made, grid, fresh, name)
     title = f"Digits, {100 * label_noise:g} % random labels: every method tuned, 2,400 passes"
@@ -198,8 +203,10 @@ def tuned(made: Records, grid: Sequence[Run], label_noise: float, name: str) -> 
 def against(fresh: Sequence[dict[str, Any]], method: str) -> list[str]:
     """Return a table of one method's differences to all others."""
     own = [record for record in fresh if record["method"] == method]
+    if not own:
+        return []
     lines = [f"| {method} minus | difference | in standard errors | wins |", "|---|---|---|---|"]
-    for record in sorted(fresh, key=lambda r: Mean.of(r["test"]).mean) if own else ():
+    for record in sorted(fresh, key=lambda r: Mean.of(r["test"]).mean):
         if record is not own[0]:
             label = plain_label(record["method"], {}).replace("DROPOUT_1", "dropout")
             lines.append(f"| {label} | {difference(own[0], record).row()} |")
@@ -253,7 +260,10 @@ def by_the_clock(made: Records, grid: Sequence[Run], fresh: Sequence[dict[str, A
             f"{seconds + sum(r['cpu_seconds'] for r in own):.0f}",
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    notes = ["Other work ran on the machine: the seconds of two runs of one method differ by up to 40 %.", PLUS_MINUS]
+    notes = [
+        "Other work ran on the machine: the seconds of equal runs on different hours differ by up to a factor of 2.5."
+    ]
+    notes += ["", PLUS_MINUS]
     write(made.path.parent / f"{name}_time.md", [*lines, "", *notes], fresh)
 
 

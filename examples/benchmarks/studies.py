@@ -113,6 +113,8 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"power": p, "q": q} for p, q in ((0.3, 0.4), (0.3, 0.55), (0.7, 0.4), (0.7, 0.55))
     ],
 }
+LATER = ("curvature full", "mixup", "generalized CE", "generalized CE with dropout")
+"""Methods that were added when the results of the others were known."""
 NO_DROPOUT = [{"rate": rate} for rate in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)]
 
 

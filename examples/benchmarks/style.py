@@ -74,9 +74,10 @@ def style_of_row(row: str) -> dict[str, str]:
 
 
 def label_of(method: str, parameters: dict[str, Any] | None = None) -> str:
-    """Return what a figure calls a method: with the number of draws where it has one."""
+    """Return what a figure calls a method: with its draws, or its dose of noise, where it has one."""
     k = (parameters or {}).get("k")
     label = LABELS.get(method, method).replace("DROPOUT_k", f"DROPOUT_{k}" if k else "DROPOUT_k")
+    label += f" (noise {parameters['noise']:g})" if parameters and "noise" in parameters else ""
     return label.replace("3.1", "noise of 3.1").replace(" xi", r" $\xi$")
 
 
