@@ -1,14 +1,15 @@
 """The metrics against automatic differentiation, and over two gloo processes against one."""
 
 import math
+import os
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from fits import Classifier, make_loader, make_trainer
+from ranks import run_on_two_ranks
 from torch import nn
 
 from lightning_dropreg import errors
@@ -154,8 +155,8 @@ def test_metrics_of_effects():
         ratio.update(lambda: linear(example()[0]).sum(), linear)
 
 
-def in_process(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def on_a_rank():
+    dist.init_process_group("gloo", rank=(rank := int(os.environ["LOCAL_RANK"])))
     x, y, w = example()
     rows = slice(0, 5) if rank == 0 else slice(5, 12)
     net = small_model()
@@ -171,13 +172,12 @@ def in_process(rank, folder):
     local = [
         {name: getattr(metric, name).clone() for name in metric._defaults} for metric in [*metrics[3:], same]
     ]  # `metric_state` is not in torchmetrics 1.0
-    torch.save(([metric.compute() for metric in metrics], local), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return [metric.compute() for metric in metrics], local
 
 
 def test_two_processes_are_one(tmp_path):
-    mp.start_processes(in_process, (str(tmp_path),), nprocs=2, start_method="fork")
-    (values, one), (others, two) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    found = run_on_two_ranks({"metrics": on_a_rank}, tmp_path)
+    (values, one), (others, two) = (rank["metrics"] for rank in found)
     torch.testing.assert_close(values, others, rtol=0, atol=0)
     x, y, w = example()
     whole = [LossJacobianSize(), LossHessianSize(), LinearModelBound(3)]
