@@ -165,7 +165,7 @@ def orderings(comparison: Comparison, corpus: str = "ptb") -> list[str]:
             configs = [f"{corpus}_{row}" for row in (claim.first, claim.second)]
             first, second = (comparison.best(config) for config in configs)
             if first and second:
-                margin = -first.distance_from(second)
+                margin = -in_deviations(first, second)
                 verdicts.append(claim.verdict(margin))
                 what = f"{claim.first} {claim.relation} {claim.second}"
                 best = f"{first.mean - second.mean:+.2f} | {margin:.1f} | {verdicts[-1]}"
@@ -174,6 +174,16 @@ def orderings(comparison: Comparison, corpus: str = "ptb") -> list[str]:
             whole = next((v for v in ("does not hold", "undecided") if v in verdicts), "holds")
             lines += [f"| {finding} | | | | **{whole}** | | | |", *details]
     return [*lines, "", *RULE.splitlines()]
+
+
+def in_deviations(first: Spread, second: Spread) -> float:
+    """The difference of two means in pooled standard deviations; nan if neither has more than one seed."""
+    squares = sum((s.count - 1) * s.deviation**2 for s in (first, second) if s.deviation is not None)
+    freedom = first.count + second.count - 2
+    difference = first.mean - second.mean
+    if freedom == 0 or difference == squares == 0:
+        return math.nan
+    return math.copysign(math.inf, difference) if squares == 0 else difference / math.sqrt(squares / freedom)
 
 
 def later(comparison: Comparison, first: str, second: str) -> str:

@@ -94,7 +94,7 @@ MUTATIONS: dict[str, Row] = {
         "session/test_manual_by_hand.py -k 'penalty and sam'",
     ),
     "kept runs": (
-        "cli/compare.py",
+        "cli/runs.py",
         "    if worth_keeping and before != fingerprint:",
         "    if False:",
         "cli/test_late_refusals.py -k kept",

@@ -3,12 +3,14 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
 from yaml import safe_load  # type: ignore[import-untyped]
 
@@ -16,6 +18,7 @@ from lightning_dropreg.cli.config import ConfigParser, LayeredConfigFile
 from lightning_dropreg.cli.mistakes import check_checkpoint
 from lightning_dropreg.cli.progress import FitProgress
 from lightning_dropreg.cli.summary import FitSummary, print_result
+from lightning_dropreg.mixins import without_mixins
 from lightning_dropreg.session.base import RegularizerCallback
 
 __all__ = ["DropregCLI"]
@@ -33,7 +36,9 @@ class DropregCLI(LightningCLI):
             itself what is built here.
         description: What the other command does, for its help.
         add_options: Adds the other command's own options to its parser.
-        resume_file: Where a fit keeps a checkpoint of its last whole epoch; None for nowhere.
+        resume_file: Where a fit keeps a checkpoint of its last whole epoch, and beside it one of its best epoch if no
+            callback does, which is tested where there is a test; None for nowhere.
+        plain: Whether this package's regularizers are left out, those of mixins too.
     """
 
     def __init__(
@@ -42,8 +47,10 @@ class DropregCLI(LightningCLI):
         description: str | None = None,
         add_options: AddOptions | None = None,
         resume_file: Path | None = None,
+        plain: bool = False,
     ) -> None:
         _quiet()
+        self._plain = plain
         self._add_options = add_options
         self.fit_summary = FitSummary(resume_file)
         command, *options = args
@@ -134,6 +141,8 @@ class DropregCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         given = config.get("callbacks") or []
         callbacks: list[Callback] = [given] if isinstance(given, Callback) else list(given)
+        if self._plain:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, RegularizerCallback)]
         bar = config.get("enable_progress_bar") is not False and not config.get("barebones")
         if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(FitProgress())
@@ -150,10 +159,20 @@ class DropregCLI(LightningCLI):
         resolved: dict[str, Any] = safe_load(self._parser(command).dump(config))
         return resolved
 
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Fit as the trainer does.
+
+        Args:
+            model: The model.
+            **kwargs: As of `Trainer.fit`.
+        """
+        with without_mixins(model) if self._plain else nullcontext():
+            self.trainer.fit(model, **kwargs)
+
     def after_fit(self) -> None:
         """Test if asked to, and print how the fit went."""
         result = self.fit_summary.result
-        if self._get(self.config, "test_after_fit"):
+        if self._get(self.config, "test_after_fit") or (self.fit_summary.resume_file and self._has_test()):
             [metrics] = self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=result.checkpoint or None, verbose=False
             )
@@ -161,6 +180,10 @@ class DropregCLI(LightningCLI):
             self.fit_summary.result = result  # the test gave it back the state that it had in the best checkpoint
         if self.trainer.is_global_zero:
             print_result(result, get_console())
+
+    def _has_test(self) -> bool:
+        source = self.model if self.datamodule is None else self.datamodule
+        return is_overridden("test_step", self.model) and is_overridden("test_dataloader", source)
 
     def after_predict(self) -> None:
         """Say what became of the predictions."""

@@ -1,7 +1,6 @@
 """``dropreg compare``: run several configurations over several seeds and put their results side by side."""
 
 import argparse
-import hashlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -13,21 +12,18 @@ from rich import get_console
 from rich.table import Table
 
 from lightning_dropreg.checks import make_directory
-from lightning_dropreg.cli.app import DropregCLI
-from lightning_dropreg.cli.comparison import Comparison, Run
-from lightning_dropreg.cli.config import layers
+from lightning_dropreg.cli.comparison import Column, Comparison, Run
 from lightning_dropreg.cli.curves import draw_curves
-from lightning_dropreg.cli.machine import describe_machine
+from lightning_dropreg.cli.runs import Setting, data_of, finished, kept
 from lightning_dropreg.cli.summary import FitResult
+from lightning_dropreg.cli.vary import choice, varied, verdict
 from lightning_dropreg.diagnostics.figures import need_matplotlib
 from lightning_dropreg.errors import CorpusNotFoundError, InvalidArgumentError
 
 __all__ = ["main"]
 
-_NAME = 32
-"""A name of so many characters stays in one piece, in a terminal of 80."""
-_SHORT = 8
-"""So much of a fingerprint tells runs apart."""
+_NAME = 24
+"""A longer name goes below the tables, and a letter stands for it in them."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -37,50 +33,78 @@ def main(args: Sequence[str]) -> None:
         args: Its arguments.
 
     Raises:
-        InvalidArgumentError: If every run fails, or a file is named twice.
+        InvalidArgumentError: If every run fails, a file is named twice, or there is no such baseline or option.
     """
     cut = list(args).index("--") if "--" in args else len(args)
-    options = _parser().parse_args(args[:cut])
-    names = _names(options.configs)
+    options, shared = _parser().parse_args(args[:cut]), args[cut + 1 :]
+    settings = _settings(options.configs, options.vary)
+    seeds = options.seeds or ([1, 2, 3] if options.vary else [1])
     make_directory("out", options.out)  # before hours of training
-    if options.figure:
+    _check_baseline(options.baseline, settings, options.out)
+    drawn = options.figure or (options.out / "curves.png").is_file()  # not to be left there when the tables change
+    if drawn:
         need_matplotlib()
+    if options.vary:
+        get_console().print(
+            f"{len(settings) * len(seeds)} fits: {len(settings)} settings, {len(seeds)} seeds", style="dim"
+        )
+    records, problems = _carry_out(settings, seeds, options.out, shared)
+    if not records:
+        raise InvalidArgumentError("every run failed, as said above.")
+    left = []
+    for name, seed, record in kept(options.out, records, shared, data_of(next(iter(records.values())))):
+        if record is None:
+            left.append(f"{name}, seed {seed}")
+        else:
+            records[name, seed] = record
+    runs = [Run(name, seed, FitResult(**record["result"])) for (name, seed), record in records.items()]
+    first = [options.baseline] if options.baseline else []
+    comparison = Comparison(runs, dict.fromkeys([*first, *(each.name for each in settings), *(r.config for r in runs)]))
+    comparison.write(options.out)
+    chosen = choice(comparison, options.vary) if options.vary else []
+    chosen += [] if options.vary else [told for config in comparison.configs for told in verdict(comparison, config)]
+    if chosen:
+        with (options.out / "table.md").open("a", encoding="utf-8") as table:
+            table.write("\n" + "\n".join(chosen) + "\n")
+    made = {name: {key: record.get(key) for key in ("machine", "config")} for (name, _), record in records.items()}
+    made_with = {"command": shlex.join(["dropreg", "compare", *args]), "configurations": made}
+    (options.out / "machine.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
+    figures = draw_curves(comparison, options.out) if drawn else []
+    if options.json:
+        printed = {"runs": [asdict(run) for run in comparison.runs], "problems": problems, "choice": chosen}
+        print(json.dumps(printed, indent=2))
+        return
+    _print(comparison)
+    lines = chosen + [f"failed: {name}: {problem}" for name, problem in problems.items()]
+    if left:
+        lines.append(f"not in the tables (other options or data, or its file has changed since): {'; '.join(left)}")
+    lines += [f"tables, runs and histories: {options.out}", *(f"figure: {path}" for path in figures)]
+    for line in lines:
+        get_console().print(line, highlight=False, markup=False, soft_wrap=str(options.out) in line)
+
+
+def _carry_out(
+    settings: Sequence[Setting], seeds: Sequence[int], out: Path, shared: Sequence[str]
+) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[str, str]]:
+    """Make the runs; return the records of those that ended, by name and seed, and what was wrong with the others."""
+    records: dict[tuple[str, int], dict[str, Any]] = {}
     problems: dict[str, str] = {}
-    runs: list[Run] = []
-    made_with: dict[str, Any] = {"command": shlex.join(["dropreg", "compare", *args]), "configurations": {}}
     missing: set[str] = set()
-    for seed in options.seeds:  # seed by seed, so that what there is can be compared at any time
-        for config, name in names.items():
-            if config in missing:
+    for seed in seeds:  # seed by seed, so that what there is can be compared at any time
+        for setting in settings:
+            if setting.name in missing:
                 continue
-            get_console().rule(f"{name}, seed {seed}", style="dim")
-            folder = options.out / name / f"seed-{seed}"
+            get_console().rule(f"{setting.name}, seed {seed}", style="dim")
             try:
-                record = _finished(folder, config, seed, args[cut + 1 :])
-                runs.append(Run(name, seed, FitResult(**record["result"])))
-                made_with["configurations"].setdefault(name, {k: record.get(k) for k in ("machine", "config")})
+                records[setting.name, seed] = finished(out, setting, seed, shared)
             except Exception as error:  # the other runs may take or have taken hours
                 if _lacks_files(error):
-                    if not runs:  # and most likely the others want the same files
+                    if not records:  # and most likely the others want the same files
                         raise
-                    missing.add(config)
-                problems[f"{name}, seed {seed}"] = f"{type(error).__name__}: {error}"
+                    missing.add(setting.name)
+                problems[f"{setting.name}, seed {seed}"] = f"{type(error).__name__}: {error}"
                 get_console().print(f"failed: {error}", highlight=False, markup=False)
-    if not runs:
-        raise InvalidArgumentError("every run failed, as said above.")
-    comparison = Comparison(runs, list(names.values()))
-    comparison.write(options.out)
-    (options.out / "machine.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
-    figures = draw_curves(comparison, options.out) if options.figure else []
-    if options.json:
-        print(json.dumps({"runs": [asdict(run) for run in runs], "problems": problems}, indent=2))
-        return
-    _print(comparison, problems)
-    get_console().print(
-        f"table, runs and histories: {options.out}" + "".join(f"\nfigure: {path}" for path in figures),
-        highlight=False,
-        soft_wrap=True,
-    )
+    return records, problems
 
 
 def _lacks_files(error: BaseException | None) -> bool:
@@ -93,102 +117,85 @@ def _lacks_files(error: BaseException | None) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dropreg compare",
-        usage="dropreg compare FILE FILE ... [--seeds N N ...] [--out DIR] [--figure] [--json] [-- OPTIONS]",
-        description="Run fit with each configuration file and seed in turn and compare the results. Finished runs\n"
-        "are kept in DIR and not repeated, those made with other options too; a killed one goes on after its last\n"
-        "whole epoch.",
-        epilog="Example, from a clone of the repository; options after -- go to every run:\n\n"
-        "  dropreg compare configs/quickstart_dropout.yaml configs/quickstart.yaml \\\n"
-        "    --seeds 1 2 3 --figure -- --trainer.max_epochs 3\n\n"
-        "DIR gets table.md, table.csv, runs.csv and history.csv, and machine.json: command, machine, versions\n"
-        "and resolved configurations. 'difference / sd': of the means to the first, in pooled standard deviations\n"
-        "over seeds.",
+        usage="dropreg compare FILE FILE ... [--seeds N N ...] [--baseline NAME] [--out DIR] [--figure] [--json]\n"
+        "       [-- OPTIONS]\n       dropreg compare FILE --vary KEY=VALUE,VALUE,... [the same]",
+        description="Run fit with each configuration file and seed in turn, test the best checkpoint of each where\n"
+        "there is a test, and compare the results. With --vary: run one file with several values of an option and\n"
+        "with plain dropout, choose the value by validation, and say how it does in the test against dropout.",
+        epilog="Examples; options after -- go to every run:\n\n"
+        "  dropreg compare mine.yaml --vary strength=0.5,1,2 --seeds 1 2 3 -- --trainer.max_epochs 20\n"
+        "  dropreg compare mine.yaml --vary ExplicitPenalty.strength=0.5,1,2     (where several have a strength)\n"
+        "  dropreg compare mine.yaml --vary model.init_args.drop_prob=0.1,0.3,0.5\n"
+        "  dropreg compare dropout.yaml mine.yaml --seeds 1 2 3 --figure\n\n"
+        "DIR keeps every finished run: it is not repeated, and the tables hold all that are there and were made with\n"
+        "the same options; a killed run goes on after its last whole epoch. DIR gets table.md, table.csv, runs.csv\n"
+        "and history.csv, and machine.json: command, machine, versions and resolved configurations.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("configs", nargs="+", metavar="FILE", help="Configuration file; the first is the reference.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N", help="Seeds; 1 by default.")
+    parser.add_argument(
+        "--vary", metavar="KEY=VALUES", help="Option of one callback, or a key of FILE, and its values."
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="Seeds; 1 by default, with --vary 1 2 3.")
+    parser.add_argument("--baseline", metavar="NAME", help="What differences are to, instead of the first.")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="Where results are kept.")
     parser.add_argument("--figure", action="store_true", help="Draw curves.png and curves.svg.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     return parser
 
 
-def _names(configs: Sequence[str]) -> dict[str, str]:
-    """Short names of the files; their folders too where the stems are the same."""
+def _settings(configs: Sequence[str], vary: str | None) -> list[Setting]:
+    """What is to be run: a file each, with short names; their folders too where the stems are the same."""
+    if vary:
+        if len(configs) > 1:
+            raise InvalidArgumentError(f"--vary changes one file, not {len(configs)}: {', '.join(configs)}.")
+        return varied(configs[0], vary)
     stems = [Path(config).stem for config in configs]
     names = {c: s if stems.count(s) == 1 else str(Path(c).with_suffix("")) for c, s in zip(configs, stems, strict=True)}
     if len(names) != len(configs):
         raise InvalidArgumentError(f"a configuration file is named twice: {', '.join(configs)}.")
-    return {config: name.replace("/", "_") for config, name in names.items()}
+    return [Setting(name.replace("/", "_"), config) for config, name in names.items()]
 
 
-def _finished(folder: Path, config: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
-    """Return the record of a run: the kept one if it is of the same configuration, else that of a new fit."""
-    fingerprint = _fingerprint(config, seed, options)
-    _make_room(folder, fingerprint)
-    record, resume = folder / "result.json", folder / "resume.ckpt"
-    started = folder / "fingerprint.txt"
-    if record.is_file():
-        kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if kept["fingerprint"] == fingerprint:
-            get_console().print("finished before", style="dim")
-            return kept
-    goes_on = resume.is_file() and started.is_file() and started.read_text(encoding="utf-8") == fingerprint
-    if not goes_on:
-        resume.unlink(missing_ok=True)
-        started.write_text(fingerprint, encoding="utf-8")
-    arguments = ["fit", "--config", config, "--seed_everything", str(seed), *options]
-    if goes_on:
-        get_console().print("going on after the last whole epoch", style="dim")
-        arguments += ["--ckpt_path", str(resume)]
-    cli = DropregCLI(arguments, resume_file=resume)
-    made = {
-        "fingerprint": fingerprint,
-        "result": asdict(cli.fit_summary.result),
-        "machine": describe_machine(cli.model),
-        "config": cli.resolved_config(),
-    }
-    part = record.with_suffix(".part")
-    part.write_text(json.dumps(made, indent=2), encoding="utf-8")
-    part.replace(record)  # whole or not at all
-    resume.unlink(missing_ok=True)
-    return made
+def _check_baseline(baseline: str | None, settings: Sequence[Setting], out: Path) -> None:
+    names = [
+        *(setting.name for setting in settings),
+        *(path.parent.parent.name for path in out.glob("*/seed-*/*.json")),
+    ]
+    if baseline is not None and baseline not in names:
+        raise InvalidArgumentError(f"--baseline {baseline}: there is only {', '.join(dict.fromkeys(names))}.")
 
 
-def _make_room(folder: Path, fingerprint: str) -> None:
-    """Put a run that was made with other options aside, and take out again one that was put aside before."""
-
-    def aside(mark: str) -> Path:
-        return folder.with_name(f"{folder.name}.{mark[:_SHORT]}")
-
-    started = folder / "fingerprint.txt"
-    before = started.read_text(encoding="utf-8") if started.is_file() else ""
-    worth_keeping = (folder / "result.json").is_file() or (folder / "resume.ckpt").is_file()
-    if worth_keeping and before != fingerprint:
-        place = aside(before or "unknown")
-        folder.rename(place)
-        get_console().print(f"a run made with other options is kept in {place}", highlight=False, soft_wrap=True)
-    if not folder.exists() and aside(fingerprint).is_dir():
-        aside(fingerprint).rename(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _fingerprint(config: str, seed: int, options: Sequence[str]) -> str:
-    content = [Path(file).read_text(encoding="utf-8") if Path(file).is_file() else file for file in layers(config)]
-    return hashlib.sha256(json.dumps([content, seed, list(options)]).encode()).hexdigest()
+def _print(comparison: Comparison) -> None:
+    console, names, legend = get_console(), list(comparison.configs), []
+    for number, name in enumerate(comparison.configs):
+        if len(name) > _NAME:
+            names[number] = chr(ord("A") + number % 26) * (1 + number // 26)
+            legend.append(f"{names[number]}: {name}")
+    for title, columns in comparison.tables():
+        console.print(f"\n{title}", style="italic", highlight=False, markup=False)
+        for part in _that_fit(columns, console.width - max(map(len, names)) - 4):
+            table = Table()
+            table.add_column("", no_wrap=True)
+            for column in part:
+                table.add_column(column.title, justify="right", width=_width(column))
+            for row in zip(names, *(column.texts() for column in part), strict=True):
+                table.add_row(*row)
+            console.print(table)
+    for line in legend:
+        console.print(line, highlight=False, markup=False)
 
 
-def _print(comparison: Comparison, problems: dict[str, str]) -> None:
-    rows = comparison.rows()
-    cut = rows[0].index("time")
-    # two tables, since one would be wider than a terminal
-    for title, columns in (("Comparison", range(cut)), ("Time", [0, *range(cut, len(rows[0]))])):
-        table = Table(title=title, title_justify="left")
-        for number in columns:
-            whole = not number and max(len(row[0]) for row in rows) <= _NAME
-            table.add_column(rows[0][number], justify="right" if number else "left", overflow="fold", no_wrap=whole)
-        for row in rows[1:]:
-            table.add_row(*(row[number] for number in columns))
-        get_console().print(table)
-    for name, problem in problems.items():
-        get_console().print(f"failed: {name}: {problem}", highlight=False, markup=False)
+def _width(column: Column) -> int:
+    """So wide that cells stay whole and the title breaks between words only."""
+    return max(map(len, [*column.texts(), *column.title.split()]))
+
+
+def _that_fit(columns: Sequence[Column], width: int) -> list[list[Column]]:
+    """Columns in groups that are no wider than the terminal."""
+    groups: list[list[Column]] = [[]]
+    for column in columns:
+        if groups[-1] and sum(_width(each) + 3 for each in [*groups[-1], column]) > width:
+            groups.append([])
+        groups[-1].append(column)
+    return groups

@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lightning_dropreg.cli.spread import Spread
+from lightning_dropreg.cli.spread import Spread, in_digits
 from lightning_dropreg.cli.summary import FitResult
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["Comparison", "Run", "Summary"]
+__all__ = ["Column", "Comparison", "Run"]
 
 MISSING = "–"
-"""Where there is no number: one seed has no spread, the reference no difference to itself."""
+"""Where there is no number: the reference has no difference to itself."""
 _RUN = {"best": float, "best_epoch": int, "epochs": int, "seconds": float, "ms_per_step": float}
 
 
@@ -29,24 +29,41 @@ class Run:
 
 
 @dataclass
-class Summary:
-    """What a row of the table says about one configuration; a spread is None where there is no number."""
+class Column:
+    """A column of the tables, the configurations in their order.
 
-    config: str
-    seeds: int
-    best: Spread | None
-    difference: float
-    """Of the mean of `best` to the reference's, in pooled standard deviations; nan if there is only one seed."""
-    best_epoch: float
-    epochs: int
-    test: dict[str, Spread | None]
-    seconds: float
-    ratio: Spread | None
-    """Seconds as a ratio to the reference's."""
-    time_to_reference: Spread | None
-    never: int
-    """Number of seeds that never reached the reference's best."""
-    at_equal_time: Spread | None
+    Attributes:
+        table: Which of the tables it belongs to: 0 results, 1 differences, 2 time.
+        title: What stands above it.
+        cells: A number, a mean with its spread, or None where there is none.
+    """
+
+    table: int
+    title: str
+    cells: list[Spread | float | None]
+
+    def texts(self) -> list[str]:
+        """Return the cells as they are read; one seed has no spread."""
+        return [MISSING if cell is None else self._text(cell) for cell in self.cells]
+
+    def _text(self, cell: Spread | float) -> str:
+        if not isinstance(cell, Spread):
+            return f"{cell:.4g}"
+        return in_digits(cell.mean, self._uncertainty(cell), "+" if self.table == 1 else "")
+
+    def _uncertainty(self, cell: Spread) -> float | None:
+        return cell.error if self.table == 1 else cell.deviation
+
+    def numbers(self) -> list[list[str]]:
+        """Return title and cells for a machine; a mean takes two columns, the second for its spread."""
+        name = {"n": "pairs"}.get(self.title, self.title.replace(" ", "_").replace("'", ""))
+        if not any(isinstance(cell, Spread) for cell in self.cells):
+            return [[name], *([_number(cell if not isinstance(cell, Spread) else None)] for cell in self.cells)]
+        rows = [[f"{name}_difference", f"{name}_difference_se"] if self.table == 1 else [name, f"{name}_sd"]]
+        for cell in self.cells:
+            known = isinstance(cell, Spread)
+            rows.append([_number(cell.mean), _number(self._uncertainty(cell))] if known else ["", ""])  # type: ignore[union-attr,arg-type]
+        return rows
 
 
 class Comparison:
@@ -124,111 +141,109 @@ class Comparison:
         limit = math.nan if reference is None else reference.seconds
         return min((value for _, value, seconds in run.result.history if seconds <= limit), default=math.nan)
 
-    def summaries(self) -> list[Summary]:
-        """Summarize each configuration."""
-        return [self._summary(config) for config in self.configs]
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the validation metric and of those of the test."""
+        return list(dict.fromkeys([self.metric, *(name for run in self.runs for name in run.result.test)]))
 
-    def _summary(self, config: str) -> Summary:
-        runs = self.of(config)
-        results = [run.result for run in runs]
-        best, reference = self.best(config), self.best(self.configs[0])
-        compared = best is not None and reference is not None and config != self.configs[0]
-        ratios = [run.result.seconds / r.seconds if (r := self.reference(run.seed)) else math.nan for run in runs]
-        to_best = [self.time_to_reference(run) for run in runs]
-        return Summary(
-            config,
-            len(runs),
-            best,
-            best.distance_from(reference) if compared and best and reference else math.nan,
-            mean(r.best_epoch for r in results),
-            results[0].epochs,
-            {name: Spread.of([r.test.get(name, math.nan) for r in results]) for name in self._tests()},
-            mean(r.seconds for r in results),
-            Spread.of(ratios),
-            Spread.of(to_best),
-            sum(math.isinf(ratio) for ratio in to_best),
-            Spread.of([self.at_equal_time(run) for run in runs]),
-        )
+    def value(self, result: FitResult, metric: str) -> float:
+        """Return the best value of the validation metric, or the value of a test metric; nan if there is none."""
+        return result.best if metric == self.metric else result.test.get(metric, math.nan)
 
-    def _tests(self) -> list[str]:
-        return list(dict.fromkeys(name for run in self.runs for name in run.result.test))
+    def paired(self, config: str, metric: str) -> Spread | None:
+        """Return the differences to the reference over the seeds that both have: what seeds share drops out of them.
 
-    def rows(self) -> list[list[str]]:
-        """Return the table to be read, its head first."""
-        head = ["configuration", "seeds", f"best {self.metric}", "difference / sd", "epoch", *self._tests(), "time"]
-        rows = [[*head, "ratio", "time to reference's best", "best at equal time"]]
-        for s in self.summaries():
-            never = [f"(never: {s.never} of {s.seeds})"] if s.never else []
-            rows.append(
-                [
-                    s.config,
-                    str(s.seeds),
-                    _text(s.best),
-                    MISSING if math.isnan(s.difference) else f"{s.difference:+.1f}",
-                    f"{s.best_epoch:.3g} of {s.epochs}",
-                    *(_text(spread) for spread in s.test.values()),
-                    f"{s.seconds:.0f} s",
-                    _text(s.ratio),
-                    " ".join([*([_text(s.time_to_reference)] if s.time_to_reference else []), *never]) or MISSING,
-                    _text(s.at_equal_time),
-                ]
-            )
-        return rows
+        Args:
+            config: Which configuration.
+            metric: One of `metrics`.
+
+        Returns:
+            Their mean and spread; None if there is no such pair, or `config` is the reference.
+        """
+        if config == self.configs[0]:
+            return None
+        pairs = [(run.result, other) for run in self.of(config) if (other := self.reference(run.seed))]
+        return Spread.of([self.value(mine, metric) - self.value(other, metric) for mine, other in pairs])
+
+    def times(self, config: str) -> Spread | None:
+        """Return how many times as long as with the reference the fits of a configuration took."""
+        pairs = [(run.result, other) for run in self.of(config) if (other := self.reference(run.seed))]
+        return Spread.of([mine.seconds / other.seconds for mine, other in pairs if other.seconds])
+
+    def columns(self) -> list[Column]:
+        """Return what the tables hold."""
+        configs, runs = self.configs, [self.of(config) for config in self.configs]
+        results = [[run.result for run in each] for each in runs]
+        found = [Column(0, "seeds", [len(each) for each in runs])]
+        for metric in self.metrics:
+            title = f"best {metric}" if metric == self.metric else metric
+            found.append(Column(0, title, [Spread.of([self.value(r, metric) for r in each]) for each in results]))
+        time = [
+            Column(2, "epochs", [each[0].epochs for each in results]),
+            Column(2, "epoch of best", [mean(r.best_epoch for r in each) for each in results]),
+            Column(2, "seconds", [mean(r.seconds for r in each) for each in results]),
+        ]
+        if len(configs) < 2:
+            return [*found, *time]
+        pairs = {metric: [self.paired(config, metric) for config in configs] for metric in self.metrics}
+        found.append(Column(1, "n", [pair and pair.count for pair in pairs[self.metric]]))
+        found += [Column(1, metric, [*cells]) for metric, cells in pairs.items()]
+        to_best = [[self.time_to_reference(run) for run in each] for each in runs]
+        found += [*time, Column(2, "times the reference", [self.times(config) for config in configs])]
+        found.append(Column(2, "to reference's best", [Spread.of(times) for times in to_best]))
+        never: list[Spread | float | None] = [sum(map(math.isinf, times)) for times in to_best]
+        if any(never):
+            found.append(Column(2, "seeds never there", never))
+        equal = [Spread.of([self.at_equal_time(run) for run in each]) for each in runs]
+        return [*found, Column(2, "best at equal time", [*equal])]
+
+    def tables(self) -> list[tuple[str, list[Column]]]:
+        """Return the tables, each with its title."""
+        several = len({run.seed for run in self.runs}) > 1
+        titles = [
+            "Results" + (": mean ± standard deviation over seeds" if several else ""),
+            f"Minus {self.configs[0]}, seed by seed" + (": mean ± standard error over n seeds" if several else ""),
+            f"Time; 'best at equal time': best {self.metric} within the time of {self.configs[0]}",
+        ]
+        columns = self.columns()
+        found = [(title, [c for c in columns if c.table == number]) for number, title in enumerate(titles)]
+        return [(title, columns) for title, columns in found if columns]
 
     def write(self, folder: Path) -> None:
-        """Write the table as ``table.md``, and numbers as ``table.csv``, ``runs.csv`` and ``history.csv``.
+        """Write the tables as ``table.md``, and numbers as ``table.csv``, ``runs.csv`` and ``history.csv``.
 
         Args:
             folder: Where to; it exists.
         """
-        rows = self.rows()
-        lines = [" | ".join(row) for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
-        (folder / "table.md").write_text("".join(f"| {line} |\n" for line in lines), encoding="utf-8")
-        _write_csv(folder / "table.csv", self._table())
-        tests = self._tests()
+        lines = []
+        for title, columns in self.tables():
+            rows = [["configuration", *(c.title for c in columns)], ["---"] * (1 + len(columns))]
+            rows += [list(row) for row in zip(self.configs, *(c.texts() for c in columns), strict=True)]
+            lines += [f"{title}.", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+        (folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
+        numbers = [[["configuration"], *([config] for config in self.configs)]]
+        numbers += [column.numbers() for column in self.columns()]
+        _write_csv(
+            folder / "table.csv", [[cell for cells in row for cell in cells] for row in zip(*numbers, strict=True)]
+        )
+        tests = self.metrics[1:]
         runs: list[list[str]] = [["configuration", "seed", *_RUN, *tests]]
         history: list[list[str]] = [["configuration", "seed", "epoch", self.metric, "seconds"]]
         for run in self.runs:
-            r = run.result
             name = [run.config, str(run.seed)]
-            numbers = [f"{r.best:.4f}", f"{r.best_epoch}", f"{r.epochs}", f"{r.seconds:.1f}", f"{r.ms_per_step:.2f}"]
-            runs.append([*name, *numbers, *(_number(r.test.get(test)) for test in tests)])
-            history += [[*name, str(epoch), f"{value:.4f}", f"{seconds:.2f}"] for epoch, value, seconds in r.history]
+            runs.append([*name, *(_number(getattr(run.result, key)) for key in _RUN)])
+            runs[-1] += [_number(run.result.test.get(test)) for test in tests]
+            history += [[*name, str(e), _number(value), _number(seconds)] for e, value, seconds in run.result.history]
         _write_csv(folder / "runs.csv", runs)
         _write_csv(folder / "history.csv", history)
-
-    def _table(self) -> list[list[str]]:
-        tests = [f"{test}{part}" for test in self._tests() for part in ("", "_sd")]
-        head = ["configuration", "seeds", self.metric, f"{self.metric}_sd", "difference_in_sd", "best_epoch", "epochs"]
-        head += [*tests, "seconds", "ratio", "ratio_sd", "time_to_reference", "time_to_reference_sd"]
-        rows = [[*head, "never_reached_reference", "best_at_equal_time", "best_at_equal_time_sd"]]
-        for s in self.summaries():
-            rows.append(
-                [
-                    *[s.config, str(s.seeds), *_numbers(s.best), _number(s.difference)],
-                    *[f"{s.best_epoch:.2f}", str(s.epochs)],
-                    *(number for spread in s.test.values() for number in _numbers(spread)),
-                    *[f"{s.seconds:.1f}", *_numbers(s.ratio), *_numbers(s.time_to_reference), str(s.never)],
-                    *_numbers(s.at_equal_time),
-                ]
-            )
-        return rows
 
 
 def _first_time(result: FitResult, target: float) -> float:
     return next((seconds for _, value, seconds in result.history if value <= target), math.inf)
 
 
-def _text(spread: Spread | None) -> str:
-    return MISSING if spread is None else str(spread)
-
-
-def _numbers(spread: Spread | None) -> list[str]:
-    return ["", ""] if spread is None else [_number(spread.mean), _number(spread.deviation)]
-
-
 def _number(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "" if value is None or math.isnan(value) else f"{value:.8g}"
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:

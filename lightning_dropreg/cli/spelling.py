@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["ATTRIBUTE", "check_keys", "nearest"]
+__all__ = ["ATTRIBUTE", "check_keys", "nearest", "parameters"]
 
 # How jsonargparse says that it does not know something.
 _KEY = re.compile(r"(?:[Oo]ption|[Kk]ey) ['\"]([\w.]+)['\"] is not accepted|does not accept option ['\"]([\w.]+)['\"]")
@@ -43,7 +43,7 @@ def nearest(message: str, parser: Any) -> str | None:
     # the class whose argument it is: named last before the key, or with the value that was given
     classes = _CLASS.findall(message[: key.start()]) + _VALUE.findall(message[key.end() :])[:1]
     if classes:
-        return _close(given.partition(".")[0], {*_parameters(classes[-1]), *_OF_A_CLASS})
+        return _close(given.partition(".")[0], {*parameters(classes[-1]), *_OF_A_CLASS})
     group = re.search(r"Group ['\"]([\w.]+)['\"]", message)
     parts = [*(group[1].split(".") if group else ()), *given.split(".")]
     known = [name.split(".") for name in _destinations(parser)]
@@ -67,8 +67,15 @@ def _destinations(parser: Any) -> set[str]:
     return found
 
 
-def _parameters(path: str) -> set[str]:
-    """What a class takes, its bases' arguments included where it passes them on; nothing if that cannot be said."""
+def parameters(path: str) -> set[str]:
+    """Find what a class takes, its bases' arguments included where it passes them on.
+
+    Args:
+        path: Dotted path of the class.
+
+    Returns:
+        Names; none if that cannot be said.
+    """
     module, _, name = path.rpartition(".")
     try:
         kind = getattr(import_module(module), name, None)
@@ -116,7 +123,7 @@ def check_keys(layers: Sequence[tuple[str, Any]], parser: Any, before: dict[str,
                 if path[-1].rstrip("+") not in there:
                     raise InvalidArgumentError(_misspelt(file, path, _close(path[-1], there)))
         for path, kind in _arguments(merged):
-            taken = _parameters(kind)
+            taken = parameters(kind)
             if taken and path[-1] not in taken and path in set(_paths(content)):
                 raise InvalidArgumentError(_misspelt(file, path, _close(path[-1], taken), f" to {kind}"))
 

@@ -1,11 +1,11 @@
-"""Mean and standard deviation over seeds, and how far apart two of them are."""
+"""Mean and spread over seeds."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-__all__ = ["Spread"]
+__all__ = ["Spread", "in_digits"]
 
 
 @dataclass
@@ -31,26 +31,34 @@ class Spread:
             return None
         return cls(mean(numbers), stdev(numbers) if len(numbers) > 1 else None, len(numbers))
 
-    def distance_from(self, reference: "Spread") -> float:
-        """Return the difference of the means in pooled standard deviations, ``(mean - reference.mean) / sd``.
-
-        Args:
-            reference: What to compare with.
-
-        Returns:
-            The distance; nan if neither has more than one seed, or there is neither difference nor spread.
-
-        Example:
-            >>> Spread.of([5.0, 7.0]).distance_from(Spread.of([2.0, 4.0]))  # sd: the square root of 2
-            2.1213203435596424
-        """
-        squares = sum((s.count - 1) * s.deviation**2 for s in (self, reference) if s.deviation is not None)
-        freedom = self.count + reference.count - 2
-        difference = self.mean - reference.mean
-        if freedom == 0 or difference == squares == 0:
-            return math.nan
-        return math.copysign(math.inf, difference) if squares == 0 else difference / math.sqrt(squares / freedom)
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean; None for one seed."""
+        return None if self.deviation is None else self.deviation / math.sqrt(self.count)
 
     def __str__(self) -> str:
         """``mean ± deviation``."""
-        return f"{self.mean:.2f}" if self.deviation is None else f"{self.mean:.2f} ± {self.deviation:.2f}"
+        return in_digits(self.mean, self.deviation)
+
+
+def in_digits(value: float, uncertainty: float | None = None, sign: str = "") -> str:
+    """Write a number with the digits that mean something: two of its uncertainty, else four.
+
+    Args:
+        value: The number.
+        uncertainty: Its standard deviation or error; None if it is not known.
+        sign: ``"+"`` for a difference.
+
+    Returns:
+        For example ``"0.6712 ± 0.0034"``.
+
+    Example:
+        >>> in_digits(0.67123, 0.0034), in_digits(45.188, 0.4712), in_digits(0.67123), in_digits(-0.01, 0.0041, "+")
+        ('0.6712 ± 0.0034', '45.19 ± 0.47', '0.6712', '-0.0100 ± 0.0041')
+        >>> in_digits(1.0, 0.0), in_digits(812.4, 31.0), in_digits(269.1)
+        ('1 ± 0', '812 ± 31', '269.1')
+    """
+    if not uncertainty or not math.isfinite(uncertainty):
+        return f"{value:{sign}.4g}" + ("" if uncertainty is None else f" ± {uncertainty:g}")
+    places = max(0, 1 - math.floor(math.log10(uncertainty)))
+    return f"{value:{sign}.{places}f} ± {uncertainty:.{places}f}"

@@ -49,7 +49,8 @@ class FitSummary(Callback):
     """Measures a fit; `result` is complete when training ends.
 
     Args:
-        resume_file: Where to keep a checkpoint of the last whole epoch, for a fit that is killed; None for none.
+        resume_file: Where to keep a checkpoint of the last whole epoch, for a fit that is killed, and beside it the
+            weights of the best epoch, ``best.ckpt``, if no callback keeps them; None for none.
     """
 
     def __init__(self, resume_file: Path | None = None) -> None:
@@ -106,12 +107,16 @@ class FitSummary(Callback):
         """
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        logged = trainer.callback_metrics
-        self.result.metric = next((name for name in _METRICS if name in logged), None)
-        value = float(logged[self.result.metric]) if self.result.metric else math.nan
+        self.result.metric = _metric(trainer)
+        value = float(trainer.callback_metrics[self.result.metric]) if self.result.metric else math.nan
         epoch = trainer.current_epoch + 1
-        if value < self.result.best:
+        better = value < self.result.best
+        if better:
             self.result.best, self.result.best_epoch = value, epoch
+        if self.resume_file is not None and _monitored(trainer) is None and trainer.strategy.broadcast(better):
+            best = self.resume_file.with_name("best.ckpt")
+            trainer.save_checkpoint(best, weights_only=True)
+            self.result.checkpoint = str(best)
         self.result.seconds = time.monotonic() - self._fit_start
         self.result.history.append((epoch, value, self.result.seconds))
 
@@ -165,8 +170,22 @@ class FitSummary(Callback):
         result.ms_per_step = 1000 * median(self._step_seconds) if result.steps else math.nan
         if "dropreg/explicit_penalty_epoch" in trainer.callback_metrics:
             result.penalty = float(trainer.callback_metrics["dropreg/explicit_penalty_epoch"])
-        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            result.checkpoint = trainer.checkpoint_callback.best_model_path
+        keeper = trainer.checkpoint_callback
+        if isinstance(keeper, ModelCheckpoint) and (keeper.monitor or not result.checkpoint):
+            result.checkpoint = keeper.best_model_path
+
+
+def _monitored(trainer: Trainer) -> str | None:
+    """The metric that a checkpoint callback keeps the smallest value of, if one does."""
+    keeper = trainer.checkpoint_callback
+    return keeper.monitor if isinstance(keeper, ModelCheckpoint) and keeper.mode == "min" else None
+
+
+def _metric(trainer: Trainer) -> str | None:
+    """The validation metric by which fits are compared, the lower the better."""
+    logged = trainer.callback_metrics
+    losses = [name for name in logged if name.startswith("val") and ("loss" in name or "ppl" in name)]
+    return next((n for n in (*_METRICS, _monitored(trainer), *losses) if n is not None and n in logged), None)
 
 
 def _get_random_state() -> dict[str, Any]:
@@ -199,9 +218,9 @@ def print_result(result: FitResult, console: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     if result.metric:
-        table.add_row(f"best {result.metric}", f"{result.best:.2f}  (epoch {result.best_epoch} of {result.epochs})")
+        table.add_row(f"best {result.metric}", f"{result.best:.4g}  (epoch {result.best_epoch} of {result.epochs})")
     for name, value in result.test.items():
-        table.add_row(name, f"{value:.2f}" + ("  (best checkpoint)" if result.checkpoint else ""))
+        table.add_row(name, f"{value:.4g}" + ("  (best checkpoint)" if result.checkpoint else ""))
     table.add_row("wall-clock", f"{result.seconds:.1f} s")
     table.add_row("per step", f"{result.ms_per_step:.1f} ms  (median of {result.steps})")
     if result.penalty is not None:

@@ -1,0 +1,171 @@
+"""``dropreg compare --vary``: one option at several values, and which of them to take."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from yaml import safe_load  # type: ignore[import-untyped]
+
+from lightning_dropreg.cli.comparison import Comparison
+from lightning_dropreg.cli.config import layers, read_file
+from lightning_dropreg.cli.runs import Setting
+from lightning_dropreg.cli.spelling import parameters
+from lightning_dropreg.cli.spread import in_digits
+from lightning_dropreg.diagnostics.statistics import student_quantile
+from lightning_dropreg.errors import InvalidArgumentError
+
+__all__ = ["PLAIN", "choice", "varied", "verdict"]
+
+PLAIN = "dropout"
+"""Name of the runs without this package's regularizers."""
+_LEAST = 3
+"""With fewer pairs of seeds an interval says nothing."""
+
+
+def varied(file: str, spec: str) -> list[Setting]:
+    """Make the settings that ``--vary`` asks for: plain dropout first, then one for each value.
+
+    Args:
+        file: Configuration file.
+        spec: ``KEY=VALUE,VALUE,…``. The key is an option of a callback (``strength``, or ``ExplicitPenalty.strength``
+            where several callbacks have it), or any key that fit takes (``model.init_args.drop_prob``).
+
+    Returns:
+        The settings.
+
+    Raises:
+        InvalidArgumentError: If there is no such option, several callbacks have it, or there are fewer than two values.
+    """
+    key, _, listed = spec.partition("=")
+    values = list(dict.fromkeys(value.strip() for value in listed.split(",") if value.strip()))
+    if not key or len(values) < 2:
+        raise InvalidArgumentError(f"--vary {spec}: give a key and two values or more, as in --vary strength=0.5,1,2.")
+    label = key.rpartition(".")[2]
+    if key.partition(".")[0] in {"model", "data", "optimizer", "lr_scheduler"} or (
+        key.startswith("trainer.") and not key.startswith("trainer.callbacks")
+    ):
+        settings = [Setting(f"{label}={value}", file, (f"--{key}={value}",)) for value in values]
+        return [Setting(PLAIN, file, plain=True), *settings]
+    callbacks = _callbacks(file)
+    number = _the_one(key, callbacks, file)
+    settings = []
+    for value in values:
+        changed = json.loads(json.dumps(callbacks))
+        changed[number]["init_args"] = {**changed[number].get("init_args", {}), label: safe_load(value)}
+        settings.append(Setting(f"{label}={value}", file, (f"--trainer.callbacks={json.dumps(changed)}",)))
+    return [Setting(PLAIN, file, plain=True), *settings]
+
+
+def _callbacks(file: str) -> list[dict[str, Any]]:
+    """The callbacks of a file and of those below it, each with ``class_path``."""
+    found: list[Any] = []
+    for layer in layers(file):
+        trainer = (read_file(layer) if Path(layer).is_file() else {}).get("trainer") or {}
+        found = _as_list(trainer["callbacks"]) if "callbacks" in trainer else found
+        found = [*found, *_as_list(trainer.get("callbacks+"))]
+    listed = [{"class_path": one} if isinstance(one, str) else one for one in found]
+    return [{**one, "class_path": _whole(str(one["class_path"]))} for one in listed]
+
+
+def _whole(path: str) -> str:
+    return path if "." in path else f"lightning_dropreg.{path}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _the_one(key: str, callbacks: Sequence[dict[str, Any]], file: str) -> int:
+    """The number of the callback whose option `key` names."""
+    *where, option = [part for part in key.removeprefix("trainer.callbacks.").split(".") if part != "init_args"]
+    names = [str(one["class_path"]).rpartition(".")[2] for one in callbacks]
+    takes = [n for n, one in enumerate(callbacks) if option in parameters(str(one["class_path"]))]
+    found = [n for n in takes if not where or where[-1] in {names[n], str(n)}]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        told = " or ".join(f"{names[n]}.{option}" for n in found)
+        raise InvalidArgumentError(f"--vary {key}: several callbacks of {file} have that option; name one: {told}.")
+    options = [
+        f"{names[n]}.{name}" for n, one in enumerate(callbacks) for name in sorted(parameters(one["class_path"]))
+    ]
+    there = f"There is: {', '.join(options)}." if options else "It has no callbacks; add ExplicitPenalty to them."
+    raise InvalidArgumentError(f"--vary {key}: no callback of {file} has that option. {there}")
+
+
+def choice(comparison: Comparison, spec: str) -> list[str]:
+    """Say which value is best in validation, and how that one does in the test against plain dropout.
+
+    Args:
+        comparison: The runs.
+        spec: As for `varied`.
+
+    Returns:
+        Sentences.
+    """
+    label = spec.partition("=")[0].rpartition(".")[2]
+    means = {c: s.mean for c in comparison.configs if c.startswith(f"{label}=") and (s := comparison.best(c))}
+    if not means:
+        return [f"No choice: no run with a {label} has a validation loss (val_loss, say, logged in validation_step)."]
+    ranked = sorted(means, key=lambda config: means[config])
+    best = ranked[0]
+    seeds = len(comparison.of(best))
+    told = [f"Chosen by {comparison.metric}: {best} ({in_digits(means[best])}, mean of {_seeds(seeds)}"]
+    told[0] += f"; next {ranked[1]}: {in_digits(means[ranked[1]])})." if len(ranked) > 1 else ")."
+    try:
+        numbers = sorted(float(config.partition("=")[2]) for config in means)
+        ends = {numbers[0]: "smallest", numbers[-1]: "largest"}
+        if (end := ends.get(float(best.partition("=")[2]))) and len(numbers) > 1:
+            told.append(f"It is the {end} that was tried: try {'smaller' if end == 'smallest' else 'larger'} ones too.")
+    except ValueError:  # words, whose order says nothing
+        pass
+    if comparison.configs[0] != best:
+        told += list(_against_reference(comparison, best))
+    return told
+
+
+def _against_reference(comparison: Comparison, best: str) -> Iterator[str]:
+    reference = comparison.configs[0]
+    tests = comparison.metrics[1:]
+    pairs = {name: spread for name in tests or [comparison.metric] if (spread := comparison.paired(best, name))}
+    if not pairs:
+        return
+    listed = ", ".join(f"{name} {in_digits(s.mean, s.error, '+')}" for name, s in pairs.items())
+    count = next(iter(pairs.values())).count
+    where = "the test" if tests else "validation (there is no test_step with a test_dataloader; the choice flatters it)"
+    yield f"In {where}, {best} minus {reference}, {_seeds(count)} in pairs: {listed}" + (
+        " (± standard error)." if count > 1 else "."
+    )
+    yield from verdict(comparison, best)
+    if times := comparison.times(best):
+        yield f"A fit took {times.mean:.2g} times as long. The rate of {reference} is the model's own: tune it first."
+
+
+def verdict(comparison: Comparison, config: str) -> Iterator[str]:
+    """Say whether a configuration differs from the reference by more than chance, by Student's t.
+
+    Args:
+        comparison: The runs.
+        config: The configuration.
+
+    Yields:
+        One sentence, about the test's loss, or about the best validation where there is no test; none without a pair.
+    """
+    reference, name = comparison.configs[0], comparison.metric.replace("val", "test", 1)
+    name = name if name in comparison.metrics else comparison.metric
+    difference = comparison.paired(config, name)
+    if difference is None:
+        return
+    if difference.count < _LEAST or difference.error is None:
+        told = "cannot be told from chance: take at least 3, better 5 (--seeds 1 2 3 4 5)"
+        yield f"With {_seeds(difference.count)}, the difference between {config} and {reference} {told}."
+        return
+    margin = student_quantile(0.95, difference.count - 1) * difference.error
+    known = abs(difference.mean) > margin
+    told = ("lower than" if difference.mean < 0 else "higher than") if known else "as far as seeds can tell that of"
+    yield f"{config}: {name} is {told} {reference} ({_seeds(difference.count)}, Student's t, 95 %)."
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"

@@ -1,0 +1,140 @@
+"""``dropreg compare --vary``: the strength is found, chosen by validation and judged by the test."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_dropreg.cli import main
+from lightning_dropreg.cli.comparison import Comparison, Run
+from lightning_dropreg.cli.summary import FitResult
+from lightning_dropreg.cli.vary import choice, varied
+from lightning_dropreg.errors import InvalidArgumentError
+
+MODEL = """
+import lightning as L, torch, torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+import lightning_dropreg as dr
+class Data(L.LightningDataModule):
+    def make(self): return DataLoader(TensorDataset(torch.arange(64.).view(16, 4) % 5 / 5, torch.arange(16) % 3), 8)
+    train_dataloader = val_dataloader = test_dataloader = make
+class Net(L.LightningModule):
+    def __init__(self, drop_prob: float = 0.3):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(drop_prob), torch.nn.Linear(8, 3))
+    def step(self, b, name):
+        self.log(name, loss := F.cross_entropy(self.net(b[0]), b[1]))
+        return loss
+    def training_step(self, b, i): return self.step(b, "train_loss")
+    def validation_step(self, b, i): self.step(b, "val_loss")
+    def test_step(self, b, i): self.step(b, "test_loss")
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.1)
+class Own(dr.ExplicitPenaltyMixin, Net):
+    explicit_penalty = {"strength": 5.0}
+"""
+PENALTY = {"class_path": "lightning_dropreg.ExplicitPenalty", "init_args": {"curvature": "identity"}}
+NOISE = "lightning_dropreg.ImplicitNoise"
+QUIET = {
+    "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+    "enable_checkpointing": False, "enable_model_summary": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "varied_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def write(name, *callbacks, model="Net", **more):
+    config = {"model": {"class_path": f"varied_model.{model}"}, "data": {"class_path": "varied_model.Data"}}
+    Path(name).write_text(yaml.safe_dump({**config, "trainer": {**QUIET, "callbacks": [*callbacks]}, **more}))
+    return name
+
+
+def callbacks_of(setting):
+    [option] = setting.options
+    return json.loads(option.removeprefix("--trainer.callbacks="))
+
+
+def test_the_one_callback_with_the_option_is_found(folder):
+    plain, half, one = varied(write("one.yaml", "lightning.pytorch.callbacks.Timer", PENALTY), "strength=0.5,1")
+    assert (plain.plain, half.plain, half.name, one.name) == (True, False, "strength=0.5", "strength=1")
+    timer, penalty = callbacks_of(half)
+    assert penalty["init_args"] == {"curvature": "identity", "strength": 0.5}
+    assert "Timer" in timer["class_path"]
+    write("two.yaml", PENALTY, NOISE)
+    with pytest.raises(InvalidArgumentError, match=r"name one: ExplicitPenalty\.strength or ImplicitNoise\.strength"):
+        varied("two.yaml", "strength=0.5,1")
+    for key in ("ImplicitNoise.strength", "trainer.callbacks.1.init_args.strength", "source"):
+        penalty, noise = callbacks_of(varied("two.yaml", f"{key}=a,b")[1])
+        assert penalty == PENALTY
+        assert noise["init_args"] == {key.rpartition(".")[2]: "a"}
+    Path("above.yaml").write_text(yaml.safe_dump({"base": "one.yaml", "trainer": {"callbacks+": [NOISE]}}))
+    assert [c["class_path"] for c in callbacks_of(varied("above.yaml", "source=a,b")[1])][1:] == [
+        PENALTY["class_path"], NOISE,
+    ]  # fmt: skip
+    assert varied("one.yaml", "model.init_args.drop_prob=0.1,0.2")[2].options == ("--model.init_args.drop_prob=0.2",)
+    with pytest.raises(InvalidArgumentError, match=r"There is: .*ExplicitPenalty\.strength"):
+        varied("one.yaml", "strenght=1,2")
+    with pytest.raises(InvalidArgumentError, match="two values"):
+        varied("one.yaml", "strength=1")
+
+
+@pytest.mark.parametrize("model", ["Net", "Own"])
+def test_plain_dropout_is_without_any_regularizer(folder, capsys, model):
+    """A mixin's neither: its run is that of the model that has none."""
+    file = write("net.yaml", PENALTY, model=model) if model == "Net" else write("net.yaml", model=model)
+    vary = "ExplicitPenalty.strength=0,9" if model == "Net" else "model.init_args.drop_prob=0.3,0"
+    assert main(["compare", file, "--vary", vary, "--out=out", "--seeds", "1"]) == 0
+    best = {p.parent.parent.name: json.loads(p.read_text())["result"] for p in Path("out").rglob("result.json")}
+    write("bare.yaml")
+    assert main(["compare", "bare.yaml", "--out=bare"]) == 0
+    bare = json.loads(Path("bare/bare/seed-1/result.json").read_text())["result"]
+    assert best["dropout"]["best"] == bare["best"]
+    assert best["dropout"]["test"] == bare["test"]
+    others = [result["best"] for name, result in best.items() if name != "dropout"]
+    assert len({best["dropout"]["best"], *others}) == 3
+    assert (Path("out") / "dropout" / "seed-1" / "best.ckpt").is_file()
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Chosen by val_loss: " in told
+    assert "minus dropout, 1 seed in pairs: test_loss" in told
+    assert Path("out/table.md").read_text().count("Chosen by val_loss") == 1
+
+
+def runs(name, *values, test=None):
+    tests = values if test is None else test
+    return [
+        Run(name, seed, FitResult("val_loss", value, 1, 1, 1, 2.0, test={"test_loss": other}))
+        for seed, (value, other) in enumerate(zip(values, tests, strict=True))
+    ]
+
+
+def test_the_choice_is_by_validation_and_judged_by_the_test():
+    """Whatever the test says of the others; the largest is said to be at the end."""
+    found = [
+        *runs("dropout", 1.0, 1.1, 1.2),
+        *runs("strength=1", 0.9, 1.0, 1.2, test=[0.5, 0.5, 0.5]),
+        *runs("strength=10", 0.8, 0.9, 1.0, test=[1.2, 1.3, 1.41]),
+    ]
+    told = choice(Comparison(found, ["dropout", "strength=1", "strength=10"]), "strength=1,10")
+    assert told[0] == "Chosen by val_loss: strength=10 (0.9, mean of 3 seeds; next strength=1: 1.033)."
+    assert told[1] == "It is the largest that was tried: try larger ones too."
+    assert "strength=10 minus dropout, 3 seeds in pairs: test_loss +0.2033 ± 0.0033 (± standard error)." in told[2]
+    assert told[3] == "strength=10: test_loss is higher than dropout (3 seeds, Student's t, 95 %)."
+
+
+@pytest.mark.parametrize(
+    ("pairs", "told"),
+    [
+        ([-0.1, -0.11, -0.12], "lower than dropout"),
+        ([-0.1, 0.1, 0.05], "as far as seeds can tell that of dropout"),
+        ([-0.1, -0.11], "With 2 seeds, the difference between strength=1 and dropout cannot be told from chance"),
+    ],
+)
+def test_what_seeds_can_tell(pairs, told):
+    found = [*runs("dropout", *[1.0] * len(pairs)), *runs("strength=1", *(1 + pair for pair in pairs))]
+    assert any(told in line for line in choice(Comparison(found, ["dropout", "strength=1"]), "strength=1,2"))
