@@ -1,10 +1,9 @@
-"""Compiled parts of a model stay compiled, with dropout in them or without, and give what they give uncompiled."""
+"""Compiled parts stay compiled, in one graph for each rule; what they give is in test_compiled_matrix.py."""
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import Classifier, make_loader, make_trainer, train
+from fits import Classifier, train
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -13,13 +12,8 @@ from lightning_dropreg import errors
 
 METHODS = {
     "algorithm 2": lambda: [dr.ExplicitPenalty(), dr.ImplicitNoise()],
-    "after the backward": lambda: [dr.ExplicitPenalty(), dr.ImplicitNoise(injection="after_backward")],
-    "noise alone": lambda: [dr.ImplicitNoise(mask="elementwise")],
     "some rows": lambda: [dr.ExplicitPenalty(batch_fraction=0.5), dr.ImplicitNoise(batch_fraction=0.5)],
-    "low memory": lambda: [dr.ExplicitPenalty(low_memory=True)],
-    "k": lambda: [dr.MiniBatchDropout(2), dr.ImplicitNoise(source="dropout")],
-    "pairs": lambda: [dr.MiniBatchDropout(2, antithetic=True)],
-    "every second step": lambda: [dr.ExplicitPenalty(every_n_steps=2)],
+    "k draws": lambda: [dr.MiniBatchDropout(2)],
 }
 GRAPHS, RUNS = [], []
 note_graph, note_run = GRAPHS.append, RUNS.append  # what a step reaches otherwise is put back for every pass
@@ -106,35 +100,6 @@ def test_dropout_in_compiled_parts(method, how, recwarn):
     assert len(GRAPHS) <= 4  # torch 2.14 takes one size more for fixed at first
     assert not counters["graph_break"]
     assert len(RUNS) >= 8  # in all four steps
-
-
-@pytest.mark.slow
-def test_inductor(recwarn):
-    plain = train(METHODS["algorithm 2"](), make=Body)
-    compiled = train(METHODS["algorithm 2"](), make=Body, model_options={"how": "wrapped", "backend": "inductor"})
-    gradients_agree(plain, compiled)
-    assert not [w for w in recwarn if w.category is errors.CompiledPartWarning]
-
-
-class Whole(Classifier):
-    def forward(self, x):
-        return F.dropout(self.net(x), 0.1, self.training)
-
-    def training_step(self, batch, batch_idx):
-        loss = F.cross_entropy(self(batch[0]), batch[1])
-        self.log("train_loss", loss)
-        return loss
-
-
-def test_a_whole_module(recwarn):
-    """Lightning takes it out of its wrapper again, and leaves it a compiled `forward`."""
-    plain = train(METHODS["algorithm 2"](), make=Whole)
-    L.seed_everything(0)
-    whole = Whole()
-    make_trainer(METHODS["algorithm 2"]()).fit(torch.compile(whole, backend=counting), make_loader())
-    gradients_agree(plain, whole)
-    assert not [w for w in recwarn if w.category is errors.CompiledPartWarning]
-    assert RUNS
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
