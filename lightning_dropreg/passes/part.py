@@ -178,7 +178,7 @@ class Part:
                 output = self._call(*given[0], **given[1])
             sites = [met for met in traced.sites if met.p]
             self._known.setdefault(kind, []).append(_structure(traced.sites))
-            inactive = len(traced.sites) - len(sites)
+            inactive = len(traced.sites) - len(sites) + traced.inactive
             return _Outcome(sites, inactive, traced.losses, output, self._gradients(given, output))
 
         with modes_aside(Interception), Isolation(self.module) as isolation:
