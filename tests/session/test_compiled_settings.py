@@ -1,4 +1,4 @@
-"""Compiled parts in all that a fit may be set to: schedules, precision, accumulation, sizes, manual steps, many blocks."""
+"""Compiled parts in what a fit may be set to: schedules, precision, accumulation, sizes, manual steps, many blocks."""
 
 import pytest
 import torch
