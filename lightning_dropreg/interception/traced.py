@@ -87,7 +87,7 @@ class Traced(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Route one call; `args` and `kwargs` are those of `func`."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not (self.asks_callers and func in BY_THEIR_CALLERS):
             return self._route(func, args, kwargs or {})
         return self._route_outside(func, args, kwargs or {})
 
@@ -97,7 +97,7 @@ class Traced(TorchFunctionMode):
         if func is torch_checkpoint.checkpoint:  # offered by Dynamo alone
             return _checkpoint(self, func, *args, **kwargs)
         handler = HANDLERS.get(func)
-        if handler is not None and (self.asks_callers or func not in BY_THEIR_CALLERS):
+        if handler is not None and (self.asks_callers or func not in BY_THEIR_CALLERS):  # else without breaking graphs
             return handler(self, func, *args, **kwargs)
         if self.record_losses and (func in RECOGNIZED or (isinstance(func, FunctionType) and is_registered(func))):
             return _record(self, func, args, kwargs)

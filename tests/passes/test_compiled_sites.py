@@ -195,6 +195,21 @@ def test_recurrent_layers_stay_outside_the_graph():
     assert part.refused is None
 
 
+@pytest.mark.parametrize("traceable", [True, False])
+def test_stochastic_depth_breaks_the_graph_or_runs_uncompiled(traceable):
+    """Who draws is asked on the stack; in a graph the variables of that function may be gone."""
+
+    def drop_path(h, keep_prob=0.8):
+        if traceable:
+            return h * h.new_empty(len(h), 1, 1).bernoulli_(keep_prob).div_(keep_prob)
+        return h.div(keep_prob) * (keep_prob + torch.rand(len(h), 1, 1, dtype=h.dtype)).floor_()
+
+    module = Of(lambda self, x: x + drop_path(self.a(x)), a=linear())
+    why = None if traceable else "keep probability is not where"
+    compare(module, torch.randn(4, 6, 8, dtype=torch.float64), ("perturb", "drop"), fullgraph=False, refused=why)
+    assert not traceable or counters["graph_break"]
+
+
 def test_guards_that_are_dropped_are_found(recwarn):
     """A graph from before, reused although a mode is on, has real dropout in it, or none."""
     module = KINDS["dropout"]().double()

@@ -12,6 +12,11 @@ import lightning_dropreg as dr
 from lightning_dropreg.nn import LockedDropout
 
 
+def drop_path(h, keep=0.8):
+    """As in timm."""
+    return h * h.new_empty((len(h), 1, 1)).bernoulli_(keep).div_(keep)
+
+
 class Block(nn.Module):
     """``(rows, 4, 8)`` to the same, with sites of one kind."""
 
@@ -55,9 +60,8 @@ class Block(nn.Module):
     def _checkpoints(self, h):
         return h + checkpoint(lambda h: F.dropout(self.first(h), 0.3), h, use_reentrant=False)
 
-    def _depth(self, h):  # as in timm
-        kept = h.new_empty((len(h), 1, 1)).bernoulli_(0.8)
-        return h + self.first(h) * kept.div_(0.8)
+    def _depth(self, h):
+        return h + drop_path(self.first(h))
 
 
 class Model(Classifier):

@@ -23,12 +23,16 @@ from lightning_dropreg.interception.sites import Mode
 __all__ = ["HANDLERS"]
 
 _FUNCTIONS = frozenset({"drop_path", "drop_connect", "stochastic_depth"})
+_BETWEEN = ("lightning_dropreg.interception.", "torch._dynamo.")
+"""Modules of the functions that stand between a handler and the call that it handles."""
 _KEEP = ("keep_prob", "survival_rate", "survival_prob")
 
 
 def _caller() -> dict[str, Any] | None:
     """The variables of the function that draws, if it is stochastic depth."""
-    frame = sys._getframe(3)  # _caller, handler, __torch_function__
+    frame: Any = sys._getframe(2)  # _caller, handler
+    while frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+        frame = frame.f_back
     name, variables = frame.f_code.co_name, frame.f_locals
     if name == "forward":
         name = type(variables.get("self")).__name__
