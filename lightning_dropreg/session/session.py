@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -120,6 +121,8 @@ class Session:
                 return original(self, *args, **kwargs)
             return session.training_step(partial(original, self), args, kwargs)
 
+        if "torch._dynamo" in sys.modules:  # what is compiled around the step (DDP, by a strategy) ends here
+            training_step = torch.compiler.disable(training_step)
         training_step._dropreg_original = original  # type: ignore[attr-defined]
         self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
         self._installed = True

@@ -199,7 +199,8 @@ def test_recurrent_layers_stay_outside_the_graph():
 def test_stochastic_depth_breaks_the_graph_or_runs_uncompiled(traceable):
     """Who draws is asked on the stack; in a graph the variables of that function may be gone."""
 
-    def drop_path(h, keep_prob=0.8):
+    def drop_path(h, drop_prob=0.2):
+        keep_prob = 1 - drop_prob
         if traceable:
             return h * h.new_empty(len(h), 1, 1).bernoulli_(keep_prob).div_(keep_prob)
         return h.div(keep_prob) * (keep_prob + torch.rand(len(h), 1, 1, dtype=h.dtype)).floor_()
