@@ -112,6 +112,8 @@ class Session:
         # a plain function bound to the module: a deepcopy of the module binds it to the copy, as weight averaging needs
         original = _function_of(self.module.training_step)
         session = self
+        # what is compiled around the step (DDP, by a strategy) ends here
+        run = torch.compiler.disable(self.training_step) if "torch._dynamo" in sys.modules else self.training_step
 
         @functools.wraps(original)
         def training_step(self: LightningModule, *args: Any, **kwargs: Any) -> Any:
@@ -119,10 +121,8 @@ class Session:
             training = session.trainer.training and torch.is_grad_enabled()
             if self is not session.module or not session._installed or not training:
                 return original(self, *args, **kwargs)
-            return session.training_step(partial(original, self), args, kwargs)
+            return run(partial(original, self), args, kwargs)
 
-        if "torch._dynamo" in sys.modules:  # what is compiled around the step (DDP, by a strategy) ends here
-            training_step = torch.compiler.disable(training_step)
         training_step._dropreg_original = original  # type: ignore[attr-defined]
         self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
         self._installed = True
