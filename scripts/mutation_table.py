@@ -396,8 +396,8 @@ MUTATIONS: dict[str, Row] = {
     ),
     "state_put_back": (
         "passes/isolation.py",
-        "self._install(self._original if trace and not self._ends else _fresh(self._start))",
-        "self._install(self._original)",
+        "self.holders.install(self._original if first else self.holders.copies(self._start))",
+        "self.holders.install(self._original)",
         "session/test_repeat.py -k 'advance'",
     ),
     "fixed_parameters": (

@@ -25,7 +25,7 @@ from lightning_dropreg.interception.naming import name_caller
 from lightning_dropreg.interception.sites import RepeatableRule, Rule, Site
 from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
 from lightning_dropreg.losses.custom import describe, is_registered
-from lightning_dropreg.losses.logits import LogitsTrail
+from lightning_dropreg.losses.logits import FOLLOWED, LogitsTrail
 from lightning_dropreg.numerics.dtypes import is_in_bfloat16
 
 __all__ = ["Interception", "constants_marked", "marks_constants"]
@@ -118,6 +118,8 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Route one call; `args` and `kwargs` are those of `func`."""
         kwargs = kwargs or {}
+        if func not in _KNOWN and not is_registered(func):
+            return self.replacements.get(func, func)(*args, **kwargs) if self.replacements else func(*args, **kwargs)
         try:
             handler = _WATCHED.get(func)
             if handler is not None:
@@ -253,3 +255,5 @@ def _read_gradient(mode: Interception, func: Callable[..., Any], *args: Any, **k
 
 
 _WATCHED = {**HANDLERS, Tensor.grad.__get__: _read_gradient}  # type: ignore[union-attr]
+_KNOWN = frozenset({*_WATCHED, *RECOGNIZED, *REFUSED, *FOLLOWED})
+"""Functions of which something is to be noted; all others only run."""

@@ -233,7 +233,9 @@ def reduced(elements: Tensor, reduction: str, denominator: Tensor | float) -> Te
 
 def classes_last(values: Tensor, classes: int) -> Tensor:
     """``(N, C, d1, ...)`` or ``(C,)`` to ``(T, C)``."""
-    return values.movedim(1 if values.ndim > 1 else 0, -1).reshape(-1, classes)
+    if values.ndim > 2:
+        values = values.movedim(1, -1)
+    return values.reshape(-1, classes)
 
 
 def outputs_last(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -208,7 +209,9 @@ def _categorical(
     soft = target.is_floating_point()
     shape = input.shape[:1] + input.shape[2:] if input.ndim > 1 else torch.Size([])
     dtype = noise_dtype(input.dtype)
-    class_weights = torch.ones(classes, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
+    class_weights: Any = None if weight is None else weight.to(dtype)
+    if weight is None and (soft or label_smoothing):
+        class_weights = torch.ones(classes, dtype=dtype, device=input.device)
     if soft:
         refuse_trained(name, target)
         labels = classes_last(target, classes)
@@ -229,9 +232,8 @@ def _categorical(
         if soft:
             smooth = labels * (1 - label_smoothing) + label_smoothing / classes
             return -(log_p * (smooth * class_weights)).sum(-1)
-        hard = F.nll_loss(
-            log_p, labels, None if weight is None else class_weights, ignore_index=ignore_index, reduction="none"
-        )
+        known = None if weight is None else class_weights
+        hard = F.nll_loss(log_p, labels, known, ignore_index=ignore_index, reduction="none")
         if not label_smoothing:
             return hard
         return (1 - label_smoothing) * hard - label_smoothing / classes * (log_p @ class_weights) * counted

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LogitsTrail"]
+__all__ = ["FOLLOWED", "LogitsTrail"]
 
 _LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax, torch._log_softmax}
 _NAMES = (
@@ -31,6 +31,9 @@ for _name in _NAMES.split():
         _found = getattr(_found, "__get__", _found) if _name == "mT" else _found
         if _found is not None:
             _MOVES.add(_found)
+
+FOLLOWED = frozenset(_LOG_SOFTMAX | _MOVES)
+"""What `LogitsTrail.follow` takes note of."""
 
 _Trail = Callable[[], Any]
 

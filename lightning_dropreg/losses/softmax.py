@@ -78,29 +78,15 @@ class _Variance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, step: float | None) -> Tensor:
-        dtype = noise_dtype(a.dtype)
-        grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
-        values = torch.empty(scale.shape, dtype=dtype, device=a.device)
         rows = max(1, (_ON_CPU if a.device.type == "cpu" else _ON_DEVICE) // max(1, a.shape[-1]))
-        for start in range(0, len(a), rows):
-            part = slice(start, start + rows)
-            z, u = a[part].to(dtype), b[part].to(dtype)
-            if step is not None:
-                z, u = (z + u).mul_(0.5), (z - u).mul_(0.5 / step)
-            p = z.softmax(-1)
-            d = u - (p * u).sum(-1, keepdim=True)
-            pd = p * d
-            v = (pd * d).sum(-1, keepdim=True)
-            values[part] = v.squeeze(-1)
-            weight = scale[part].to(dtype).unsqueeze(-1)
-            by_z = d.mul_(pd).sub_(p.mul_(v)).mul_(weight)
-            by_u = pd.mul_(2 * weight)
-            if step is None:
-                grad_a[part], grad_b[part] = by_z, by_u
-            else:
-                by_z, by_u = by_z.mul_(0.5), by_u.mul_(0.5 / step)
-                torch.add(by_z, by_u, out=p)
-                grad_a[part], grad_b[part] = p, by_z.sub_(by_u)
+        if len(a) <= rows:
+            values, grad_a, grad_b = _variances(a, b, scale, step)
+        else:
+            grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
+            values = torch.empty(scale.shape, dtype=noise_dtype(a.dtype), device=a.device)
+            for start in range(0, len(a), rows):
+                part = slice(start, start + rows)
+                values[part], grad_a[part], grad_b[part] = _variances(a[part], b[part], scale[part], step)
         ctx.save_for_backward(grad_a, grad_b, values)
         return (values * scale).sum()
 
@@ -109,3 +95,22 @@ class _Variance(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_a, grad_b, values = ctx.saved_tensors
         return grad_a * grad, grad_b * grad, values * grad, None
+
+
+def _variances(a: Tensor, b: Tensor, scale: Tensor, step: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The variances of some rows, and the gradients of their sum in `a` and `b`."""
+    dtype = noise_dtype(a.dtype)
+    z, u = a.to(dtype), b.to(dtype)
+    if step is not None:
+        z, u = (z + u).mul_(0.5), (z - u).mul_(0.5 / step)
+    p = z.softmax(-1)
+    d = u - (p * u).sum(-1, keepdim=True)
+    pd = p * d
+    v = (pd * d).sum(-1, keepdim=True)
+    weight = scale.to(dtype).unsqueeze(-1)
+    by_z = d.mul_(pd).sub_(p.mul_(v)).mul_(weight)
+    by_u = pd.mul_(2 * weight)
+    if step is not None:
+        by_z, by_u = by_z.mul_(0.5), by_u.mul_(0.5 / step)
+        by_z, by_u = torch.add(by_z, by_u, out=p), by_z.sub_(by_u)
+    return v.squeeze(-1), by_z.to(a.dtype), by_u.to(b.dtype)

@@ -27,6 +27,7 @@ def is_in_bfloat16(h: Tensor) -> bool:
         ...     is_in_bfloat16(torch.ones(1))
         True
     """
+    if h.dtype == torch.bfloat16:
+        return True
     kind = h.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-    return autocast or h.dtype == torch.bfloat16
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16

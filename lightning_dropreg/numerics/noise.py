@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -99,8 +101,25 @@ def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Gene
     words = torch.empty(-(-count // 32), 1, dtype=torch.int32, device=device).random_(
         -(2**31), None, generator=generator
     )
-    bits = (words >> torch.arange(32, dtype=torch.int32, device=device)).bitwise_and_(1)
-    return bits.flatten()[:count].view(tuple(shape)).to(dtype).mul_(2).sub_(1)
+    # each bit is moved to where a floating-point number has its sign, set in those of -1
+    floats = (words << _shifts(device)).bitwise_and_(_SIGN_BIT).bitwise_xor_(_MINUS_ONE).view(torch.float32)
+    signs = floats.view(tuple(shape)) if count % 32 == 0 else floats.flatten()[:count].view(tuple(shape))
+    return signs if dtype == torch.float32 else signs.to(dtype)
+
+
+_SIGN_BIT = -(2**31)
+_MINUS_ONE = int.from_bytes(struct.pack("=f", -1.0), sys.byteorder, signed=True)
+_shifts_on: dict[torch.device, Tensor] = {}
+
+
+def _shifts(device: torch.device) -> Tensor:
+    """How far bits 0 to 31 of an integer are from its first."""
+    shifts = _shifts_on.get(device)
+    if shifts is None:
+        shifts = torch.arange(31, -1, -1, dtype=torch.int32, device=device)
+        if type(shifts) is Tensor:  # not one that a mode has made for itself
+            _shifts_on[device] = shifts
+    return shifts
 
 
 @torch.library.custom_op("dropreg::signs", mutates_args=())

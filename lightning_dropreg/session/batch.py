@@ -26,6 +26,7 @@ from lightning_dropreg.estimators.rows import draw_rows, select_rows
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.passes.batches import batch_tensors
 from lightning_dropreg.passes.gradients import Scaler
+from lightning_dropreg.passes.holders import Holders
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.passes.last_site import follow
 from lightning_dropreg.passes.reach import Reach
@@ -83,6 +84,7 @@ class Batch:
         stale: Callable[[], None] | None = None,
         reach: Reach | None = None,
         counting: Counting | None = None,
+        before: Holders | None = None,
     ) -> None:
         self.counts, self.counting = Counts(), counting
         self.original = original
@@ -97,7 +99,7 @@ class Batch:
         self.shares_body = False
         self.lasting = True
         self.late: list[tuple[Tensor, Tensor]] = []
-        self.isolation = Isolation(module, mean=mean, late=self.late, reach=reach)
+        self.isolation = Isolation(module, mean=mean, late=self.late, reach=reach, before=before)
         self.logs = LogCollector(module)
         self.output: Any = None
         self.returned: Any = None

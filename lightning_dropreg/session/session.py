@@ -27,6 +27,7 @@ from lightning_dropreg.inspection.first_step import all_at_once, check_finite
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Off, dormant_sites, run_pass
+from lightning_dropreg.passes.holders import Holders
 from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_loss
 from lightning_dropreg.session.choosing import warn_of_kinks, warn_of_line_search, warn_of_no_bound
 from lightning_dropreg.session.compiled import keeping_buffers
@@ -74,6 +75,7 @@ class Session:
         self._own_step: Any = None
         self._installed = False
         self._batch: Batch | None = None
+        self._holders: Holders | None = None  # of the batch before
         self._late: list[tuple[Tensor, Tensor]] = []
         self._later: list[Tensor | None] | None = None
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -218,12 +220,14 @@ class Session:
             scaler=self._trained.scaler,
             pairable=pairable,
             stale=stale,
+            before=self._holders,
         )
         batch.shares_body = self.looks.shares_body
         if self.plan.noise_after_backward:
             batch.logs.remember()
         try:
             with self.looks.compiled.running(), batch.isolation, self._dormant():
+                self._holders = batch.isolation.holders
                 plan = self.plan.choosing("antithetic")  # which is open yet in a batch that the user's step skips
                 try:
                     result = plan.run(batch, batch.key, step, measure_noise=self._measures_noise())
