@@ -230,13 +230,14 @@ def _categorical(
     def of_log_probabilities(log_p: Tensor) -> Tensor:
         log_p = log_p.to(dtype)
         if soft:
-            smooth = labels * (1 - label_smoothing) + label_smoothing / classes
-            return -(log_p * (smooth * class_weights)).sum(-1)
+            smooth: Tensor = (labels * (1 - label_smoothing) + label_smoothing / classes) * class_weights
+            return -(log_p * smooth).sum(-1)
         known = None if weight is None else class_weights
         hard = F.nll_loss(log_p, labels, known, ignore_index=ignore_index, reduction="none")
         if not label_smoothing:
             return hard
-        return (1 - label_smoothing) * hard - label_smoothing / classes * (log_p @ class_weights) * counted
+        of_all: Tensor = log_p @ class_weights
+        return (1 - label_smoothing) * hard - label_smoothing / classes * of_all * counted
 
     def function(z: Tensor) -> Tensor:
         return of_log_probabilities(log_softmax(z, -1))
