@@ -206,22 +206,8 @@ class Session:
         if self.plan.noise_after_backward and acts_on_gradients(self.trainer, self.module):
             self.looks.plan = self.plan.with_noise_in_loss()  # the same gradient
         kind, pairable = self.looks.pairable(original, args, kwargs)
-        batch = Batch(
-            original,
-            args,
-            kwargs,
-            self.module,
-            mean=self.plan.k is None,
-            key=self.position.key(self.seed),
-            copies=self.looks.copies,
-            reach=self.looks.found_in_reach,
-            counting=self.looks.counting,
-            releases=self.looks.whole_parameters,
-            scaler=self._trained.scaler,
-            pairable=pairable,
-            stale=stale,
-            before=self._holders,
-        )
+        key = self.position.key(self.seed)
+        batch = self._batch_of(original, args, kwargs, self.plan.k is None, key, pairable=pairable, stale=stale)
         batch.shares_body = self.looks.shares_body
         if self.plan.noise_after_backward:
             batch.logs.remember()
@@ -257,6 +243,25 @@ class Session:
             batch.stale = None  # then the gradients are those of this step
         return with_loss(batch.output, result.total)
 
+    def _batch_of(
+        self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], mean: bool, key: int, **own: Any
+    ) -> Batch:
+        return Batch(
+            original,
+            args,
+            kwargs,
+            self.module,
+            mean=mean,
+            key=key,
+            copies=self.looks.copies,
+            reach=self.looks.found_in_reach,
+            counting=self.looks.counting,
+            releases=self.looks.whole_parameters,
+            scaler=self._trained.scaler,
+            before=self._holders,
+            **own,
+        )
+
     def _step_without_dropout(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's step once: a single run needs neither isolation nor anything put back."""
         output = None
@@ -280,19 +285,7 @@ class Session:
         number = self.trainer.fit_loop.total_batch_idx
         self.looks.watch(number, original, args, kwargs)
         key = fold_key(self.seed, self.trainer.global_rank, number, 0)
-        batch = Batch(
-            original,
-            args,
-            kwargs,
-            self.module,
-            mean=False,
-            key=key,
-            copies=self.looks.copies,
-            reach=self.looks.found_in_reach,
-            counting=self.looks.counting,
-            releases=True,  # module_problems has seen to the strategy
-            scaler=self._trained.scaler,
-        )
+        batch = self._batch_of(original, args, kwargs, False, key)
         values: list[dict[str, Tensor]] = []
 
         def watch(runner: BatchRunner, result: StepResult) -> None:
