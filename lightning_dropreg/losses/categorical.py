@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -209,9 +208,10 @@ def _categorical(
     soft = target.is_floating_point()
     shape = input.shape[:1] + input.shape[2:] if input.ndim > 1 else torch.Size([])
     dtype = noise_dtype(input.dtype)
-    class_weights: Any = None if weight is None else weight.to(dtype)
-    if weight is None and (soft or label_smoothing):
-        class_weights = torch.ones(classes, dtype=dtype, device=input.device)
+    if weight is None and not (soft or label_smoothing):
+        class_weights = target  # nobody asks for them
+    else:
+        class_weights = input.new_ones(classes, dtype=dtype) if weight is None else weight.to(dtype)
     if soft:
         refuse_trained(name, target)
         labels = classes_last(target, classes)
@@ -230,14 +230,13 @@ def _categorical(
     def of_log_probabilities(log_p: Tensor) -> Tensor:
         log_p = log_p.to(dtype)
         if soft:
-            smooth: Tensor = (labels * (1 - label_smoothing) + label_smoothing / classes) * class_weights
-            return -(log_p * smooth).sum(-1)
+            smooth = labels * (1 - label_smoothing) + label_smoothing / classes
+            return -(log_p * (smooth * class_weights)).sum(-1)
         known = None if weight is None else class_weights
         hard = F.nll_loss(log_p, labels, known, ignore_index=ignore_index, reduction="none")
         if not label_smoothing:
             return hard
-        of_all: Tensor = log_p @ class_weights
-        return (1 - label_smoothing) * hard - label_smoothing / classes * of_all * counted
+        return (1 - label_smoothing) * hard - label_smoothing / classes * (log_p @ class_weights) * counted
 
     def function(z: Tensor) -> Tensor:
         return of_log_probabilities(log_softmax(z, -1))
