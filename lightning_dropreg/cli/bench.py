@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from itertools import islice
@@ -27,8 +27,9 @@ from lightning_dropreg.cli.machine import describe_machine
 from lightning_dropreg.cli.measure import Cost, MemoryWatch, PassCounter, Stopwatch, without_dropout
 from lightning_dropreg.cli.methods import CONFIGURED, KEYS, METHODS, NO_DROPOUT, PAPER, REFERENCE, named
 from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights, placing
-from lightning_dropreg.errors import DropregError, InvalidArgumentError
+from lightning_dropreg.errors import CompiledPartWarning, DropregError, InvalidArgumentError
 from lightning_dropreg.mixins import without_mixins
+from lightning_dropreg.numerics.torch_private import many_graphs
 from lightning_dropreg.session.base import RegularizerCallback
 from lightning_dropreg.session.looking import Looks
 
@@ -59,7 +60,7 @@ def main(args: Sequence[str]) -> None:
     load_weights(cli)
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # as meant
     if options["memory_of"]:
-        print(json.dumps(_peak_memory(cli, options["memory_of"])))
+        print(json.dumps(_peak_memory(cli, options["memory_of"], options["compile"])))
         return
     machine = describe_machine(cli.model)
     costs = measure(cli, options)
@@ -86,6 +87,13 @@ def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument(
         "--memory", action="store_true", help="Measure peak memory too, each method in a process of its own."
     )
+    parser.add_argument(
+        "--compile",
+        type=str | None,
+        default=None,
+        help="Measure every method with the model compiled, too: a mode of torch.compile (default, reduce-overhead, "
+        "...) or a backend (inductor, aot_eager, ...).",
+    )
     parser.add_argument("--memory_of", type=str | None, default=None, help="Print the peak memory of one method.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
@@ -95,7 +103,7 @@ def measure(cli: DropregCLI, options: Any) -> list[Cost]:
 
     Args:
         cli: The configured command.
-        options: ``repeats``, ``steps``, ``warmup`` and ``methods``, as on the command line.
+        options: ``repeats``, ``steps``, ``warmup``, ``methods`` and perhaps ``compile``, as on the command line.
 
     Returns:
         What each method costs, dropout among them.
@@ -107,33 +115,65 @@ def measure(cli: DropregCLI, options: Any) -> list[Cost]:
     if CONFIGURED in (options["methods"] or ()):
         chosen.append(CONFIGURED)
     costs = [Cost(method) for method in chosen]
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as progress:
-        task = progress.add_task("", total=len(costs) * (repeats + 1))
+    how = options.get("compile")
+    for cost in costs if how else ():
+        cost.compiled = Cost(cost.method)
+    with (
+        many_graphs() if how else nullcontext(),
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as progress,
+    ):
+        task = progress.add_task("", total=len(costs) * (repeats + 1) * (2 if how else 1))
         nodes: dict[str, PassCounter] = {}
         for turn in range(-1, repeats):
             # Interleaved, and in another order every round: a machine that gets slower slows every method alike.
             for cost in costs[turn % len(costs) :] + costs[: turn % len(costs)]:
-                progress.update(task, description=cost.method, advance=1)
-                if cost.problem:
-                    continue
-                cli.model.load_state_dict(weights)
-                try:
-                    if turn < 0:
-                        nodes[cost.method] = _count_passes(cli, cost.method, batches)
-                    else:
+                for one in filter(None, (cost, cost.compiled)):
+                    progress.update(task, description=one.method, advance=1)
+                    if one.problem:
+                        continue
+                    cli.model.load_state_dict(weights)
+                    try:
+                        if turn < 0 and one is cost:
+                            nodes[cost.method] = _count_passes(cli, cost.method, batches)
+                            continue
                         watch = Stopwatch()
-                        _run(cli, cost.method, batches, watch, steps + warmup)
-                        cost.rounds.append(watch.ms[warmup:])
-                except DropregError as error:
-                    cost.problem = str(error)
+                        with compiled(cli.model, how) if one is not cost else nullcontext():
+                            _run(cli, one.method, batches, watch, 2 if turn < 0 else steps + warmup)
+                        if turn < 0:
+                            one.compile_s = sum(watch.ms) / 1000
+                        else:
+                            one.rounds.append(watch.ms[warmup:])
+                    except (DropregError, CompiledPartWarning) as error:
+                        one.problem = str(error)
     _fill_in_passes(costs, nodes)
     return costs
+
+
+@contextmanager
+def compiled(model: LightningModule, how: str) -> Iterator[None]:
+    """Compile a module in place for the length of a ``with``; a part that runs uncompiled is an error.
+
+    Args:
+        model: The module.
+        how: A mode of `torch.compile`, or a backend.
+
+    Yields:
+        Nothing.
+    """
+    modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    model.compile(**{"mode" if how in modes else "backend": how})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CompiledPartWarning)
+            yield
+    finally:
+        model._compiled_call_impl = None
 
 
 def _run(cli: DropregCLI, method: str, batches: DataLoader[Any], watch: Callback, steps: int) -> None:
@@ -180,22 +220,27 @@ def _fill_in_passes(costs: list[Cost], counters: dict[str, PassCounter]) -> None
 
 
 def _measure_memory(cli: DropregCLI, costs: list[Cost], args: Sequence[str]) -> None:
+    # glibc keeps freed memory, in pieces that depend on the order of all allocations; told to give it back at once,
+    # it makes the resident size what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     for cost in costs:
-        if cost.problem:
-            continue
-        command = [sys.executable, "-m", "lightning_dropreg", "bench", *args, f"--memory_of={cost.method}"]
-        # glibc keeps freed memory, in pieces that depend on the order of all allocations; told to give it back at once,
-        # it makes the resident size what is in use
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode == 0:
-            cost.peak_mb = json.loads(done.stdout.splitlines()[-1])
+        for one in filter(None, (cost, cost.compiled)):
+            if one.problem:
+                continue
+            more = [f"--memory_of={one.method}", *(["--compile=null"] if one is not cost.compiled else [])]
+            command = [sys.executable, "-m", "lightning_dropreg", "bench", *args, *more]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            if done.returncode == 0:
+                one.peak_mb = json.loads(done.stdout.splitlines()[-1])
 
 
-def _peak_memory(cli: DropregCLI, method: str) -> float | None:
+def _peak_memory(cli: DropregCLI, method: str, how: str | None) -> float | None:
     batches = _batches(cli, 4)
     watch = MemoryWatch()
-    _run(cli, method, batches, watch, 4)
+    with compiled(cli.model, how) if how else nullcontext():
+        if how:  # the compiler's own memory is no part of a step's
+            _run(cli, method, batches, Stopwatch(), 4)
+        _run(cli, method, batches, watch, 4)
     return watch.peak_mb
 
 
@@ -226,11 +271,22 @@ def _batches(cli: DropregCLI, count: int) -> DataLoader[Any]:
 
 
 def _as_dict(cost: Cost, costs: Sequence[Cost]) -> dict[str, object]:
+    twin = {"compiled": None}
+    if cost.compiled is not None:
+        twins = [one.compiled for one in costs if one.compiled is not None]
+        twin = {"compiled": _as_dict(cost.compiled, twins)}  # type: ignore[dict-item]
     if cost.problem or not cost.rounds:
-        return asdict(cost)
+        return {**asdict(cost), **twin}
     low, median, high = cost.quantiles()
     ratios = {f"ratio_to_{name}": _ratio(cost, costs, name) for name in (REFERENCE, NO_DROPOUT, PAPER)}
-    return {"key": KEYS[cost.method], "median_ms": median, "quartiles_ms": [low, high], **ratios, **asdict(cost)}
+    return {
+        "key": KEYS[cost.method],
+        "median_ms": median,
+        "quartiles_ms": [low, high],
+        **ratios,
+        **asdict(cost),
+        **twin,
+    }
 
 
 def _ratio(cost: Cost, costs: Sequence[Cost], name: str = REFERENCE) -> float | None:
@@ -243,7 +299,10 @@ def _print(costs: Sequence[Cost], machine: dict[str, str | int], options: Any) -
     table.add_column("key", no_wrap=True)
     table.add_column("method", overflow="fold")
     memory = any(cost.peak_mb is not None for cost in costs)
-    headings = ["ms", "quartiles", "ratio", "passes", *(["MiB"] if memory else [])]
+    twins = [cost.compiled for cost in costs if cost.compiled is not None]
+    more = ["MiB"] if memory else []
+    headings = ["ms", "ratio", *more, "compiled", "ratio", "first 2", *more] if twins else []
+    headings = headings or ["ms", "quartiles", "ratio", "passes", *more]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     problems: list[str] = []
@@ -256,9 +315,12 @@ def _print(costs: Sequence[Cost], machine: dict[str, str | int], options: Any) -
             continue
         low, median, high = cost.quantiles()
         quartiles = f"{_digits(low)}-{_digits(high)}"
-        cells = [_digits(median), quartiles, _number(_ratio(cost, costs)), _passes(cost)]
+        ratio = _number(_ratio(cost, costs))
+        cells = [_digits(median), ratio] if twins else [_digits(median), quartiles, ratio, _passes(cost)]
         if memory:
             cells.append("" if cost.peak_mb is None else f"{cost.peak_mb:.0f}")
+        if cost.compiled is not None:
+            cells += _compiled_cells(cost.compiled, twins, problems, memory)
         table.add_row(key, cost.method, *cells)
     console = get_console()
     console.print(table)
@@ -271,10 +333,20 @@ def _print(costs: Sequence[Cost], machine: dict[str, str | int], options: Any) -
         f"{options['repeats']} rounds of {options['steps']} steps after {options['warmup']} untimed ones, methods "
         "interleaved, the same weights and batches for all. ms: median; ratio: to a dropout step (means of a round, "
         "median over rounds); passes: forward + backward"
-        + ("; MiB: peak of the steps above what was there before.\n" if memory else ".\n")
+        + ("; MiB: peak of the steps above what was there before" if memory else "")
+        + ("; compiled: ms, ratio to a compiled dropout step, first two steps with compiling" if twins else "")
+        + ".\n"
         + "  ".join(f"{name}: {value}" for name, value in machine.items() if value),
         highlight=False,
     )
+
+
+def _compiled_cells(cost: Cost, twins: Sequence[Cost], problems: list[str], memory: bool) -> list[str]:
+    if cost.problem:
+        problems += [] if cost.problem in problems else [cost.problem]
+        return [f"no ({problems.index(cost.problem) + 1})"]
+    cells = [_digits(cost.quantiles()[1]), _number(_ratio(cost, twins)), f"{cost.compile_s:.0f} s"]
+    return [*cells, "" if cost.peak_mb is None else f"{cost.peak_mb:.0f}"] if memory else cells
 
 
 def _digits(ms: float) -> str:

@@ -33,6 +33,8 @@ class Cost:
         backwards: Times that its heaviest operation runs backward, in units of one dropout step; None if unknown.
         uses: Fused kernels and autocast that its step runs with.
         problem: Why the model cannot be trained with it, or empty.
+        compile_s: Seconds that the first two steps took longer than those of the uncompiled model; None for the latter.
+        compiled: What it costs with the model compiled, if that was measured.
     """
 
     method: str
@@ -42,6 +44,8 @@ class Cost:
     backwards: float | None = None
     uses: list[str] = field(default_factory=list)
     problem: str = ""
+    compile_s: float | None = None
+    compiled: "Cost | None" = None
 
     def quantiles(self) -> list[float]:
         """Return lower quartile, median and upper quartile over all steps."""

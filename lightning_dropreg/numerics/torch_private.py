@@ -350,6 +350,13 @@ def keeping_side_effects_out_of_recomputation() -> AbstractContextManager[None]:
     return config.patch({name: True}) if known else nullcontext()
 
 
+def many_graphs() -> AbstractContextManager[None]:
+    """Let one function have as many graphs as there are rules that it runs under, in one process (8 otherwise)."""
+    config = _attribute(torch, "_dynamo.config")
+    known = config is not None and hasattr(config, "recompile_limit")
+    return config.patch(recompile_limit=100) if known else nullcontext()
+
+
 def recompile_limits() -> tuple[type[Exception], ...]:
     """What Dynamo raises where one function would have too many graphs; nothing where a release has no name for it."""
     names = ("RecompileLimitExceeded", "FailOnRecompileLimitHit")  # of torch 2.6, and since
