@@ -71,6 +71,10 @@ def parts(rehearse: bool, root: Path | None, minutes: float) -> Iterator[Part]:
             command += ["--trainer.devices=1", f"--trainer.precision={precision}"]
             command += ["--steps=2", "--repeats=1", "--warmup=0"] if rehearse else ["--memory"]
             yield Part(f"costs: {config.stem}, {precision}", command, json_output=True)
+            if config.stem == "transformer":
+                for how in ("aot_eager",) if rehearse else ("default", "reduce-overhead"):
+                    compiled = [*command, f"--compile={how}", "--methods=alg2_anti,alg2_lean,alg2_eco,k4"]
+                    yield Part(f"costs: {config.stem}, {precision}, compiled, {how}", compiled, json_output=True)
     if root is None and not rehearse:
         return
     for row in ROWS[-1:] if rehearse else ROWS:
@@ -121,10 +125,12 @@ def markdown(where: dict[str, Any], done: list[Part]) -> str:
                 "| method | ms | of a dropout step | peak MB | uses |",
                 "|---|---|---|---|---|",
             ]
-        for cost in costs:
+        for cost in [one for pair in costs for one in (pair, pair.get("compiled")) if one]:
             uses = ", ".join(cost["uses"]) or cost["problem"]
+            if cost["compile_s"] is not None:
+                uses = f"compiled, {cost['compile_s']:.0f} s for its first two steps"
             ratio = cost.get("ratio_to_dropout")
-            numbers = [cost["median_ms"], ratio, cost["peak_mb"]]
+            numbers = [cost.get("median_ms"), ratio, cost["peak_mb"]]
             shown = ["–" if number is None else f"{number:.3g}" for number in numbers]
             lines.append(f"| {cost['method']} | {' | '.join(shown)} | {uses} |")
         if not costs:

@@ -24,6 +24,7 @@ def test_without_a_gpu_nothing_runs(tmp_path, capsys):
 def test_what_is_run_on_a_gpu():
     found = {part.name: part.command for part in gpu.parts(False, Path("corpus"), 1.5)}
     assert {f"costs: {name}, {p}" for name in ("lstm", "transformer") for p in gpu.PRECISIONS} <= found.keys()
+    assert "--compile=reduce-overhead" in found["costs: transformer, 32-true, compiled, reduce-overhead"]
     row = found["language model: ptb_r_approx_xi"]
     assert "--trainer.max_time=00:00:01:30" in row
     assert all(

@@ -33,7 +33,7 @@ class Cost:
         backwards: Times that its heaviest operation runs backward, in units of one dropout step; None if unknown.
         uses: Fused kernels and autocast that its step runs with.
         problem: Why the model cannot be trained with it, or empty.
-        compile_s: Seconds that the first two steps took longer than those of the uncompiled model; None for the latter.
+        compile_s: Seconds of its first two steps, looks and compiling included; None if it was not compiled.
         compiled: What it costs with the model compiled, if that was measured.
     """
 

@@ -338,23 +338,23 @@ def set_version(tensor: Tensor, version: int) -> None:
 
 def keeping_donated_buffers() -> AbstractContextManager[None]:
     """Let what is compiled meanwhile be differentiated more than once."""
-    config = _attribute(torch, "_functorch.config")
-    known = config is not None and hasattr(config, "donated_buffer")  # a release that gives buffers away
-    return config.patch(donated_buffer=False) if known else nullcontext()
+    return _patched("_functorch.config", "donated_buffer", False)
 
 
 def keeping_side_effects_out_of_recomputation() -> AbstractContextManager[None]:
     """Let what is compiled meanwhile take note of things inside checkpoints, once; without, the graph breaks there."""
-    config, name = _attribute(torch, "_dynamo.config"), "skip_fwd_side_effects_in_bwd_under_checkpoint"
-    known = config is not None and hasattr(config, name)
-    return config.patch({name: True}) if known else nullcontext()
+    return _patched("_dynamo.config", "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
 
 
 def many_graphs() -> AbstractContextManager[None]:
     """Let one function have as many graphs as there are rules that it runs under, in one process (8 otherwise)."""
-    config = _attribute(torch, "_dynamo.config")
-    known = config is not None and hasattr(config, "recompile_limit")
-    return config.patch(recompile_limit=100) if known else nullcontext()
+    return _patched("_dynamo.config", "recompile_limit", 100)
+
+
+def _patched(path: str, name: str, value: Any) -> AbstractContextManager[None]:
+    """A setting of the compiler exchanged, where a release has it."""
+    config = _attribute(torch, path)
+    return config.patch(**{name: value}) if hasattr(config, name) else nullcontext()
 
 
 def recompile_limits() -> tuple[type[Exception], ...]:
@@ -378,30 +378,19 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 # ---------------------------------------------------------------- layers
 
 
-def _layers(base: str, *known: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+def _layers(base: str, known: str) -> tuple[type[nn.Module], ...]:
     """A common base class that torch keeps to itself; without it the classes that are known to have it."""
     found = _attribute(nn, base)
-    return known if found is None else (found,)
+    return tuple(getattr(nn, name) for name in known.split()) if found is None else (found,)
 
 
 DROPOUT_LAYERS = _layers(
     "modules.dropout._DropoutNd",
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
+    "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout",
 )
 """Torch's dropout layers, for `isinstance`."""
 NORM_LAYERS = _layers(
     "modules.batchnorm._NormBase",
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
+    "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d",
 )
 """Torch's layers with the statistics of batches."""

@@ -43,6 +43,24 @@ def test_bench_measures_memory_and_some_methods(capsys):
     assert "magic" in capsys.readouterr().err
 
 
+def test_bench_measures_compiled_steps_beside_the_others(capsys):
+    brief = ["--repeats=1", "--steps=2", "--warmup=0", "--threads=1", *BRIEF, "--methods=alg2,r_paper"]
+    assert main(["bench", "--config", QUICKSTART, *brief, "--compile=aot_eager", "--json"]) == 0
+    costs = {cost["key"]: cost for cost in printed_json(capsys)["costs"]}
+    for key in ("dropout", "alg2"):
+        compiled = costs[key]["compiled"]
+        assert not compiled["problem"]
+        assert len(compiled["rounds"][0]) == 2
+        assert compiled["ratio_to_dropout"] > 0
+        assert compiled["compile_s"] > 0
+    assert costs["dropout"]["compiled"]["ratio_to_dropout"] == 1
+    assert "estimator='antithetic'" in costs["r_paper"]["compiled"]["problem"]
+    assert main(["bench", "--config", QUICKSTART, *brief, "--compile=aot_eager"]) == 0
+    out = capsys.readouterr().out
+    assert "compiled" in out
+    assert "no (1)" in out
+
+
 def test_bench_measures_a_module_with_a_mixin_without_it(capsys, monkeypatch):
     monkeypatch.syspath_prepend(Path.cwd())
     Path("mixed.py").write_text(
