@@ -47,9 +47,9 @@ def without(request, monkeypatch):
 
 
 def test_this_release_has_what_is_looked_for():
-    """A name that torch has given up is not noticed otherwise: the fallback takes its place. Torch 2.6 lacks one."""
+    """A name that torch has given up is not noticed otherwise: the fallback takes its place. Torch 2.6 lacks three."""
     lacking = [name for name in REACHED if torch_private._attribute(torch, name) is None]
-    assert lacking in ([], [REACHED[0]])
+    assert lacking in ([], [REACHED[0], *(name for name in REACHED if name.startswith("_dynamo.config."))])
     assert set(torch_private.checkpoint_entrances()) == {"generator", "function"}
     assert torch_private.recompile_limits()
 

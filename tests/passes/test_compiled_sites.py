@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_models import OLD
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -68,6 +69,8 @@ def compare(module, x, rules=RULES, fullgraph=True, backend="aot_eager", rtol=1e
         for a, b in zip(gradients(expected.loss, module), gradients(found.loss, module), strict=True):
             torch.testing.assert_close(b, a, rtol=rtol, atol=rtol)
     (part,) = parts.parts.values()
+    if OLD and part.refused and not refused:
+        pytest.skip(f"the values agree; torch {torch.__version__} runs it uncompiled: {part.refused}")
     assert part.refused is None if refused is None else refused in part.refused, part.refused
     return part
 
@@ -211,6 +214,7 @@ def test_stochastic_depth_breaks_the_graph_or_runs_uncompiled(traceable):
     assert not traceable or counters["graph_break"]
 
 
+@pytest.mark.skipif(OLD, reason="has no guard_filter_fn")
 def test_guards_that_are_dropped_are_found(recwarn):
     """A graph from before, reused although a mode is on, has real dropout in it, or none."""
     module = KINDS["dropout"]().double()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compiled_models import Model, assert_same, fit
+from compiled_models import OLD, Model, assert_same, fit
 from fits import make_loader, make_trainer
 from lightning import seed_everything
 from torch._dynamo.utils import counters
@@ -24,6 +24,8 @@ def both(callbacks=algorithm_2, kinds=KINDS, how="parts in place", near=1e-10, *
     plain = fit(callbacks(), kinds, **options)
     compiled = fit(callbacks(), kinds, how, **options)
     assert_same(plain, compiled, near)
+    if OLD:
+        pytest.skip(f"the values agree; torch {torch.__version__} may run the parts uncompiled")
     assert compiled[0].graphs[-1] > 0
     return compiled[0]
 
@@ -32,7 +34,7 @@ def both(callbacks=algorithm_2, kinds=KINDS, how="parts in place", near=1e-10, *
 def _nothing_runs_uncompiled(recwarn):
     yield
     warned = [str(w.message) for w in recwarn if w.category is errors.CompiledPartWarning]
-    assert not warned or torch.__version__ < "2.7", warned
+    assert not warned or OLD, warned
 
 
 @pytest.mark.parametrize("start", [0.0, 0.1])

@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import lightning_dropreg as dr
 from lightning_dropreg.nn import LockedDropout
 
+OLD = torch.__version__ < "2.7"
+"""Torch compiles parts with dropout anew for every pass, or cannot trace them: with a warning, they run uncompiled."""
+
 
 def drop_path(h, keep=0.8):
     """As in timm."""
