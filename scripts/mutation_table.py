@@ -390,8 +390,8 @@ MUTATIONS: dict[str, Row] = {
     ),
     "whole_batch": (
         "session/arguments.py",
-        "args, kwargs = fresh_batch((args, kwargs), tensors=self.copies)",
-        "args, kwargs = fresh_batch((args, kwargs), tensors=False)",
+        "args, kwargs = fresh_batch((args, kwargs), self.copies)",
+        "args, kwargs = fresh_batch((args, kwargs), False)",
         "session/test_repeat.py -k changed_in_place",
     ),
     "state_put_back": (

@@ -102,9 +102,11 @@ def combine(
     penalty = None
     if curvature is not None:
         _check_pair(plus, minus)
-        penalty = plus.loss.new_zeros(())
-        for a, b, w in zip(plus.losses, minus.losses, weights, strict=True):
-            penalty = penalty + pair_quadratic_form(curvature, a, b, w, step_size) / 2
+        forms = [
+            pair_quadratic_form(curvature, a, b, w, step_size) / 2
+            for a, b, w in zip(plus.losses, minus.losses, weights, strict=True)
+        ]
+        penalty = sum(forms[1:], forms[0])  # passes without a loss are refused
     return Estimate(
         loss=(plus.loss + minus.loss) / 2,
         penalty=penalty,

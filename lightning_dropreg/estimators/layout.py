@@ -69,8 +69,9 @@ class RowAxis:
         """Split a tensor into its first ``counts[0]`` rows, the next ``counts[1]``, and so on."""
         shape, dim = self.unfold(tensor.shape, sum(counts))
         if self.size == 1:
-            return list(tensor.split(list(counts), self.dim))
-        return [part.flatten(self.dim, self.dim + 1) for part in tensor.reshape(shape).split(list(counts), dim)]
+            return list(tensor.split_with_sizes(list(counts), self.dim))
+        parts = tensor.reshape(shape).split_with_sizes(list(counts), dim)
+        return [part.flatten(self.dim, self.dim + 1) for part in parts]
 
 
 @dataclass(frozen=True)

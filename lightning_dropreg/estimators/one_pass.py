@@ -10,6 +10,7 @@ weights that its elements have in it; that of the chosen rows is the mean of the
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,10 +117,12 @@ class PerturbPairs:
         shape, dim = axis.unfold(h.shape, pairs.rows)
         if axis.size == 1:
             shape, dim, direction = tuple(h.shape), axis.dim, direction.flatten(axis.dim, axis.dim + 1)
-        single, plus, minus = h.reshape(shape).split(pairs.counts, dim)
-        push = self.step * direction
-        parts = [single, (plus * (1 + push)).to(h.dtype), (minus * (1 - push)).to(h.dtype)]
-        return torch.cat(parts, dim).reshape(h.shape)
+        single, plus, minus = h.reshape(shape).split_with_sizes(pairs.counts, dim)
+        plus, minus = (  # 1 + step r and 1 - step r, each in one operation
+            (half * torch.rsub(direction, 1, alpha=step)).to(h.dtype)
+            for half, step in ((plus, -self.step), (minus, self.step))
+        )
+        return torch.cat([single, plus, minus], dim).reshape(h.shape)
 
 
 def one_pass(
@@ -200,18 +203,23 @@ def _balanced(done: Pass, layout: Layout, pairs: Pairs) -> tuple[Tensor, list[Te
     for recorded, w, axis in zip(done.losses, weights, layout.losses, strict=True):
         if not recorded.is_mean:
             raise RowsNotFoundError(f"What the elements of {recorded.name} count is known for these rows only.")
-        share = torch.ones(recorded.outputs.shape[0], dtype=w.dtype, device=w.device)
-        shape, dim = axis.unfold(share.shape, pairs.rows)
-        share.view(shape).narrow(dim, pairs.single, 2 * pairs.count).fill_(0.0 if pairs.clean else 0.5)
-        share = share.view(-1, *[1] * (w.ndim - 1))
+        share = _share(recorded.outputs.shape[0], axis, pairs, w.dtype, w.device).view(-1, *[1] * (w.ndim - 1))
         # a mean is over fewer rows without the second ones: what they weigh together stays
         mass = w if recorded.mass is None else w * recorded.mass
         once = (mass * share).sum()
-        once = torch.where(once == 0, torch.ones_like(once), once)
-        right = w * (mass.sum() / once)
+        right = w * (mass.sum() / once.masked_fill(once == 0, 1.0))
         loss = loss + ((right * share - w) * recorded.per_element(recorded.elements)).sum()
         balanced.append(right)
     return loss, balanced
+
+
+@functools.lru_cache(maxsize=8)  # the same in every step
+def _share(count: int, axis: RowAxis, pairs: Pairs, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How much each of so many examples is of one of the batch."""
+    share = torch.ones(count, dtype=dtype, device=device)
+    shape, dim = axis.unfold(share.shape, pairs.rows)
+    share.view(shape).narrow(dim, pairs.single, 2 * pairs.count).fill_(0.0 if pairs.clean else 0.5)
+    return share
 
 
 def _penalty(curvature: str, loss: Loss, weights: Tensor, axis: RowAxis, pairs: Pairs, step: float) -> Tensor:

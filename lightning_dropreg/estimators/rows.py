@@ -8,40 +8,38 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.errors import InvalidArgumentError
-from lightning_dropreg.passes.batches import batch_tensors, is_array, map_batch
+from lightning_dropreg.passes.batches import is_array, map_batch
 
 __all__ = ["draw_rows", "select_rows"]
 
 
-def draw_rows(batch: Any, fraction: float, dim: int, key: int) -> Tensor:
-    """Draw ``fraction`` of the rows without replacement, at least one.
+def draw_rows(count: int, fraction: float, dim: int, key: int) -> tuple[Tensor, Tensor]:
+    """Draw ``fraction`` of a batch's rows without replacement, at least one.
 
     Args:
-        batch: Any batch (`lightning_dropreg.passes.batches.map_batch`); the first tensor in it that has dimension `dim`
-            says how many rows there are.
+        count: Number of rows; 0 if nothing in the batch has that dimension.
         fraction: In ``(0, 1]``.
         dim: The dimension along which the rows lie.
         key: Seed.
 
     Returns:
-        Sorted indices of the rows, on the CPU.
+        Sorted indices of the rows, and of all others, on the CPU.
 
     Raises:
-        InvalidArgumentError: If no tensor in `batch` has dimension `dim`.
+        InvalidArgumentError: If there is no row.
 
     Example:
-        >>> draw_rows({"x": torch.zeros(8, 3)}, 0.25, 0, key=1).shape
-        torch.Size([2])
+        >>> [rows.shape for rows in draw_rows(8, 0.25, 0, key=1)]
+        [torch.Size([2]), torch.Size([6])]
     """
-    for leaf in batch_tensors(batch):
-        if leaf.ndim > dim:
-            count = leaf.shape[dim]
-            generator = torch.Generator().manual_seed(key)
-            return torch.randperm(count, generator=generator)[: max(1, round(fraction * count))].sort().values
-    raise InvalidArgumentError(
-        f"batch_fraction needs a batch with rows along dimension batch_dim={dim}, but the {type(batch).__name__} "
-        "holds no tensor with that dimension. Set batch_dim, or batch_fraction=None."
-    )
+    if not count:
+        raise InvalidArgumentError(
+            f"batch_fraction needs a batch with rows along dimension batch_dim={dim}, but it holds no tensor with that "
+            "dimension. Set batch_dim, or batch_fraction=None."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(key))
+    drawn = max(1, round(fraction * count))
+    return order[:drawn].sort().values, order[drawn:].sort().values
 
 
 def select_rows(batch: Any, rows: Tensor, dim: int, count: int) -> Any:

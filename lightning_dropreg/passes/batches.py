@@ -51,6 +51,7 @@ _OPEN_MODULES = frozenset(
 _CLOSED_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "pandas", "lightning"}
 """What is made of their classes is no container of a batch (a thread, a data set), but for these modules."""
 
+_PLAIN = frozenset({list, tuple, dict})
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size})
 
 
@@ -63,8 +64,9 @@ def map_batch(exchange: Callable[[Any], Any], batch: Any) -> Any:
     in several places, or contains itself, is so in the copy. What cannot be copied (a handle, a lock) is shared.
 
     Args:
-        exchange: Called with everything in the batch, containers before what is in them. What it returns takes the
-            place; ``NotImplemented`` leaves a leaf as it is and lets a container be built anew.
+        exchange: Called with everything in the batch but numbers, texts and the like, containers before what is in
+            them. What it returns takes the place; ``NotImplemented`` leaves a leaf as it is and lets a container be
+            built anew.
         batch: Any batch.
 
     Returns:
@@ -127,7 +129,19 @@ def batch_tensors(batch: Any) -> list[Tensor]:
         >>> len(batch_tensors([torch.zeros(1), {"x": torch.ones(2)}, "text"]))
         2
     """
-    return [leaf for _, leaf in walk_batch(batch) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []  # as `walk_batch` has them, without the names of their places
+    seen: dict[int, Any] = {}
+    stack = [(batch, 0)]
+    while stack:
+        value, depth = stack.pop()
+        if type(value) in _ATOMS or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif depth <= _DEEPEST:
+            stack.extend((child, depth + 1) for child in reversed(_held(value, _kind_of(value))))
+    return found
 
 
 def fresh_batch(batch: Any, tensors: bool) -> Any:
@@ -149,6 +163,8 @@ def fresh_batch(batch: Any, tensors: bool) -> Any:
     def exchange(value: Any) -> Any:
         if isinstance(value, Tensor):
             return _clone(value) if tensors else value
+        if type(value) in _PLAIN:
+            return NotImplemented
         if is_array(value) or type(value).__module__.partition(".")[0] == "pandas":
             return value.copy()
         return bytearray(value) if type(value) is bytearray else NotImplemented
@@ -213,8 +229,6 @@ def _names(slots: Any) -> tuple[str, ...]:
 
 
 def _attributes(value: Any, kind: _Kind) -> Iterator[tuple[str, Any]]:
-    if not kind.is_object:
-        return
     yield from list(getattr(value, "__dict__", {}).items())
     for name in kind.slots:
         try:
@@ -231,7 +245,16 @@ def _children(value: Any, kind: _Kind) -> list[tuple[str, Any]]:
     elif base is not None and base is not set:
         names = getattr(value, "_fields", None) if base is tuple else None
         found += [(f".{names[i]}" if names else f"[{i}]", child) for i, child in enumerate(base.__iter__(value))]
-    return found + [(f".{name}", child) for name, child in _attributes(value, kind)]
+    return found + [(f".{name}", child) for name, child in _attributes(value, kind)] if kind.is_object else found
+
+
+def _held(value: Any, kind: _Kind) -> list[Any]:
+    base: Any = kind.base
+    if base is None or base is set:
+        found: list[Any] = []
+    else:
+        found = list(base.values(value) if issubclass(base, dict) else base.__iter__(value))
+    return found + [child for _, child in _attributes(value, kind)] if kind.is_object else found
 
 
 class _Mapping:
@@ -243,8 +266,11 @@ class _Mapping:
         self._memo: dict[int, tuple[Any, Any]] = {}
 
     def of(self, value: Any, depth: int) -> Any:
-        if id(value) in self._memo and type(value) not in _ATOMS:
-            return self._memo[id(value)][1]
+        if type(value) in _ATOMS:
+            return value
+        known = self._memo.get(id(value))
+        if known is not None:
+            return known[1]
         new = self._exchange(value)
         if new is NotImplemented:
             kind = _kind_of(value)
@@ -257,6 +283,11 @@ class _Mapping:
         base = kind.base
         if base is tuple:
             new = tuple.__new__(type(value), [self.of(child, depth) for child in tuple.__iter__(value)])
+        elif type(value) is list or type(value) is dict:
+            new = value.copy()
+            self._memo[id(value)] = value, new
+            for key, child in enumerate(value) if type(value) is list else value.items():
+                new[key] = self.of(child, depth)
         else:
             try:
                 new = _emptied(value, kind)
@@ -265,6 +296,8 @@ class _Mapping:
             self._memo[id(value)] = value, new
             if base is not None:
                 self._fill(new, value, base, depth)
+        if not kind.is_object:
+            return new
         # of what copies itself, the attributes of the copy count: it may have put references to itself right
         source = new if kind.copies_itself else value
         for name, child in _attributes(source, kind):

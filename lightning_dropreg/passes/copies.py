@@ -81,7 +81,8 @@ def _mean_of_distinct(values: list[Any], memo: dict[tuple[int, ...], Any]) -> An
         return sum(values[1:], first) / len(values) if same and not trained else first
     if not (_is_dict(first) or isinstance(first, (list, tuple))) or len(first) > SMALL:
         return first
-    if any(len(v) != len(first) for v in values):
+    held = first.values() if isinstance(first, dict) else first
+    if all(type(each) in ATOMS for each in held) or any(len(v) != len(first) for v in values):
         return first
     if isinstance(first, dict):
         if any(v.keys() != first.keys() for v in values):

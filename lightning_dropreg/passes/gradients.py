@@ -96,6 +96,9 @@ def leaves_below(*values: Tensor) -> list[Tensor]:
     return list(leaves)
 
 
+_SMALL = 1 << 18
+"""So many numbers of gradients may be there a second time."""
+
 _NOT_ASIDE = frozenset({"CheckpointFunctionBackward", "_ReentrantBackward"})
 
 
@@ -211,6 +214,14 @@ def collect_gradients(
         RuntimeError: Whatever else the backward raises.
     """
 
+    if sum(leaf.numel() for leaf in leaves) <= _SMALL:  # hooks would take longer than what they save is worth
+        gradients = _gradients(value, leaves, also, keep_graph)
+        for leaf, gradient in zip(leaves, gradients, strict=False):
+            if gradient is not None:
+                for collected, weight in into:
+                    collected.add_gradient(leaf, gradient, weight)
+        return
+
     def adding_up(leaf: Tensor) -> Callable[[Tensor], Tensor | None]:
         def add(gradient: Tensor) -> Tensor | None:
             for collected, weight in into:
@@ -222,7 +233,17 @@ def collect_gradients(
 
     hooks = [leaf.register_hook(adding_up(leaf)) for leaf in leaves]
     try:
-        torch.autograd.grad(value, [*leaves, *also], retain_graph=keep_graph, allow_unused=True)
+        _gradients(value, leaves, also, keep_graph)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _gradients(
+    value: Tensor, leaves: Sequence[Tensor], also: Sequence[Tensor], keep_graph: bool
+) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(value, [*leaves, *also], retain_graph=keep_graph, allow_unused=True)
     except RuntimeError as error:
         if "backward through the graph a second time" not in str(error):
             raise
@@ -231,9 +252,6 @@ def collect_gradients(
             "or kept from an earlier one), which cannot be freed after the first. Compute it inside training_step or "
             "detach it, or use low_memory=False."
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Attach(torch.autograd.Function):

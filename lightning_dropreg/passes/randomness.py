@@ -58,7 +58,9 @@ class RandomState:
 
     def again(self) -> RandomState:
         """Return the states of the same generators now."""
-        return RandomState(self._generators)
+        now = RandomState.__new__(RandomState)
+        now.__dict__.update(self.__dict__, _states=[get() for get, _ in self._parts])
+        return now
 
 
 Part = tuple[Callable[[], Any], Callable[[Any], None]]

@@ -57,11 +57,15 @@ class Perturb:
 
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.Rule`."""
-        return (h * (1 + self.step * self.directions.draw(site, h))).to(h.dtype)
+        return self._perturbed(h, self.directions.draw(site, h))
 
     def again(self, index: int, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.RepeatableRule`."""
-        return (h * (1 + self.step * self.directions.at(index))).to(h.dtype)
+        return self._perturbed(h, self.directions.at(index))
+
+    def _perturbed(self, h: Tensor, direction: Tensor) -> Tensor:
+        perturbed = h * torch.rsub(direction, 1, alpha=-self.step)  # 1 + step r at once
+        return perturbed if perturbed.dtype == h.dtype else perturbed.to(h.dtype)
 
     def traced(self) -> TracedPerturb | None:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dropreg.errors import NotRepeatableError
 from lightning_dropreg.numerics.torch_private import hidden_from_modes
-from lightning_dropreg.passes.batches import fresh_batch, walk_batch
+from lightning_dropreg.passes.batches import batch_tensors, fresh_batch, walk_batch
 
 __all__ = ["Arguments"]
 
@@ -35,9 +35,9 @@ class Arguments:
         self.copies = copies
         self._name = name
         self._original: Call | None = (args, kwargs)
-        self._kept: Call = fresh_batch((args, kwargs), tensors=copies)
-        self._tensors = _tensors(self._kept)
-        self._marks = [] if copies else [_mark(tensor) for _, tensor in self._tensors]
+        self._kept: Call = fresh_batch((args, kwargs), copies)
+        self.tensors = batch_tensors(self._kept)
+        self._marks = [] if copies else [_mark(tensor) for tensor in self.tensors]
         self._was_called = False
 
     @property
@@ -64,34 +64,34 @@ class Arguments:
             (args, kwargs), self._original = self._original, None
             return step(*args, **kwargs), []
         args, kwargs = self._kept if batch is None else ((batch, *self._kept[0][1:]), self._kept[1])
-        args, kwargs = fresh_batch((args, kwargs), tensors=self.copies)
-        given = _tensors((args, kwargs)) if self.copies and batch is None else []
-        marks = [_mark(tensor) for _, tensor in given]
+        args, kwargs = fresh_batch((args, kwargs), self.copies)
+        given = batch_tensors((args, kwargs)) if self.copies and batch is None else []
+        marks = [_mark(tensor) for tensor in given]
         output = step(*args, **kwargs)
-        return output, [
-            place
-            for (place, tensor), mark, (_, kept) in zip(given, marks, self._tensors, strict=False)
-            if _mark(tensor) != mark or not _equal(tensor, kept)
-        ]
+        return output, self._places(
+            _mark(tensor) != mark or not _equal(tensor, kept)
+            for tensor, mark, kept in zip(given, marks, self.tensors, strict=False)
+        )
+
+    def _places(self, wanted: Iterable[bool]) -> list[str]:
+        """Where the tensors are of which this is true."""
+        numbers = [number for number, each in enumerate(wanted) if each]
+        leaves = [path for path, leaf in walk_batch(self._kept) if isinstance(leaf, Tensor)] if numbers else []
+        return [_place(leaves[number]) for number in numbers]
 
     def _check(self) -> None:
         if self.copies or not self._was_called:
             self._was_called = True
             return
         with hidden_from_modes():
-            changed = [
-                place for (place, tensor), mark in zip(self._tensors, self._marks, strict=True) if _mark(tensor) != mark
-            ]
-        if changed:
+            moved = [_mark(tensor) != mark for tensor, mark in zip(self.tensors, self._marks, strict=True)]
+        if any(moved):
+            changed = self._places(moved)
             raise NotRepeatableError(
                 f"{self._name} has changed {', '.join(changed)} in place, and it runs several times for a batch, so "
                 "that the next run would get another batch. In the first batch it did not, or every run would have "
                 "got a copy. Change a copy: x = x.clone() before, or x = x * 2 instead of x.mul_(2)."
             )
-
-
-def _tensors(call: Call) -> list[tuple[str, Tensor]]:
-    return [(_place(path), leaf) for path, leaf in walk_batch(call) if isinstance(leaf, Tensor)]
 
 
 def _place(path: str) -> str:

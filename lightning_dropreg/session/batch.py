@@ -116,8 +116,8 @@ class Batch:
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
         """See `lightning_dropreg.step.share.BatchRunner`."""
-        rows = draw_rows(self.arguments.batch, fraction, dim, key)
         count = self.row_count(dim)
+        rows, _ = draw_rows(count, fraction, dim, key)
         return self._on_rows(rows, dim, count), Rows(rows, count)
 
     def paired(self, fraction: float, dim: int, key: int, clean: bool = False) -> tuple[Closure, Layout, Pairs] | None:
@@ -154,8 +154,7 @@ class Batch:
             runs that it stands for.
         """
         count = self.row_count(dim)
-        rows = draw_rows(self.arguments.batch, fraction, dim, key)
-        alone = torch.ones(count, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
+        rows, alone = draw_rows(count, fraction, dim, key)
         single = torch.cat([alone, rows]) if clean else alone
         pairs = Pairs(len(single), len(rows), clean)
         hook = getattr(self.module, "select_rows", None)
@@ -185,7 +184,8 @@ class Batch:
     def drop_stale_gradients(self) -> None:
         """See `lightning_dropreg.step.share.BatchRunner`."""
         if self.stale is not None:
-            self.stale()
+            stale, self.stale = self.stale, None
+            stale()
 
     def with_loss(self, loss: Tensor) -> Any:
         """Return what the last run returned, with another loss in it."""

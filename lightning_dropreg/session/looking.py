@@ -106,6 +106,7 @@ class Looks:
         self._dormant = dormant
         self._rows_are_due = False
         self._watched = 0
+        self._pairable: tuple[Any, Pairable | None] = None, None  # of the last batch, as found and as it is used
 
     @property
     def may_go_its_own_way(self) -> bool:
@@ -238,7 +239,9 @@ class Looks:
             with self.compiled.running(), batch.isolation, self._dormant(), around:
                 self._find_pairable(batch, self.plan)
         plain = self.found.get(kind)
-        return kind, None if plain is None else Pairable.of(plain)
+        if plain is not self._pairable[0]:
+            self._pairable = plain, None if plain is None else Pairable.of(plain)
+        return kind, self._pairable[1]
 
     def _find_pairable(self, batch: Batch, plan: Plan) -> bool:
         """Try whether rows may be in the one pass over the batch twice, and note that for batches of its shape."""

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError, find_layout
 from lightning_dropreg.estimators.one_pass import without_pairs
 from lightning_dropreg.passes import Off, run_pass
+from lightning_dropreg.passes.structure import modules_below
 from lightning_dropreg.session.batch import Batch, Pairable, structure
 
 __all__ = ["find_pairable", "signature", "still_pairable"]
@@ -34,7 +35,7 @@ def signature(module: nn.Module, batch: Any, dim: int) -> str:
     """
     leaves, spec = tree_flatten(batch)
     shapes = [(*leaf.shape[:dim], *leaf.shape[dim + 1 :]) for leaf in leaves if isinstance(leaf, Tensor)]
-    norms = [m.training for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = [m.training for m in modules_below(module) if isinstance(m, nn.modules.batchnorm._NormBase)]
     return f"{shapes} {spec} {norms}"
 
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.passes.gradients import Scaler, has_reentrant_checkpoint
+from lightning_dropreg.passes.structure import parameters_below
 from lightning_dropreg.session.ranks import mean_over_ranks
 from lightning_dropreg.session.values import norm_of
 
@@ -96,7 +97,7 @@ class TrainedParameters:
         Returns:
             The norm; None if that would be needed and may not be.
         """
-        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+        gradients = [g for g in (p.grad for p in parameters_below(self._module)) if g is not None]
         if not anywhere and any(isinstance(gradient, DTensor) for gradient in gradients):
             return None
         norm = norm_of(gradients)
@@ -108,4 +109,4 @@ class TrainedParameters:
         return norm if scaler is None else norm / scaler(ones_like(norm))
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in self._module.parameters() if p.requires_grad]
+        return [p for p in parameters_below(self._module) if p.requires_grad]

@@ -47,7 +47,7 @@ class RowsLook:
         look = cls()
         for dim, fraction in sorted(plan.on_rows):
             try:
-                drawn = draw_rows(batch.arguments.batch, fraction, dim, batch.key)
+                drawn, _ = draw_rows(batch.row_count(dim), fraction, dim, batch.key)
             except InvalidArgumentError as problem:
                 look.measured.append(Measured("rows_found", outcome="error", problem=problem))
                 break

@@ -13,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_dropreg.numerics.torch_private import has_gradient_hooks, has_hooks_after_accumulation
+from lightning_dropreg.passes.structure import parameters_below
 from lightning_dropreg.session.twins import twins
 
 __all__ = ["StaleGradients", "acts_on_gradients", "is_changed"]
@@ -89,7 +90,7 @@ def acts_on_gradients(trainer: Trainer, module: LightningModule) -> bool:
     Returns:
         Whether there are hooks on parameters, or in callbacks that come before those of this package.
     """
-    if any(has_gradient_hooks(p) or has_hooks_after_accumulation(p) for p in module.parameters() if p.requires_grad):
+    if any(has_gradient_hooks(p) or has_hooks_after_accumulation(p) for p in parameters_below(module) if p.requires_grad):
         return True
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     before = takewhile(lambda callback: getattr(callback, "acts_on_training", None) is not True, callbacks)

@@ -74,7 +74,7 @@ class ClosureRunner:
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
         """See `lightning_dropreg.step.share.BatchRunner`."""
-        drawn = draw_rows(torch.empty(self._count), fraction, 0, key)
+        drawn, _ = draw_rows(self._count, fraction, 0, key)
         return self.on(drawn), Rows(drawn, self._count)
 
     def on(self, numbers: Tensor) -> Closure:
@@ -175,7 +175,7 @@ def _check_rows(plan: Plan, known: set[object], runner: ClosureRunner, count: in
     if not plan.row_dims or count < 2 or ("rows", shared) in known:
         return
     for _, fraction in sorted(plan.on_rows):
-        drawn = Rows(draw_rows(torch.empty(count), fraction, 0, 0), count)
+        drawn = Rows(draw_rows(count, fraction, 0, 0)[0], count)
         norms = [] if module is None else batch_norms(module)
         draws = runner.isolation.drew_randomness
         found = measure_rows(runner.aside, runner.on, drawn, noise=noise is not None, norms=norms, draws=draws)
