@@ -234,8 +234,8 @@ MUTATIONS: dict[str, Row] = {
     ),
     "one pass": (
         "estimators/one_pass.py",
-        "(minus * (1 - push)).to(h.dtype)]",
-        "(minus * (1 + push)).to(h.dtype)]",
+        "for half, step in ((plus, -self.step), (minus, self.step))",
+        "for half, step in ((plus, -self.step), (minus, -self.step))",
         "estimators/test_one_pass.py -k chosen_ones",
     ),
     "nothing happens": (

@@ -213,7 +213,6 @@ def collect_gradients(
         UnsupportedOperationError: If a part of the graph was freed by an earlier pass.
         RuntimeError: Whatever else the backward raises.
     """
-
     if sum(leaf.numel() for leaf in leaves) <= _SMALL:  # hooks would take longer than what they save is worth
         gradients = _gradients(value, leaves, also, keep_graph)
         for leaf, gradient in zip(leaves, gradients, strict=False):

@@ -60,9 +60,8 @@ def parameters_below(root: nn.Module) -> list[nn.Parameter]:
         >>> [a is b for a, b in zip(parameters_below(net), net.parameters(), strict=True)]
         [True, True, True, True]
     """
-    found = dict.fromkeys(p for module in modules_below(root) if module._parameters for p in module._parameters.values())
-    found.pop(None, None)
-    return list(found)
+    tables = [module._parameters for module in modules_below(root) if module._parameters]
+    return list(dict.fromkeys(each for table in tables for each in table.values() if each is not None))
 
 
 _values_of = methodcaller("values")
