@@ -90,7 +90,8 @@ def acts_on_gradients(trainer: Trainer, module: LightningModule) -> bool:
     Returns:
         Whether there are hooks on parameters, or in callbacks that come before those of this package.
     """
-    if any(has_gradient_hooks(p) or has_hooks_after_accumulation(p) for p in parameters_below(module) if p.requires_grad):
+    trained = (p for p in parameters_below(module) if p.requires_grad)
+    if any(has_gradient_hooks(p) or has_hooks_after_accumulation(p) for p in trained):
         return True
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     before = takewhile(lambda callback: getattr(callback, "acts_on_training", None) is not True, callbacks)
