@@ -286,7 +286,7 @@ class _Mapping:
         elif type(value) is list or type(value) is dict:
             new = value.copy()
             self._memo[id(value)] = value, new
-            for key, child in enumerate(value) if type(value) is list else value.items():
+            for key, child in value.items() if isinstance(value, dict) else enumerate(value):
                 new[key] = self.of(child, depth)
         else:
             try:
