@@ -244,6 +244,12 @@ MUTATIONS: dict[str, Row] = {
         "if False:",
         "session/test_overhead.py",
     ),
+    "compiled": (
+        "passes/part.py",
+        "        if self.sites != other.sites or self.inactive != other.inactive:",
+        "        if False:",
+        "passes/test_compiled_sites.py -k guards",
+    ),
     "compiled parts": (
         "passes/part.py",
         "            if distance > tolerance:",

@@ -99,6 +99,7 @@ def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapp
         outlook.values, plan, choices = rehearse(first.trainer, first.model, plan, first.step, first.args, measured)
         methods += [f"estimator {name}" for name in plan.estimators] + ["batch_fraction"] * bool(plan.row_dims)
         methods += ["batch_fraction in one pass"] * (plan.in_one_pass is not None)
+        methods += ["compiled parts"] * any(each.name == "compiled" for each in measured)
         methods += ["MiniBatchDropout at the last site"] * (plan.sites == "last")
         outlook.plan = [*(f"{each[0].upper()}{each[1:]}." for each in choices), *describe(plan)]
         excess = outlook.values.get(NOISE_EXCESS, 1.0)

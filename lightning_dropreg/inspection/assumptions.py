@@ -222,6 +222,14 @@ _TABLE = (
         fallback="Drawn rows get passes of their own.",
     ),
     Assumption(
+        "compiled",
+        "In its graph, a part that `torch.compile` has made does what it does uncompiled.",
+        "The first two sizes of each kind of call, both ways, under noise that nothing can hide in: sites, losses, "
+        "outputs and gradients. Sites again in every call.",
+        right="What breaks the graph (recurrent layers, losses) runs between its pieces.",
+        fallback="The part runs uncompiled, with a `CompiledPartWarning` that says why.",
+    ),
+    Assumption(
         "shared_body",
         "What the step computes before its last dropout site stays what it was, so that it need not be computed again.",
         "The loss of a second draw both ways, on the first batch.",
@@ -251,6 +259,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "estimator forward": _DERIVATIVES,
     "estimator double_backward": _DERIVATIVES,
     "estimator exact": _DERIVATIVES,
+    "compiled parts": ("compiled",),
     "batch_fraction": (*_ROWS, "own_masks"),
     "batch_fraction in one pass": (*_ROWS, "own_masks", "pairable"),
 }

@@ -7,6 +7,7 @@ looked up when it is used, so that ``tests/numerics/test_torch_private.py`` can 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -352,15 +353,20 @@ def many_graphs() -> AbstractContextManager[None]:
 
 
 def _patched(path: str, name: str, value: Any) -> AbstractContextManager[None]:
-    """A setting of the compiler exchanged, where a release has it."""
     config = _attribute(torch, path)
     return config.patch(**{name: value}) if hasattr(config, name) else nullcontext()
+
+
+def graph_breaks() -> Counter[str]:
+    """How often graphs broke so far, by the first line of torch's reasons; nothing where a release does not count."""
+    counters = _attribute(torch, "_dynamo.utils.counters") or {"graph_break": {}}
+    return Counter({str(why).partition("\n")[0]: count for why, count in counters["graph_break"].items()})
 
 
 def recompile_limits() -> tuple[type[Exception], ...]:
     """What Dynamo raises where one function would have too many graphs; nothing where a release has no name for it."""
     names = ("RecompileLimitExceeded", "FailOnRecompileLimitHit")  # of torch 2.6, and since
-    return tuple(e for e in (_attribute(torch, f"_dynamo.exc.{name}") for name in names) if e is not None)
+    return tuple(filter(None, (_attribute(torch, f"_dynamo.exc.{name}") for name in names)))
 
 
 def is_made_a_graph() -> bool:
@@ -376,8 +382,6 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 
 
 # ---------------------------------------------------------------- layers
-
-
 def _layers(base: str, known: str) -> tuple[type[nn.Module], ...]:
     """A common base class that torch keeps to itself; without it the classes that are known to have it."""
     found = _attribute(nn, base)
@@ -385,8 +389,7 @@ def _layers(base: str, known: str) -> tuple[type[nn.Module], ...]:
 
 
 DROPOUT_LAYERS = _layers(
-    "modules.dropout._DropoutNd",
-    "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout",
+    "modules.dropout._DropoutNd", "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout"
 )
 """Torch's dropout layers, for `isinstance`."""
 NORM_LAYERS = _layers(

@@ -17,7 +17,13 @@ from lightning_dropreg.interception.mode import Interception, marks_constants
 from lightning_dropreg.interception.sites import TraceableRule
 from lightning_dropreg.interception.traced import Met, Traced, entered, hand_back
 from lightning_dropreg.losses import Loss
-from lightning_dropreg.numerics.torch_private import active_modes, can_trace_modes, modes_aside, recompile_limits
+from lightning_dropreg.numerics.torch_private import (
+    active_modes,
+    can_trace_modes,
+    graph_breaks,
+    modes_aside,
+    recompile_limits,
+)
 from lightning_dropreg.passes.batches import batch_tensors, map_batch
 from lightning_dropreg.passes.isolation import Isolation
 
@@ -28,6 +34,11 @@ _COARSE = 0.2  # of what has fewer digits
 _SIZES = 2  # a graph for the first sizes, and one for all
 _SURPRISES = 4
 _NEAR = 50  # nodes between a tensor and the graph that made it
+_BREAKS = {
+    "Skip calling `torch.compiler.disable()`d function": "losses, and what else is not to be compiled",
+    "Attempted to wrap RNN, GRU, or LSTM": "recurrent layers",
+}
+"""Torch's reasons for breaking a graph, in plain words."""
 
 
 class Part:
@@ -51,6 +62,7 @@ class Part:
         self._sizes: dict[Any, set[Any]] = {}
         self._surprises = 0
         self._asks_callers = False
+        self._breaks: set[str] = set()
         part = self
 
         @functools.wraps(self._call)
@@ -123,6 +135,18 @@ class Part:
         hand_back(traced, mode, _node_of(traced.losses, output))
         return output
 
+    def told(self) -> str:
+        """Say how the part has run in passes so far."""
+        if self.refused is not None:
+            return f"{self._path} runs uncompiled: {self.refused}"
+        if not self._known:
+            return f"{self._path} runs uncompiled: these passes ask what no graph can answer."
+        sites = {len(structure) for structures in self._known.values() for structure in structures}
+        count = "1 dropout site" if sites == {1} else f"{' or '.join(map(str, sorted(sites)))} dropout sites"
+        told = f"{self._path} runs compiled, with {count} in it"
+        breaks = "; ".join(sorted(self._breaks))
+        return f"{told}; outside the graph: {breaks}." if breaks else f"{told}."
+
     def surprised(self) -> None:
         """Compare again with what the part does uncompiled, after a `CompiledPartError`; give up after a few times."""
         self._surprises += 1
@@ -174,8 +198,10 @@ class Part:
                 pass
             strong.ignores_attention = mode.ignores_attention
             traced = self._traced(strong, 0)
+            before = graph_breaks()
             with compiled(), entered(traced):
                 output = self._call(*given[0], **given[1])
+            self._breaks |= {_BREAKS.get(why, why) for why in graph_breaks() - before}
             sites = [met for met in traced.sites if met.p]
             self._known.setdefault(kind, []).append(_structure(traced.sites))
             inactive = len(traced.sites) - len(sites) + traced.inactive

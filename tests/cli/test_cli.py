@@ -17,6 +17,7 @@ from fits import Classifier, make_loader
 import lightning_dropreg as dr
 from lightning_dropreg.cli import COMMANDS, init, main
 from lightning_dropreg.cli.methods import CLOSING, CONFIGURED
+from lightning_dropreg.errors import CompiledPartWarning
 from lightning_dropreg.estimators import ESTIMATORS
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -155,6 +156,45 @@ class Troubled(dr.ImplicitNoiseMixin, Classifier):
         self.manual_backward(loss)
         self.optimizers().step()
         return {"loss": loss}
+
+
+class Compiled(dr.ExplicitPenaltyMixin, Classifier):
+    """A part whose loss breaks its graph, and one whose loss the graph hides."""
+
+    def __init__(self):
+        super().__init__(dtype=torch.float32)
+        self.net, self.breaks, self.hides = torch.nn.Linear(4, 3), Ending(hides=False), Ending(hides=True)
+        for part in (self.breaks, self.hides):
+            part.compile(backend="aot_eager")
+
+    def training_step(self, batch, batch_idx):
+        h = self.net(batch[0])
+        return self.breaks(h, batch[1]) + self.hides(h, batch[1])
+
+
+class Ending(torch.nn.Module):
+    def __init__(self, hides):
+        super().__init__()
+        self.last, self.hides = torch.nn.Linear(3, 3), hides
+
+    def forward(self, h, y):
+        loss = torch.nn.CrossEntropyLoss() if self.hides else F.cross_entropy
+        return loss(self.last(F.dropout(h, 0.2)), y)
+
+
+def test_inspect_tells_what_runs_outside_of_graphs(capsys):
+    command = ["inspect", "--model=test_cli.Compiled", "--data=test_cli.Examples", "--trainer.accelerator=cpu"]
+    with pytest.warns(CompiledPartWarning, match="hides"):
+        assert main([*command, "--json"]) == 0
+    [outlook] = printed_json(capsys)["plans"]
+    [told] = [row for row in outlook["assumptions"] if row["name"] == "compiled"]
+    assert told["outcome"] == "fallback"
+    assert "hides runs uncompiled: in the graph other losses are seen (none)" in told["note"]
+    if torch.__version__ >= "2.7":
+        expected = (
+            "breaks runs compiled, with 1 dropout site in it; outside the graph: losses, and what else is not to be"
+        )
+        assert expected in told["note"]
 
 
 class Examples(L.LightningDataModule):

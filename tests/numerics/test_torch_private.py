@@ -30,6 +30,7 @@ REACHED = (
     "_dynamo.eval_frame.skip_code",
     "_dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint",
     "_dynamo.config.recompile_limit",
+    "_dynamo.utils.counters",
     "_guards.TracingContext.try_get",
     "overrides._get_current_function_mode",
     "overrides._get_current_function_mode_stack",
