@@ -9,13 +9,16 @@ every training step of the same run, so both see the same machine. Looks at step
 
 import contextlib
 import functools
+import itertools
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from lightning import Callback
 
 from lightning_dropreg import ExplicitPenalty, ImplicitNoise
 from lightning_dropreg.cli.app import DropregCLI
@@ -51,34 +54,52 @@ def patched(target, name, spent):
 
 def measure(config):
     cli = DropregCLI(["bench", "--config", config])
-    steps, looks, structure, batches, reach = [], [], [], [], []
-    callbacks = [ExplicitPenalty(strength=2.0), ImplicitNoise()]
+    steps, looks, structure, batches, reach, repeated = [], [], [], [], [], []
+    marks = []
+
+    class Marks(Callback):
+        """Tells which part of the times belongs to which step."""
+
+        def on_train_batch_end(self, *_):
+            marks.append((len(structure), len(batches)))
+
+    def of_steps(spent, which):
+        ends = [0, *(mark[which] for mark in marks)]
+        return [sum(spent[a:b]) for a, b in itertools.pairwise(ends)]
+
+    callbacks = [ExplicitPenalty(strength=2.0), ImplicitNoise(), Marks()]
     options = {**QUIET_TRAINER, "max_steps": MEASURED, "max_epochs": -1}
     trainer = cli.instantiate_trainer(callbacks=callbacks, **options)
     run = type(trainer.fit_loop.epoch_loop)
     with contextlib.ExitStack() as stack:
         for target, name, spent in (
             (run, "advance", steps),
-            (looking, "measure_repeatability", looks),
-            (isolation.Structure, "__init__", structure),
+            (looking.Looks, "watch", looks),
+            (isolation.Holders, "__init__", structure),
+            (isolation.Holders, "again", structure),
             (isolation.Structure, "restore", structure),
             (arguments, "fresh_batch", batches),
             (arguments.Arguments, "_check", batches),
             (looking, "Reach", reach),
+            (looking, "measure_repeatability", repeated),
         ):
             stack.enter_context(patched(target, name, spent))
         trainer.fit(cli.model, datamodule=cli.datamodule)
     step = sorted(steps[3:])[len(steps[3:]) // 2]  # the first ones warm up
-    every = (sum(structure) + sum(batches)) / len(steps)
-    look = (sum(looks) + sum(reach)) / len(looks)
+    structure, batches = (statistics.median(of_steps(*each)[3:]) for each in ((structure, 0), (batches, 1)))
+    every = structure + batches
+    looks = [seconds for seconds in looks if seconds > step / 100]  # in all other steps there is nothing to watch
+    look = statistics.mean(looks)
     share = {n: (every + look * (2 + math.floor(math.log2(n))) / n) / step for n in STEPS}
     return {
         "machine": describe_machine(cli.model),
         "steps measured": len(steps),
         "seconds of a step": step,
-        "seconds of putting hooks and structure back, a step": sum(structure) / len(steps),
-        "seconds of copying and checking the batch's containers, a step": sum(batches) / len(steps),
+        "seconds of putting hooks and structure back, a step": structure,
+        "seconds of copying and checking the batch's containers, a step": batches,
         "seconds of a look": look,
+        "of it, of going through what the step can reach": statistics.median(reach),
+        "of it, of running the step twice": statistics.median(repeated),
         "looks": len(looks),
         "share of all in a run of so many steps": share,
         "share of the looks in a run of so many steps": {

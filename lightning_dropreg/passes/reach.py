@@ -91,12 +91,12 @@ class Reach:
         return {place: position for place, position in found.items() if position is not None}
 
     def _visit(self, place: str, value: Any, holder: Any, key: Any, depth: int) -> None:
-        if isinstance(value, _ATOMS) or value is None:
+        if id(value) in self._seen or type(value) in ATOMS or isinstance(value, _ATOMS):
             return
         if is_generator(value):
             self._generators.append((place, holder, key))
             return
-        if id(value) in self._seen or depth > _DEEPEST:
+        if depth > _DEEPEST:
             return
         self._seen[id(value)] = value
         for name, child, where, at in self._inside(place, value):

@@ -165,10 +165,11 @@ class Looks:
             return
         self._watched, self._rows_are_due = step, False
         batch = self.to_look_at(original, args, kwargs)
-        around = attention_dropout(self.plan.attention)
+        around, reach = attention_dropout(self.plan.attention), self.found_in_reach
+        assert reach is not None  # of this look
         try:
             with self.compiled.running(), batch.isolation, self._dormant(), around:
-                problems = problems_of(measure_repeatability(batch, self.reach(original), self.copies))
+                problems = problems_of(measure_repeatability(batch, reach, self.copies))
                 problems = problems or self._derivative_problems(batch, again=True)
                 self.shares_body = self.shares_body and shares_body(batch.aside)
                 if not problems and self.plan.on_rows:
