@@ -161,10 +161,10 @@ class Troubled(dr.ImplicitNoiseMixin, Classifier):
 class Compiled(dr.ExplicitPenaltyMixin, Classifier):
     """A part whose loss breaks its graph, and one whose loss the graph hides."""
 
-    def __init__(self):
+    def __init__(self, compiles: bool = True):
         super().__init__(dtype=torch.float32)
         self.net, self.breaks, self.hides = torch.nn.Linear(4, 3), Ending(hides=False), Ending(hides=True)
-        for part in (self.breaks, self.hides):
+        for part in (self.breaks, self.hides) if compiles else ():
             part.compile(backend="aot_eager")
 
     def training_step(self, batch, batch_idx):
@@ -179,7 +179,7 @@ class Ending(torch.nn.Module):
 
     def forward(self, h, y):
         loss = torch.nn.CrossEntropyLoss() if self.hides else F.cross_entropy
-        return loss(self.last(F.dropout(h, 0.2)), y)
+        return loss(self.last(F.dropout(h, 0.2, self.training)), y)
 
 
 def test_inspect_tells_what_runs_outside_of_graphs(capsys):
@@ -195,6 +195,23 @@ def test_inspect_tells_what_runs_outside_of_graphs(capsys):
             "breaks runs compiled, with 1 dropout site in it; outside the graph: losses, and what else is not to be"
         )
         assert expected in told["note"]
+
+
+@pytest.mark.parametrize("command", ["diagnose", "audit", "bench"])
+def test_commands_on_compiled_parts(command, capsys):
+    """What measures runs them uncompiled, the steps that are timed do not."""
+    options = {"diagnose": ["--draws=4", "--no-costs"], "audit": [], "bench": ["--methods=alg2", "--repeats=1"]}
+    options["bench"] += ["--steps=2", "--warmup=0"]
+    model = ["--model=test_cli.Compiled", "--data=test_cli.Examples", "--trainer.accelerator=cpu"]
+    found = []
+    for compiles in ("true", "false"):
+        status = main([command, *model, f"--model.compiles={compiles}", *options[command], "--json"])
+        found.append(printed_json(capsys))
+        assert status == 0
+    if command == "bench":
+        assert not any(cost["problem"] for each in found for cost in each["costs"])
+    else:
+        assert found[0] == found[1]
 
 
 class Examples(L.LightningDataModule):
