@@ -12,7 +12,7 @@ from lightning_dropreg.cli.mistakes import message_of
 __all__ = ["main"]
 
 COMMANDS = {
-    "init": "write a first configuration, to run and to change",
+    "init": "write a first configuration: the quickstart, or one for your own model",
     "fit": "train a model, and say at the end how it went",
     "validate": "evaluate a model on the validation data",
     "test": "evaluate a model on the test data",

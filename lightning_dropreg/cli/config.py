@@ -40,6 +40,9 @@ def _missing(message: str) -> str | None:
         return f"{': '.join(keys)}: {classes[-1]} takes no {found[1]!r}."
     if found := _REQUIRED.search(message):
         names = [name.rpartition(".")[2] for name in found[1].split(", ")]
+        if keys and classes:
+            given = " ".join(f"--{keys[0]}.{name} VALUE" for name in names)
+            return f"{keys[0]}: {classes[-1]} needs {' and '.join(names)}: {given}."
         return f"no {' and no '.join(names)} is configured. Give --config FILE (`dropreg init` writes a first one)."
     return None
 

@@ -107,16 +107,6 @@ def test_an_error_in_the_users_own_code_keeps_its_traceback(monkeypatch):
         main(["fit", "--model", "mine.Mine"])
 
 
-def test_init_writes_what_runs(capsys):
-    assert main(["init", "folder/first.yaml"]) == 0
-    assert "dropreg fit --config folder/first.yaml" in capsys.readouterr().out
-    assert (
-        Path("folder/first.yaml").read_bytes()
-        == (CONFIGS.parent / "lightning_dropreg/cli/quickstart.yaml").read_bytes()
-    )
-    assert main(["inspect", "--config", "folder/first.yaml", "--json"]) == 0
-
-
 @pytest.mark.parametrize("args", [["--help"], ["inspect", *QUICKSTART]])
 def test_a_reader_who_has_read_enough(args):
     read, write = os.pipe()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import OWN_MODEL
 
 from lightning_dropreg.cli import main
 from lightning_dropreg.cli.comparison import Comparison, Run
@@ -12,27 +13,6 @@ from lightning_dropreg.cli.summary import FitResult
 from lightning_dropreg.cli.vary import choice, varied
 from lightning_dropreg.errors import InvalidArgumentError
 
-MODEL = """
-import lightning as L, torch, torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
-import lightning_dropreg as dr
-class Data(L.LightningDataModule):
-    def make(self): return DataLoader(TensorDataset(torch.arange(64.).view(16, 4) % 5 / 5, torch.arange(16) % 3), 8)
-    train_dataloader = val_dataloader = test_dataloader = make
-class Net(L.LightningModule):
-    def __init__(self, drop_prob: float = 0.3):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(drop_prob), torch.nn.Linear(8, 3))
-    def step(self, b, name):
-        self.log(name, loss := F.cross_entropy(self.net(b[0]), b[1]))
-        return loss
-    def training_step(self, b, i): return self.step(b, "train_loss")
-    def validation_step(self, b, i): self.step(b, "val_loss")
-    def test_step(self, b, i): self.step(b, "test_loss")
-    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.1)
-class Own(dr.ExplicitPenaltyMixin, Net):
-    explicit_penalty = {"strength": 5.0}
-"""
 PENALTY = {"class_path": "lightning_dropreg.ExplicitPenalty", "init_args": {"curvature": "identity"}}
 NOISE = "lightning_dropreg.ImplicitNoise"
 QUIET = {
@@ -43,7 +23,7 @@ QUIET = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "varied_model.py").write_text(MODEL)
+    (tmp_path / "varied_model.py").write_text(OWN_MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
