@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.errors import InvalidArgumentError, UnknownArgumentError
 
 __all__ = [
+    "SpellsArguments",
     "below_floor",
     "check_count",
     "check_draws",
     "check_flags",
     "check_instance",
     "check_integer",
+    "check_names",
     "check_path",
     "check_sites",
     "check_strength",
@@ -26,6 +30,46 @@ __all__ = [
     "is_probability",
     "make_directory",
 ]
+
+T = TypeVar("T")
+
+
+class SpellsArguments:
+    """A base of classes that answer a misspelt keyword argument with the nearest one they have.
+
+    Example:
+        >>> from lightning_dropreg import ExplicitPenalty
+        >>> ExplicitPenalty(strenght=2.0)
+        Traceback (most recent call last):
+        lightning_dropreg.errors.UnknownArgumentError: ExplicitPenalty takes no 'strenght'. Did you mean 'strength'?
+    """
+
+    def __new__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        """Look at the names before ``__init__`` does."""
+        check_names(cls.__name__, kwargs, cls.__init__)
+        return object.__new__(cls)
+
+
+def check_names(owner: str, given: Iterable[str], function: Any) -> None:
+    """Refuse names that a function has no argument for.
+
+    Args:
+        owner: Who was given them, for the message.
+        given: The names.
+        function: What takes them; a class, too.
+
+    Raises:
+        UnknownArgumentError: If there is one.
+    """
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = [name for name in parameters if name != "self"]
+    for name in given:
+        if name not in known:
+            close = get_close_matches(str(name), known, 1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"It has: {', '.join(known) or 'none'}."
+            raise UnknownArgumentError(f"{owner} takes no {name!r}. {hint}")
 
 
 def check_draws(k: object, antithetic: object) -> None:

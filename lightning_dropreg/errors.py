@@ -17,11 +17,13 @@ __all__ = [
     "LossNotRecognizedError",
     "MissingDependencyError",
     "NoDropoutSiteError",
+    "NoDropoutWarning",
     "NoisySearchWarning",
     "NonFinitePenaltyError",
     "NotRepeatableError",
     "PatternError",
     "UnboundedPenaltyWarning",
+    "UnknownArgumentError",
     "UnreadableTextError",
     "UnsupportedModuleError",
     "UnsupportedOperationError",
@@ -37,6 +39,10 @@ class DropregError(Exception):
 
 class InvalidArgumentError(DropregError, ValueError):
     """An argument is outside its range or names something that does not exist."""
+
+
+class UnknownArgumentError(InvalidArgumentError, TypeError):
+    """A constructor was given an argument that it does not have; the message names the nearest."""
 
 
 class NoDropoutSiteError(DropregError):
@@ -133,6 +139,10 @@ class KinkedNetworkWarning(UserWarning):
 
 class CompiledPartWarning(UserWarning):
     """A part that `torch.compile` has made runs uncompiled, because its graph was seen to do something else."""
+
+
+class NoDropoutWarning(UserWarning):
+    """Every dropout of the first step has drop probability 0, so nothing is regularized; it may rise later."""
 
 
 class NoisySearchWarning(UserWarning):

@@ -11,9 +11,7 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +21,8 @@ from typing import Any, ClassVar
 from lightning import Callback
 
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
-from lightning_dropreg.errors import CompositionError, InvalidArgumentError
+from lightning_dropreg.checks import check_names
+from lightning_dropreg.errors import CompositionError
 from lightning_dropreg.session.base import RegularizerCallback
 
 __all__ = ["ExplicitPenaltyMixin", "ImplicitNoiseMixin", "MiniBatchDropoutMixin", "without_mixins"]
@@ -61,7 +60,7 @@ def _adding_regularizers(configure: Callable[[Any], Sequence[Callback] | Callbac
                 continue  # a super() call brought it
             _check_alone(self, make)
             given = getattr(self, options)
-            _check_names(type(self).__name__, options, given, make)
+            check_names(f"{type(self).__name__}.{options}", given, make)
             callback = make(**given)
             callback.from_mixin = True
             callbacks.append(callback)
@@ -96,22 +95,6 @@ def without_mixins(module: Any) -> Iterator[None]:
         _bare.reset(token)
         if wrap:
             del module.__dict__["configure_callbacks"]
-
-
-def _check_names(module: str, attribute: str, given: Mapping[str, Any], make: type[RegularizerCallback]) -> None:
-    """Refuse options that the callback does not have.
-
-    Raises:
-        InvalidArgumentError: If there is one.
-    """
-    known = list(inspect.signature(make).parameters)
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"It has: {', '.join(known)}."
-            raise InvalidArgumentError(
-                f"{module}.{attribute} has the key {name!r}, which {make.__name__} does not know. {hint}"
-            )
 
 
 def _check_alone(module: Any, kind: type[RegularizerCallback]) -> None:

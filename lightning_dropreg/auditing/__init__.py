@@ -4,6 +4,7 @@ The room is called ``auditing`` because `lightning_dropreg.audit` is the functio
 """
 
 from lightning_dropreg.auditing.audit import audit
+from lightning_dropreg.auditing.coverage import Coverage, Findings
 from lightning_dropreg.auditing.findings import SEVERITIES, Finding
 
-__all__ = ["SEVERITIES", "Finding", "audit"]
+__all__ = ["SEVERITIES", "Coverage", "Finding", "Findings", "audit"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lightning_dropreg.auditing.coverage import Findings, coverage_of
 from lightning_dropreg.auditing.findings import Finding, in_order
 from lightning_dropreg.auditing.others import check_optimizers, check_output, check_random, check_variance
 from lightning_dropreg.auditing.rates import (
@@ -46,7 +47,7 @@ def audit(
     validation_batch: Any = None,
     draws: int = DRAWS,
     error_probability: float = ERROR_PROBABILITY,
-) -> list[Finding]:
+) -> Findings:
     """Look for dropout that does not do what it should, in a step as it really runs.
 
     The step runs `draws` + 3 times at most and each evaluation step twice; modules, random states and gradients are
@@ -63,7 +64,7 @@ def audit(
             they are new), all tests of the audit together (Bonferroni).
 
     Returns:
-        The findings, errors first; empty if nothing was found.
+        The findings, a list, errors first; empty if nothing was found. Its ``coverage`` says what was looked at.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or `module` cannot be called.
@@ -78,6 +79,8 @@ def audit(
         >>> for finding in audit(Forgetful(), torch.ones(8, 64)):
         ...     print(finding.id, finding.severity)
         active-in-eval error
+        >>> print(audit(nn.Dropout(0.0), torch.ones(8, 64)).coverage.zero)
+        1
     """
     check_count("draws", draws, 2)
     subject = subject_of(module, batch, batch if validation_batch is None else validation_batch)
@@ -87,4 +90,4 @@ def audit(
         Finding("incomplete", "note", subject.name, f"the {stage} step failed: {why}", "Audit with DropoutAudit.")
         for stage, why in record.incomplete.items()
     ]
-    return in_order(findings)
+    return Findings(in_order(findings), coverage_of(record))

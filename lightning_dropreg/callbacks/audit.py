@@ -6,20 +6,22 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_dropreg.auditing import Finding, audit
+from lightning_dropreg.checks import SpellsArguments
 from lightning_dropreg.errors import UnsupportedModuleError
 
 __all__ = ["DropoutAudit"]
 
 
-class DropoutAudit(Callback):
+class DropoutAudit(SpellsArguments, Callback):
     """Audits dropout once, on the first training batch, and leaves the run bit-identical.
 
     The evaluation steps are audited again with the first validation batch. In a distributed run the masks of the ranks
-    are compared. Findings are told as one warning; see `lightning_dropreg.audit`.
+    are compared. Findings are told as one warning, and if there are none, what was looked at is logged; see
+    `lightning_dropreg.audit`.
 
     Attributes:
         findings: What was found.
@@ -70,6 +72,8 @@ class DropoutAudit(Callback):
         new = [one for one in found if (one.id, one.where) not in known]
         self.findings += new
         told = [one for one in new if one.severity != "note"]
+        if not self.findings and validation_batch is None:
+            rank_zero_info(f"DropoutAudit: no finding in {type(module).__name__}. {found.coverage}")
         if told:
             lines = [f"  {one.severity} {one.id} at {one.where}: {one.evidence} {one.repair}" for one in told]
             rank_zero_warn("\n".join([f"DropoutAudit: {len(told)} findings in {type(module).__name__}:", *lines]))

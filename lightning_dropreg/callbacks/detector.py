@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dropreg.checks import check_count
+from lightning_dropreg.checks import SpellsArguments, check_count
 from lightning_dropreg.errors import DivergenceError, InvalidArgumentError, UnsupportedModuleError
 
 __all__ = ["DivergenceDetector"]
@@ -18,7 +18,7 @@ __all__ = ["DivergenceDetector"]
 ACTIONS = ("raise", "skip")
 
 
-class DivergenceDetector(Callback):
+class DivergenceDetector(SpellsArguments, Callback):
     """Raises, or skips optimizer steps, when penalty or noise stay far above what they are added to.
 
     Every `every_n_steps` optimizer steps it compares the penalty (with its strength) with the loss, and the norm of the

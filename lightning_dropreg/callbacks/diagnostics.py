@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from rich import get_console
 from torch import Tensor
 
-from lightning_dropreg.checks import check_count, check_flags, check_path, make_directory
+from lightning_dropreg.checks import SpellsArguments, check_count, check_flags, check_path, make_directory
 from lightning_dropreg.diagnostics import (
     Diagnosis,
     measure_effect,
@@ -46,7 +46,7 @@ LARGEST_HELD = 16 << 20
 """A checkpoint keeps the held batch if it has no more bytes than that."""
 
 
-class DropoutDiagnostics(Callback):
+class DropoutDiagnostics(SpellsArguments, Callback):
     """Measures on one batch, at chosen moments of training, what dropout does, and leaves training as it is.
 
     The true explicit effect ``R_drop`` beside ``R_approx`` and its ablations, together and by site, and the gradient

@@ -9,7 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_dropreg.checks import check_count, is_number, is_one_of
+from lightning_dropreg.checks import SpellsArguments, check_count, is_number, is_one_of
 from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError
 from lightning_dropreg.placing import drop_prob_attributes, matched_drop_probs
 from lightning_dropreg.placing.patterns import check_patterns
@@ -20,7 +20,7 @@ SCHEDULES = ("early", "late", "linear")
 INTERVALS = ("epoch", "step")
 
 
-class DropProbSchedule(Callback):
+class DropProbSchedule(SpellsArguments, Callback):
     r"""Multiplies the drop probabilities of a model's layers by a factor that changes during training.
 
     | ``schedule`` | factor at time ``t``                                                 |

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from lightning_dropreg.checks import check_instance
+from lightning_dropreg.checks import SpellsArguments, check_instance
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.session.twins import is_a
 
@@ -108,7 +108,7 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-class MaxNorm(Callback):
+class MaxNorm(SpellsArguments, Callback):
     r"""Keeps each unit's incoming weight vector within a ball: max-norm regularization.
 
     Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from Overfitting* (JMLR 2014), section 5.1,

@@ -12,7 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import check_count, check_integer
+from lightning_dropreg.checks import SpellsArguments, check_count, check_integer
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.uncertainty import LIKELIHOODS, draw_predictions, first_order_variance, moments
@@ -53,7 +53,7 @@ class MonteCarloPrediction(NamedTuple):
         return f"MonteCarloPrediction({', '.join(shapes)})"
 
 
-class MonteCarloDropout(Callback):
+class MonteCarloDropout(SpellsArguments, Callback):
     """Lets ``trainer.predict`` return what several draws of dropout say of each example.
 
     The module's ``predict_step`` is called once as it is and then with dropout on, `passes` times, several of them at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_dropreg.checks import is_one_of
+from lightning_dropreg.checks import SpellsArguments, is_one_of
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.placing import add_dropout, remove_dropout
 from lightning_dropreg.placing.adding import KINDS
@@ -13,7 +13,7 @@ from lightning_dropreg.placing.patterns import check_patterns
 __all__ = ["PlaceDropout"]
 
 
-class PlaceDropout(Callback):
+class PlaceDropout(SpellsArguments, Callback):
     """Places dropout on the outputs of modules that have none; see `lightning_dropreg.add_dropout`.
 
     It is placed in ``setup``, before the strategy wraps the model, and taken away when the fit ends.

@@ -9,7 +9,7 @@ from rich import get_console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_dropreg.auditing import SEVERITIES, Finding, audit
+from lightning_dropreg.auditing import SEVERITIES, Finding, Findings, audit
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.step import FirstStep, look_at_first_batch
 
@@ -30,7 +30,8 @@ def main(args: Sequence[str]) -> int:
     cli = DropregCLI(
         ["audit", *args],
         description="Measure on the first batch whether dropout does what it should: reached, off in evaluation, with "
-        "the right rate and scale, with a new mask every time. The exit status is 1 if an error is found.",
+        "the right rate and scale, with a new mask every time, and say what was looked at. The exit status is 1 if an "
+        "error is found.",
         add_options=_add_options,
     )
     found = look_at_first_batch(cli, lambda first: _audit(first, cli))
@@ -45,7 +46,7 @@ def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
 
-def _audit(first: FirstStep, cli: DropregCLI) -> list[Finding]:
+def _audit(first: FirstStep, cli: DropregCLI) -> Findings:
     with first.trainer.precision_plugin.train_step_context():
         return audit(first.model, first.args[0], validation_batch=_validation_batch(first, cli))
 
@@ -61,7 +62,7 @@ def _validation_batch(first: FirstStep, cli: DropregCLI) -> Any:
 
 
 def show_findings(found: Sequence[Finding], name: str) -> None:
-    """Print findings as a table.
+    """Print findings as a table, and below it what was looked at.
 
     Args:
         found: The findings.
@@ -85,3 +86,5 @@ def show_findings(found: Sequence[Finding], name: str) -> None:
             )
         console.print(table)
     console.print(f"{name}: {counts}.", highlight=False)
+    if isinstance(found, Findings):
+        console.print(f"{found.coverage}", highlight=False, markup=False)

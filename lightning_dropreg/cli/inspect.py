@@ -45,9 +45,10 @@ class Outlook:
 
 @dataclass
 class Findings:
-    """All that the command tells."""
+    """All that the command tells; `configured`: whether the outlook is that of callbacks which are there."""
 
     support: Support
+    configured: bool
     problems: list[str]
     outlooks: list[Outlook]
 
@@ -62,7 +63,7 @@ def main(args: Sequence[str]) -> None:
         ["inspect", *args],
         description="List the dropout sites and losses of a configuration's first training step, which estimators "
         "can treat them, everything that stands in the way, and what its callbacks would do (those of this "
-        "package; without any: what each of them would do).",
+        "package; without any: what each of them would do). p is the drop probability, q in the paper.",
         add_options=_add_options,
     )
     configured: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
@@ -86,7 +87,10 @@ def _look(first: FirstStep, configured: Sequence[Any]) -> Findings:
         # in nobody's way then
         problems = [problem for problem in problems if not isinstance(problem, LossNotRecognizedError)]
     return Findings(
-        support, [str(problem) for problem in problems], [_outlook(first, group, support.kinks) for group in groups]
+        support,
+        bool(ours),
+        [str(problem) for problem in problems],
+        [_outlook(first, group, support.kinks) for group in groups],
     )
 
 
@@ -130,6 +134,7 @@ def _as_dict(found: Findings) -> dict[str, object]:
             {"name": each.name, "outputs_shape": list(each.shape), **_estimators(each.refused, support.untried)}
             for each in support.losses
         ],
+        "configured": found.configured,
         "kinks": dict(support.kinks),
         "problems": found.problems,
         "plans": [vars(outlook) for outlook in found.outlooks],
@@ -178,6 +183,11 @@ def _print(found: Findings, model: LightningModule) -> None:
         console.print("\n[bold red]In the way[/]")
         for number, problem in enumerate(found.problems, 1):
             console.print(escape(f"{number}. {problem}"), highlight=False)
+    if not found.configured:
+        console.print(
+            "\nNo callback of this package is configured. What each method would do, if it were the only one:",
+            highlight=False,
+        )
     for outlook in found.outlooks:
         _print_outlook(outlook, found.problems)
 

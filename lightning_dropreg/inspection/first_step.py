@@ -10,7 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_dropreg.errors import DropregError, NonFinitePenaltyError, UnsupportedModuleError, UnsupportedSiteError
+from lightning_dropreg.errors import (
+    DropregError,
+    NoDropoutWarning,
+    NonFinitePenaltyError,
+    UnsupportedModuleError,
+    UnsupportedSiteError,
+)
 from lightning_dropreg.estimators.curvature import element_weights
 from lightning_dropreg.inspection.kinks import find_kinks
 from lightning_dropreg.interception.naming import name_caller
@@ -66,6 +72,7 @@ def inspect_step(
         warnings.warn(
             "Every dropout that the step reached has drop probability 0, so nothing is regularized until that changes. "
             "Set the probabilities, or let lightning_dropreg.DropProbSchedule raise them.",
+            NoDropoutWarning,
             stacklevel=2,
         )
     if watch.retains:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lightning_dropreg.checks import check_flags
+from lightning_dropreg.checks import SpellsArguments, check_flags
 from lightning_dropreg.errors import CompositionError, InvalidArgumentError
 from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.interception.handlers.attention import check_attention
@@ -20,7 +20,7 @@ from lightning_dropreg.step.settings import check_estimation, check_fraction
 __all__ = ["RegularizerCallback", "estimation"]
 
 
-class RegularizerCallback(Callback):
+class RegularizerCallback(SpellsArguments, Callback):
     """Base of the callbacks: finds its companions in the Trainer and lets the first of them run the session."""
 
     penalty: PenaltySettings | None = None

@@ -92,7 +92,7 @@ def _sites(sites: Sequence[Site]) -> str:
         return "none has a positive probability yet"
     told = ", ".join(f"{site.name} (p = {site.p:g})" for site in sites[:_NAMED])
     more = len(sites) - _NAMED
-    return f"{len(sites)}: {told}" + (f" and {more} more" if more > 0 else "")
+    return f"{len(sites)}: {told}" + (f" and {more} more" if more > 0 else "") + "; p is the paper's q"
 
 
 def _strengths(plan: Plan) -> str:

@@ -62,6 +62,26 @@ def test_no_finding(capsys):
     assert capsys.readouterr().out == "Net: 0 errors, 0 warnings, 0 notes.\n"
 
 
+def test_a_clean_audit_says_what_it_covered(capsys):
+    """How much, what it had no occasion for, and that there is nothing if every p is 0."""
+    for p in (0.4, 0.0):
+        assert main(["audit", "--config", QUICKSTART, *SMALL, f"--model.drop_prob={p}"]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert "variance-shift (no batch norm)" in told
+        assert ("Every p is 0" in told) == (p == 0)
+        assert ("12 checks over 5 dropouts in 8 draws" in told) == (p > 0)
+        assert ("nothing is dropped in a training step" in told) == (p == 0)
+
+
+def test_what_was_looked_at_is_every_kind_of_finding():
+    found = dr.audit(nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)), torch.randn(48, 16))
+    ids = {*found.coverage.checks, *found.coverage.left_out}
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    assert ids == {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert "variance-shift" in found.coverage.checks
+    assert found.coverage.left_out["ranks-share-masks"] == "one process"
+
+
 def masks(offset, kind):
     def check():
         if not torch.distributed.is_initialized():

@@ -107,6 +107,7 @@ def test_inspect_lists_sites_losses_and_what_would_happen(capsys):
     assert loss["estimators"] == ["antithetic", "forward", "double_backward"]
     assert "1,400,000 backward passes" in loss["untried"]["exact"]
     [outlook] = found["plans"]
+    assert found["configured"]
     assert outlook["callbacks"] == ["ExplicitPenalty", "ImplicitNoise"]
     assert "Back-propagated: loss + 2 R_approx + 1 s (whose gradient is xi_approx)." in outlook["plan"]
     assumed = {row["name"]: row for row in outlook["assumptions"]}
@@ -126,6 +127,7 @@ def test_inspect_without_dropout_tells_of_each_callback(capsys):
     assert "No dropout" in out
     assert all(name in out for name in ("ExplicitPenalty", "ImplicitNoise", "MiniBatchDropout"))
     assert "explicit penalty 0, " in out
+    assert "No callback of this package is configured. What each method would do" in " ".join(out.split())
 
 
 class Once(torch.autograd.Function):

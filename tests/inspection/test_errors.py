@@ -1,5 +1,8 @@
 """What cannot work is refused by a typed error that says what was found and what to do."""
 
+import copy
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,12 +29,30 @@ def test_no_dropout_site(make):
         train([make()], make=Plain)
 
 
-@pytest.mark.parametrize("make", ALL)
+ECONOMICAL = [
+    lambda: dr.ExplicitPenalty(batch_fraction=0.25),
+    lambda: dr.ImplicitNoise(batch_fraction="auto"),
+    dr.RDrop,
+]
+
+
+@pytest.mark.parametrize("make", [*ALL, *ECONOMICAL])
 def test_drop_probability_zero(make):
     """Dropout that is off at the moment is no error: the plain loss, and a word about it."""
-    with pytest.warns(UserWarning, match="drop probability 0"):
+    with pytest.warns(errors.NoDropoutWarning, match="drop probability 0"):
         model = train([make()], model_options={"p": 0.0})
     torch.testing.assert_close(model.losses, train(model_options={"p": 0.0}).losses)
+
+
+CALLBACKS = [dr.ExplicitPenalty, dr.ImplicitNoise, dr.MiniBatchDropout, dr.RDrop, dr.MaxNorm, dr.DropoutDiagnostics]
+
+
+@pytest.mark.parametrize("make", CALLBACKS)
+def test_a_misspelt_argument_is_answered_with_the_nearest(make):
+    name = next(iter(inspect.signature(make).parameters))
+    with pytest.raises(TypeError, match=f"{make.__name__} takes no '{name}e'. Did you mean '{name}'?"):
+        make(**{f"{name}e": 1})
+    copy.deepcopy(make(*([2] if make is dr.MaxNorm else [])))
 
 
 def test_evaluation_mode_is_no_dropout():
