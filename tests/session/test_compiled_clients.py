@@ -140,7 +140,9 @@ CASES += [pytest.param(make, "wrapped", "k draws", marks=pytest.mark.slow) for m
 def test_compiled_as_uncompiled(make, how, method, backend, recwarn):
     plain, compiled = (fit(make, each, method, backend) for each in (None, how))
     assert len(plain) == 6
-    torch.testing.assert_close(compiled, plain, rtol=1e-10, atol=1e-10)
+    # Llama's norm computes in float32 whatever it is given; Inductor rounds it in another order
+    near = 1e-6 if make is llama and backend == "inductor" else 1e-10
+    torch.testing.assert_close(compiled, plain, rtol=near, atol=near)
     warned = [str(w.message) for w in recwarn if w.category is errors.CompiledPartWarning]
     if OLD:
         return
