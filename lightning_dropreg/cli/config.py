@@ -9,7 +9,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 from yaml import YAMLError, safe_load  # type: ignore[import-untyped]
 
-from lightning_dropreg.cli.spelling import ATTRIBUTE, check_keys, nearest
+from lightning_dropreg.cli.spelling import ATTRIBUTE, check_keys, nearest, owner
 from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["ConfigParser", "LayeredConfigFile", "layers", "read_file"]
@@ -37,7 +37,7 @@ def _missing(message: str) -> str | None:
         return f"there is no {found[1]}.{found[2]}."
     keys, classes = _KEY.findall(message), _CLASS.findall(message)
     if keys and classes and (found := _OPTION.search(message)):
-        return f"{': '.join(keys)}: {classes[-1]} takes no {found[1]!r}."
+        return f"{': '.join(keys)}: {owner(message, found)} takes no {found[1]!r}."
     if found := _REQUIRED.search(message):
         names = [name.rpartition(".")[2] for name in found[1].split(", ")]
         if keys and classes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 
-__all__ = ["check_checkpoint", "check_writable", "message_of"]
+__all__ = ["check_checkpoint", "message_of"]
 
 _NO_DATA = re.compile(r"`(\w+_dataloader)` must be implemented")
 _CHOOSING = "trainer/connectors/accelerator_connector.py"
@@ -75,21 +75,3 @@ def check_checkpoint(path: object) -> None:
             f"--ckpt_path {path} is no checkpoint: its {file.stat().st_size} bytes are not what torch.save writes. "
             "Is the file whole?"
         )
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written to, before there is anything to write.
-
-    Args:
-        folder: Made if it is not there.
-
-    Raises:
-        InvalidArgumentError: If it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InvalidArgumentError(f"{folder} cannot be written to: {error.strerror}.") from error

@@ -11,13 +11,13 @@ from typing import Any
 
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["ATTRIBUTE", "check_keys", "nearest", "parameters"]
+__all__ = ["ATTRIBUTE", "check_keys", "nearest", "owner", "parameters"]
 
 # How jsonargparse says that it does not know something.
 _KEY = re.compile(r"(?:[Oo]ption|[Kk]ey) ['\"]([\w.]+)['\"] is not accepted|does not accept option ['\"]([\w.]+)['\"]")
 _ARGUMENT = re.compile(r"unrecognized arguments: --([\w.]+)")
 _CLASS = re.compile(r"class_path ['\"]([\w.]+)['\"]")
-_VALUE = re.compile(r"Got value: Namespace\(class_path=['\"]([\w.]+)['\"]")
+_VALUE = re.compile(r"Got value: Namespace\((?:init_args=.*, )?class_path=['\"]([\w.]+)['\"]")
 ATTRIBUTE = re.compile(r"module ['\"]([\w.]+)['\"] has no attribute ['\"](\w+)['\"]")
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
@@ -40,10 +40,8 @@ def nearest(message: str, parser: Any) -> str | None:
     if key is None:
         return None
     given: str = next(group for group in key.groups() if group)
-    # the class whose argument it is: named last before the key, or with the value that was given
-    classes = _CLASS.findall(message[: key.start()]) + _VALUE.findall(message[key.end() :])[:1]
-    if classes:
-        return _close(given.partition(".")[0], {*parameters(classes[-1]), *_OF_A_CLASS})
+    if kind := owner(message, key):
+        return _close(given.partition(".")[0], {*parameters(kind), *_OF_A_CLASS})
     group = re.search(r"Group ['\"]([\w.]+)['\"]", message)
     parts = [*(group[1].split(".") if group else ()), *given.split(".")]
     known = [name.split(".") for name in _destinations(parser)]
@@ -52,6 +50,22 @@ def nearest(message: str, parser: Any) -> str | None:
         if ".".join(parts[:depth]) not in there:
             return _close(".".join(parts[:depth]), there)
     return None
+
+
+def owner(message: str, key: re.Match[str]) -> str | None:
+    """Find the class whose argument a parser's message complains about.
+
+    Args:
+        message: What the parser says.
+        key: Where the argument is in it.
+
+    Returns:
+        The class with the value that was given, or named last before the key; None if it is no argument of a class.
+    """
+    rest, before = message[key.end() :].lstrip(". "), _CLASS.findall(message[: key.start()])
+    if given := _VALUE.match(rest) or (None if before else _VALUE.search(rest)):
+        return given[1]
+    return before[-1] if before else None
 
 
 def _close(name: str, known: Iterable[str]) -> str | None:

@@ -380,3 +380,9 @@ def test_a_value_of_the_wrong_type_is_told_in_one_line(options, told, tmp_path, 
     first, hint = capsys.readouterr().err.splitlines()
     assert first == f"dropreg fit: {told}"
     assert hint == "(all options: dropreg fit --help)"
+
+
+def test_an_option_of_a_class_within_is_answered_for_that_class(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", QUICKSTART, "--model.optimizer.init_args.weight_dceay=0.1"])
+    assert "torch.optim.Adam takes no 'weight_dceay'. Did you mean 'weight_decay'?" in capsys.readouterr().err
