@@ -126,8 +126,7 @@ def warn_of_kinks(module: nn.Module, plan: Plan, kinks: Mapping[str, int], choic
     if excess is not None and excess <= EXCESS:
         return
     size = (
-        "can be larger than xi_approx (1.4 to 3.7 times in ReLU networks, with step_size=0.1 and drop "
-        "probabilities from 0.5 down to 0.1)"
+        "can be larger than xi_approx, the more so the smaller step and drop probability"
         if excess is None
         else f"is {excess:.2f} times as large as xi_approx on the first batch"
     )

@@ -14,6 +14,8 @@ pytest.importorskip("matplotlib")
 ROOT = run.HERE.parents[1]
 PAGES = [ROOT / "README.md"]
 PAGES += [ROOT / "docs" / f"{name}.md" for name in ("is-it-worth-it", "when-does-the-noise-help", "rdrop", "costs")]
+COSTS = [ROOT / "README.md"]
+COSTS += [ROOT / "docs" / f"{name}.md" for name in ("start-here", "costs", "faq", "estimators", "quickstart", "index")]
 FOLDERS = sorted({run.folder_of(study) for study in run.STUDIES})
 
 
@@ -72,6 +74,22 @@ def test_every_difference_that_a_page_tells_is_in_a_committed_table():
             assert any(abs(v - float(value)) < near[0] and abs(e - float(error)) < near[1] for v, e in known), (
                 f"{page.name}: {value} ± {error} is in no table"
             )
+
+
+def test_every_range_of_costs_is_that_of_the_records():
+    with (ROOT / "docs" / "ranges.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        ratios = [
+            cost["ratio_to_dropout"]
+            for name in row["records"].split()
+            for cost in json.loads((run.HERE / f"bench_{name}.json").read_text())["costs"]
+            if cost["method"] in row["method"].split("|")
+        ]
+        assert f"{min(ratios):.1f} to {max(ratios):.1f}" == row["range"], row["method"]
+    for page in COSTS:
+        for told in re.findall(r"\b\d\.\d to \d\.\d\b", page.read_text()):
+            assert told in {row["range"] for row in rows}, f"{page.name}: {told} is in no record"
 
 
 def test_what_pages_say_of_results_has_a_row_of_data():
