@@ -51,7 +51,7 @@ def test_a_run_in_bfloat16_on_two_ranks_that_crashed_goes_on_bit_for_bit(tmp_pat
     ranks = run_on_two_ranks({"runs": check}, tmp_path)
     for rank in ranks:
         assert not isinstance(rank["runs"], str), rank["runs"]
-        (whole, _, weights), (first, _, _), (rest, losses, resumed) = rank["runs"]
+        (whole, _, weights), (first, _, _), (rest, _, resumed) = rank["runs"]
         assert (len(whole), len(first), len(rest)) == (8, 4, 4)
         assert all(torch.equal(a, b) for a, b in zip(whole, first + rest, strict=True))
         assert all(torch.equal(weights[name], resumed[name]) for name in weights)
