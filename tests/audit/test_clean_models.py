@@ -77,8 +77,10 @@ def test_from_pretrained(tmp_path):
     assert [one for one in dr.audit(model.train(), electra()[1]) if one.severity != "note"] == []
 
 
-@pytest.mark.parametrize("page", ["audit.md", "placing.md"])
+@pytest.mark.parametrize("page", ["audit.md", "placing.md", "howto/own_loss.md", "howto/lora.md"])
 def test_pages(page):
+    if "lora" in page:
+        pytest.importorskip("peft")
     assert tuple(doctest.testfile(str(DOCS / page), module_relative=False)) == (0, _examples(page))
 
 
