@@ -288,8 +288,8 @@ MUTATIONS: dict[str, Row] = {
     ),
     "other number of ranks": (
         "session/base.py",
-        "check_resumable(companions, states, resuming=is_resuming(trainer))",
-        "check_resumable(companions, states, resuming=trainer.world_size == 1)",
+        "self._begin(trainer, pl_module, seeds[0] if seeds else None)",
+        "self._begin(trainer, pl_module, None)",
         "session/test_ranks.py -k goes_on_as_one",
     ),
     "plain checkpoints": (

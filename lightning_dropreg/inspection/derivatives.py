@@ -149,11 +149,13 @@ class _Comparison:
     small: Tensor
     floor: float
     sites: range = range(0)
+    kink: float = 0.0
+    """By how much slopes differ on both sides of where we stand (ReLU): half of it is in a step from side to side."""
 
     @property
     def error(self) -> float:
         """How far the finite steps can be trusted."""
-        return 4 * float((self.large - self.small).norm()) + self.floor
+        return 4 * float((self.large - self.small).norm()) + self.kink + self.floor
 
     @property
     def difference(self) -> float:
@@ -267,11 +269,18 @@ class _Step:
         count = len(self.sites)
         width = -(-count // groups)
         by_gradient = None if self.estimator == "forward" else self._gradients()
+        centre = self._values(self._pass(Off()))
         for start in range(0, count, width):
             group = range(start, min(start + width, count))
-            large, small = (self._difference(step, group) for step in (self.step, self.step / 2))
+            differences, bends = [], []
+            for step in (self.step, self.step / 2):
+                plus, minus = (self._values(self._pass(rule)) for rule in self._pair(step, group))
+                differences.append((plus - minus) / (2 * step))
+                bends.append((plus + minus - 2 * centre) / (2 * step))
+            # of a smooth function a bend goes to 0 with the step, at a kink it stays: what it is at step 0
+            kink = float((2 * bends[1] - bends[0]).norm())
             derivative = self._tangent(group) if by_gradient is None else by_gradient[:, list(group)].sum(1)
-            yield _Comparison(derivative, large, small, self._floor(self.step), group)
+            yield _Comparison(derivative, *differences, self._floor(self.step), group, kink)
 
     def of_all(self) -> _Comparison:
         """All sites together: the gradient of the change in everything trained, and the second derivative."""
@@ -294,13 +303,11 @@ class _Step:
     def _pass(self, rule: Rule) -> Pass:
         return run_pass(self.closure, rule, record_losses=self.record)
 
-    def _pair(self, step: float, group: Sequence[int]) -> Iterator[list[Tensor]]:
-        for sign in (1, -1):
-            yield self.scalars(self._pass(_PerturbSome(self._directions(), sign * step, group)))
+    def _pair(self, step: float, group: Sequence[int]) -> Iterator[Rule]:
+        return (_PerturbSome(self._directions(), sign * step, group) for sign in (1, -1))
 
-    def _difference(self, step: float, group: Sequence[int]) -> Tensor:
-        plus, minus = (torch.stack(scalars).detach().double().cpu() for scalars in self._pair(step, group))
-        return (plus - minus) / (2 * step)
+    def _values(self, done: Pass) -> Tensor:
+        return torch.stack(self.scalars(done)).detach().double().cpu()
 
     def _gradients(self) -> Tensor:
         """``<d scalar / d tap_i, r_i>``, one row for each scalar and one column for each site."""
@@ -338,7 +345,8 @@ class _Step:
         return [self._gradient_of(scalar) for scalar in self.scalars(self._pass(Off()))]
 
     def _gradient_differences(self, step: float) -> list[Tensor]:
-        plus, minus = (list(map(self._gradient_of, scalars)) for scalars in self._pair(step, range(len(self.sites))))
+        pair = self._pair(step, range(len(self.sites)))
+        plus, minus = (list(map(self._gradient_of, self.scalars(self._pass(rule)))) for rule in pair)
         return [(a - b) / (2 * step) for a, b in zip(plus, minus, strict=True)]
 
     def _second(self) -> _Comparison:

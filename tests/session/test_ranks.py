@@ -186,6 +186,7 @@ def fsdp2(callbacks):
 
 def own_seeds():
     """Without seed_everything, each rank has a seed of its own; the checkpoint has one."""
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of the fits before
     torch.manual_seed(1)
     model = Classifier()
     torch.manual_seed(100 + int(os.environ["LOCAL_RANK"]))
@@ -218,7 +219,7 @@ def skipping():
 
 
 MANUAL = ("algorithm 2, antithetic, loss", "dropout noise, after_backward", "algorithm 4, loss", "low memory")
-MANUAL_SAME_NOISE = ("algorithm 2, antithetic, loss", "algorithm 4, loss")
+MANUAL_SAME_NOISE = ("algorithm 2, antithetic, loss", "algorithm 2, antithetic, after_backward", "algorithm 4, loss")
 
 
 def gan(method):
@@ -322,9 +323,11 @@ def test_replicas_that_optimize_manually_are_identical(ranks, method):
 
 @pytest.mark.parametrize("method", MANUAL_SAME_NOISE)
 def test_two_halves_give_the_gradient_of_the_whole_with_manual_optimization(ranks, method):
+    """And noise for the time after the backward is added to the loss, which has the same gradient."""
     one, _ = found(ranks, f"manual half, {method}")
+    in_loss = method.replace("after_backward", "loss")
     with SameNoise(6, slice(None)):
-        whole = fit(METHODS[method](), make=Manual, devices=1, strategy="auto", max_epochs=2).gradients
+        whole = fit(METHODS[in_loss](), make=Manual, devices=1, strategy="auto", max_epochs=2).gradients
     assert len(one) == len(whole) == 8
     for a, b in zip(one, whole):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
@@ -385,9 +388,11 @@ def test_the_seed_of_all_ranks_is_one(ranks):
 def test_a_run_of_two_ranks_goes_on_as_one(ranks):
     assert found(ranks, "save") == [True, True]
     model = Classifier()
-    trainer = make_trainer(METHODS["algorithm 2, antithetic, loss"](), max_epochs=2)
-    trainer.fit(model, make_loader(), ckpt_path=ranks[0] / "two.ckpt")
+    L.seed_everything(7, verbose=False)
+    callbacks = METHODS["algorithm 2, antithetic, loss"]()
+    make_trainer(callbacks, max_epochs=2).fit(model, make_loader(), ckpt_path=ranks[0] / "two.ckpt")
     assert len(model.gradients) == 4
+    assert [callback._used_seed for callback in callbacks] == [1, 1]  # the noise goes on where it was
 
 
 def test_a_divergence_on_one_rank_counts_for_both(ranks):
