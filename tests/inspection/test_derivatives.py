@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import lightning_dropreg as dr
 from lightning_dropreg.errors import LossNotRecognizedError, UnsupportedOperationError
 from lightning_dropreg.functional import explicit_penalty, find_support, implicit_noise
+from lightning_dropreg.inspection.derivatives import compare_derivatives
 
 Q = 0.2
 FOLLOWING = ["forward", "double_backward", "exact"]
@@ -183,6 +184,41 @@ def test_a_network_with_kinks_is_not_refused():
         for estimator in ("forward", "double_backward"):
             explicit_penalty(closure, estimator=estimator)
             implicit_noise(closure, estimator=estimator)
+
+
+class Kinked(nn.Module):
+    """A few units with kinks, some of which lie within the finite step; `half` halves gradients on the way."""
+
+    def __init__(self, seed, half=False):
+        super().__init__()
+        torch.manual_seed(seed)
+        width, rows = 4 + seed % 30, 1 + seed % 19
+        self.first, self.second, self.last = nn.Linear(16, width), nn.Linear(width, width), nn.Linear(width, 3)
+        self.x, self.y, self.half = torch.randn(rows, 16), torch.randint(3, (rows,)), half
+
+    def loss(self):
+        h = F.dropout(F.relu(self.first(F.dropout(self.x, Q))), Q)
+        if self.half:
+            h = h / 2 + h.detach() / 2
+        return F.cross_entropy(self.last(F.dropout(F.relu(self.second(h)), Q)), self.y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kinks_within_the_step_neither_refuse_nor_hide(dtype):
+    """Of 960 networks with a wrong derivative (two losses, three ways) 6 are not seen, where a kink outweighs all.
+
+    With 16 networks that is 0.1 on the average: more than two has a probability below 0.001. In the last four a unit
+    stands so near its kink that both steps cross it.
+    """
+    torch.set_default_dtype(dtype)
+    hidden = 0
+    for seed in [*range(12), 47, 49, 67, 175]:
+        for curvature in ("loss_hessian", None):
+            fine = compare_derivatives(Kinked(seed).loss, "double_backward", curvature=curvature)
+            assert fine.measured.outcome == "holds", (seed, curvature)
+        wrong = compare_derivatives(Kinked(seed, half=True).loss, "double_backward", curvature="loss_hessian")
+        hidden += wrong.measured.outcome != "error"
+    assert hidden <= 2
 
 
 def test_values_that_no_gradient_follows_are_no_reason():
