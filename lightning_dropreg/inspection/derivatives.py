@@ -290,7 +290,8 @@ class _Step:
             # of a smooth function a bend goes to 0 with the step, at a kink it stays: what it is at step 0
             kink = float((2 * bends[1] - bends[0]).norm())
             derivative = self._tangent(group) if by_gradient is None else by_gradient[:, list(group)].sum(1)
-            yield _Comparison(derivative, *differences, self._floor(self.step), group, kink)
+            large, small = differences
+            yield _Comparison(derivative, large, small, self._floor(self.step), group, kink)
 
     def of_all(self) -> _Comparison:
         """All sites together: the gradient of the change in everything trained, and the second derivative."""
