@@ -198,8 +198,7 @@ def own_seeds():
 
 def save(folder):
     def check():
-        callbacks = METHODS["algorithm 2, antithetic, loss"]()
-        model = fit(callbacks, max_epochs=1)
+        model = fit(STRATEGIES["loss"](), max_epochs=1)
         model.trainer.save_checkpoint(f"{folder}/two.ckpt")
         return True
 
@@ -389,8 +388,9 @@ def test_a_run_of_two_ranks_goes_on_as_one(ranks):
     assert found(ranks, "save") == [True, True]
     model = Classifier()
     L.seed_everything(7, verbose=False)
-    callbacks = METHODS["algorithm 2, antithetic, loss"]()
-    make_trainer(callbacks, max_epochs=2).fit(model, make_loader(), ckpt_path=ranks[0] / "two.ckpt")
+    make_trainer(callbacks := STRATEGIES["loss"](), max_epochs=2).fit(
+        model, make_loader(), ckpt_path=ranks[0] / "two.ckpt"
+    )
     assert len(model.gradients) == 4
     assert [callback._used_seed for callback in callbacks] == [1, 1]  # the noise goes on where it was
 
