@@ -388,9 +388,8 @@ def test_a_run_of_two_ranks_goes_on_as_one(ranks):
     assert found(ranks, "save") == [True, True]
     model = Classifier()
     L.seed_everything(7, verbose=False)
-    make_trainer(callbacks := STRATEGIES["loss"](), max_epochs=2).fit(
-        model, make_loader(), ckpt_path=ranks[0] / "two.ckpt"
-    )
+    trainer = make_trainer(callbacks := STRATEGIES["loss"](), max_epochs=2)
+    trainer.fit(model, make_loader(), ckpt_path=ranks[0] / "two.ckpt")
     assert len(model.gradients) == 4
     assert [callback._used_seed for callback in callbacks] == [1, 1]  # the noise goes on where it was
 
