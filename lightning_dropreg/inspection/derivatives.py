@@ -32,7 +32,6 @@ __all__ = ["Compared", "compare_derivatives", "measure", "measure_targets"]
 TOLERANCE = 0.05
 """Relative difference from which on a derivative is another; trusted finite steps are far closer."""
 _KEY = 0  # of directions that nobody trains with
-_KEYS = (0, 1, 2)  # along some of them a kink lies too near to judge
 _STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
 _VECTORS = 3
 _ENTRIES = 4096  # of a tensor's gradient, about so many are compared
@@ -91,6 +90,7 @@ def compare_derivatives(
     mask: str = "as_model",
     names: Sequence[str] = (),
     groups: int = 48,
+    attempts: int = 3,
 ) -> Compared:
     """Compare the derivatives that an estimator follows with finite steps.
 
@@ -101,6 +101,7 @@ def compare_derivatives(
         mask: ``"as_model"`` or ``"elementwise"``.
         names: What the sites are called, in order, for the message.
         groups: In how many groups of sites they are looked at; of fewer sites every one by itself.
+        attempts: Along how many directions at most: where a kink lies too near, another tells.
 
     Returns:
         The largest relative difference, and the error to raise if that is too large; the sites are all where it cannot
@@ -110,14 +111,14 @@ def compare_derivatives(
     if estimator == "antithetic":
         return Compared(Measured(name, note="antithetic takes finite steps itself"))
     try:
-        for key in _KEYS:
-            step = _Step(closure, estimator, curvature, mask, key)
-            sites = step.sites
-            if not sites:
+        for attempt in range(attempts):
+            step = _Step(closure, estimator, curvature, mask, _KEY + attempt)
+            if not step.sites:
                 return Compared(Measured(name, note="no site is reached"))
-            found, whole = list(step.of_sites(groups)), step.of_all()
-            if any(each.wrong for each in (*found, whole)) or not any(each.undecided for each in (*found, whole)):
+            found = list(step.of_sites(groups))
+            if any(each.wrong for each in found) or not any(each.undecided for each in found):
                 break
+        whole = step.of_all()
     except (DropregError, RuntimeError, NotImplementedError) as error:  # the estimator will say so itself
         return Compared(Measured(name, note=f"not compared: {str(error).partition(chr(10))[0]}"))
     wrong = [each for each in found if each.wrong]
@@ -128,8 +129,8 @@ def compare_derivatives(
     worst = max(differences, default=0.0)
     if not wrong and not whole.wrong:
         return Compared(Measured(name, min(worst, TOLERANCE), TOLERANCE, note=f"{estimator} against finite steps"))
-    at = [index for each in wrong for index in each.sites] or list(range(len(sites)))
-    called = ", ".join((names[n] if n < len(names) else "") or _called(sites[n]) for n in at)
+    at = [index for each in wrong for index in each.sites] or list(range(len(step.sites)))
+    called = ", ".join((names[n] if n < len(names) else "") or _called(step.sites[n]) for n in at)
     reason = (
         wrong[0].reason
         if wrong
@@ -157,6 +158,11 @@ class _Comparison:
     """By how much slopes differ on both sides of where we stand (ReLU): half of it is in a step from side to side."""
 
     @property
+    def size(self) -> float:
+        """The larger of both."""
+        return max(float(self.derivative.norm()), float(self.small.norm()))
+
+    @property
     def error(self) -> float:
         """How far the finite steps can be trusted."""
         return 4 * float((self.large - self.small).norm()) + self.kink + self.floor
@@ -164,25 +170,23 @@ class _Comparison:
     @property
     def difference(self) -> float:
         """Relative difference of derivative and finite step."""
-        size = max(float(self.derivative.norm()), float(self.small.norm()))
-        return float((self.derivative - self.small).norm()) / size if size > self.error else 0.0
+        return float((self.derivative - self.small).norm()) / self.size if self.size > self.error else 0.0
 
     @property
     def trusted(self) -> bool:
         """Whether the finite steps agree well enough to judge by."""
-        return self.error < TOLERANCE * max(float(self.small.norm()), float(self.derivative.norm()))
+        return self.error < TOLERANCE * self.size
 
     @property
     def undecided(self) -> bool:
         """Whether there is something to judge and the finite steps do not agree well enough."""
-        return not self.trusted and max(float(self.small.norm()), float(self.derivative.norm())) > self.floor
+        return self.floor < self.size and not self.trusted
 
     @property
     def wrong(self) -> bool:
         """Whether the derivative is another's."""
         off = float((self.derivative - self.small).norm())
-        size = max(float(self.derivative.norm()), float(self.small.norm()))
-        return math.isfinite(off) and off > TOLERANCE * size + self.error
+        return math.isfinite(off) and off > TOLERANCE * self.size + self.error
 
     @property
     def reason(self) -> str:
@@ -279,7 +283,7 @@ class _Step:
         count = len(self.sites)
         width = -(-count // groups)
         by_gradient = None if self.estimator == "forward" else self._gradients()
-        centre = self._values(self._pass(Off()))
+        centre, floor = self._values(self._pass(Off())), 100 * self.digits * self.size / self.step
         for start in range(0, count, width):
             group = range(start, min(start + width, count))
             differences, bends = [], []
@@ -291,7 +295,7 @@ class _Step:
             kink = float((2 * bends[1] - bends[0]).norm())
             derivative = self._tangent(group) if by_gradient is None else by_gradient[:, list(group)].sum(1)
             large, small = differences
-            yield _Comparison(derivative, large, small, self._floor(self.step), group, kink)
+            yield _Comparison(derivative, large, small, floor, group, kink)
 
     def of_all(self) -> _Comparison:
         """All sites together: the gradient of the change in everything trained, and the second derivative."""
@@ -304,9 +308,6 @@ class _Step:
         if self.curvature == FULL:
             comparisons.append(self._second())
         return max(comparisons, key=lambda each: (each.wrong, each.difference))
-
-    def _floor(self, step: float) -> float:
-        return 100 * self.digits * self.size / step
 
     def _directions(self) -> Directions:
         return Directions(self.key, self.mask)  # the same in every pass
@@ -322,7 +323,7 @@ class _Step:
 
     def _gradients(self) -> Tensor:
         """``<d scalar / d tap_i, r_i>``, one row for each scalar and one column for each site."""
-        tap = self._tap()
+        tap = Tap(self._directions(), draw=True)
         rows = []
         for scalar in self.scalars(self._pass(tap)):
             found: Sequence[Tensor | None] = [None] * len(tap.taps)
@@ -332,9 +333,6 @@ class _Step:
                 [0.0 if g is None else float((g * r).double().sum()) for g, r in zip(found, tap.draws, strict=True)]
             )
         return torch.tensor(rows, dtype=torch.float64)
-
-    def _tap(self) -> Tap:
-        return Tap(self._directions(), draw=True)
 
     def _tangent(self, group: Sequence[int]) -> Tensor:
         with forward_ad.dual_level():
@@ -348,7 +346,7 @@ class _Step:
                 for scalar in self.scalars(self._pass(Tangent(self._directions()))):
                     yield _tangent_of(scalar)
         else:
-            tap = self._tap()
+            tap = Tap(self._directions(), draw=True)
             for scalar in self.scalars(self._pass(tap)):
                 yield directional_derivative(scalar, tap)
 

@@ -135,11 +135,16 @@ class Part:
         hand_back(traced, mode, _node_of(traced.losses, output))
         return output
 
+    @property
+    def runs_compiled(self) -> bool:
+        """Whether it has run in its graph in passes so far."""
+        return self.refused is None and bool(self._known)
+
     def told(self) -> str:
         """Say how the part has run in passes so far."""
         if self.refused is not None:
             return f"{self._path} runs uncompiled: {self.refused}"
-        if not self._known:
+        if not self.runs_compiled:
             return f"{self._path} runs uncompiled: these passes ask what no graph can answer."
         sites = {len(structure) for structures in self._known.values() for structure in structures}
         count = "1 dropout site" if sites == {1} else f"{' or '.join(map(str, sorted(sites)))} dropout sites"

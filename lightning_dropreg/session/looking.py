@@ -340,7 +340,7 @@ class Looks:
         found = [measure_targets(batch.aside)] if self.plan.needs_losses else []
         compare = partial(compare_derivatives, batch.aside, names=[site.name for site in sites])
         if again:
-            compare = partial(compare, groups=1)
+            compare = partial(compare, groups=1, attempts=1)  # the next look sees another batch
         for estimator, curvature, mask in sorted(self.plan.followed, key=str):
             found.append(compare(estimator, curvature=curvature, mask=mask).measured)
         self.measured += [] if again else found

@@ -98,9 +98,8 @@ def rehearse(
             values = {"explicit penalty": result.penalty.item(), **values}
         parts = session.looks.compiled.parts.values()
         if parts:
-            fallback = any("runs uncompiled" in part.told() for part in parts)
-            told = " ".join(part.told() for part in parts)
-            measured.append(Measured("compiled", outcome="fallback" if fallback else "holds", note=told))
+            outcome = "holds" if all(part.runs_compiled for part in parts) else "fallback"
+            measured.append(Measured("compiled", outcome=outcome, note=" ".join(part.told() for part in parts)))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         told = f"not finite: {', '.join(bad)}" if bad else f"finite: {', '.join(values)}"
         measured.append(Measured("finite", float(len(bad)), 0.0, "warning" if bad else "holds", told))

@@ -205,9 +205,9 @@ class Kinked(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kinks_within_the_step_neither_refuse_nor_hide(dtype):
-    """Of 960 networks with a wrong derivative (two losses, three ways) 6 are not seen, where a kink outweighs all.
+    """Of 960 networks with a wrong derivative (two losses, four ways) 10 are not seen, where a kink outweighs all.
 
-    With 16 networks that is 0.1 on the average: more than two has a probability below 0.001. In the last four a unit
+    With 16 networks that is 0.2 on the average: more than two has a probability below 0.001. In the last four a unit
     stands so near its kink that both steps cross it.
     """
     torch.set_default_dtype(dtype)
