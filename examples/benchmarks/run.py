@@ -2,7 +2,8 @@
 
 python -m examples.benchmarks.run [STUDY ...] [--report]
 
-Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative text labels r_drop. Run from the root of a
+Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative text labels r_drop
+remedies. Run from the root of a
 clone; all of them take about two hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a
 command that was stopped goes on. `--report` trains nothing and draws what is there; `--list` says what that is. What
 was measured before (bench time_to_quality paper_small) is drawn from the files that were kept of it.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from examples import claims
@@ -23,7 +24,17 @@ from examples.benchmarks.style import plain_label
 
 HERE = Path(__file__).parent
 TUNED = {"tuned40": 0.4, "tuned10": 0.1, "tuned0": 0.0}
-STUDIES = ["ablations", "claims", "dose", "dose8", "map", *TUNED, "negative", "text", "labels", "r_drop"]
+STUDIES = ["ablations", "claims", "dose", "dose8", "map", *TUNED, "negative", "text", "labels", "r_drop", "remedies"]
+PLAIN: dict[str, tuple[Callable[[], list[Run]], Callable[[Records], None]]] = {
+    "ablations": (studies.tuning_of_ablations, reports.ablations),
+    "claims": (studies.claims, reports.claims),
+    "dose": (studies.beside_penalty, reports.dose),
+    "dose8": (studies.beside_dropout, reports.dose),
+    "map": (lambda: [run for pair in studies.map_of_noise() for run in pair], reports.map_of_noise),
+    "labels": (studies.labels, later_reports.labels),
+    "r_drop": (studies.r_drop, later_reports.r_drop),
+}
+"""Studies in which nothing is chosen: their runs, and what makes tables of them."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -58,18 +69,10 @@ def run_study(study: str, train: bool) -> None:
             spent = "kept" if known else f"{time.perf_counter() - started:.0f} s"
             print(f"{study} {run.part} {number + 1}/{len(runs)}: {label}: {value} ({spent})", flush=True)
 
-    if study == "ablations":
-        make(studies.tuning_of_ablations())
-        reports.ablations(made)
-    elif study == "claims":
-        make(studies.claims())
-        reports.claims(made)
-    elif study in {"dose", "dose8"}:
-        make(studies.beside_penalty() if study == "dose" else studies.beside_dropout())
-        reports.dose(made)
-    elif study == "map":
-        make([run for pair in studies.map_of_noise() for run in pair])
-        reports.map_of_noise(made)
+    if study in PLAIN:
+        runs, report = PLAIN[study]
+        make(runs())
+        report(made)
     elif study in TUNED:
         grid = studies.tuned(TUNED[study])
         for method in dict.fromkeys(run.method for run in grid):  # what is stopped has finished methods to show
@@ -85,9 +88,10 @@ def run_study(study: str, train: bool) -> None:
     elif study == "text":
         make(studies.text("python manual" if text.ROOT is None else "ptb"))
         later_reports.text(made)
-    elif study in {"labels", "r_drop"}:
-        make(studies.labels() if study == "labels" else studies.r_drop())
-        (later_reports.labels if study == "labels" else later_reports.r_drop)(made)
+    elif study == "remedies":
+        make(studies.remedies())
+        make(studies.chosen(studies.remedies(), made, studies.SEEDS["remedies"]))
+        later_reports.remedies(made)
     elif study in older.REPORTS:
         older.REPORTS[study](HERE)
     else:

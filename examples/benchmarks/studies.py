@@ -20,6 +20,7 @@ __all__ = [
     "map_of_noise",
     "negative",
     "r_drop",
+    "remedies",
     "text",
     "tuned",
 ]
@@ -33,6 +34,7 @@ SEEDS = {
     "text": list(range(5000, 5008)),
     "labels": list(range(6000, 6016)),
     "r_drop": list(range(7000, 7016)),
+    "remedies": list(range(8000, 8032)),
 }
 A = Setting()
 """Full batch, 40 % random labels: no noise but dropout's."""
@@ -188,6 +190,17 @@ def r_drop() -> list[Run]:
                 Run("R, quarter", strength, steps, SEEDS["r_drop"], "equal steps"),
             ]
     return runs
+
+
+def remedies() -> list[Run]:
+    """The whole curvature and generalized cross entropy with dropout, both with their q tuned, on the tuning seeds."""
+    setting = replace(A, batch_size=50, rate=0.4, passes=2400, count_steps=False)
+    strengths = {0.35: (1.3, 1.6), 0.45: (0.85, 1.05), 0.55: (0.57, 0.7), 0.65: (0.38, 0.46)}  # x q/(1-q): 0.7, 0.85
+    grids: dict[str, list[dict[str, Any]]] = {
+        "curvature full": [{"q": q, "strength": s} for q, each in strengths.items() for s in each],
+        "generalized CE with dropout": [{"q": q, "power": p} for q in (0.25, 0.35, 0.45, 0.55) for p in (0.5, 0.7)],
+    }
+    return [Run(method, own, setting, SEEDS["tuning"], "tuning") for method, grid in grids.items() for own in grid]
 
 
 REGRESSION = Setting(
