@@ -1,7 +1,6 @@
 """Nothing public is missing in the documentation, every page can be reached. (`scripts/docs.sh` builds the site.)"""
 
 import importlib
-import inspect
 import pkgutil
 import re
 import types
@@ -30,10 +29,8 @@ def test_every_public_name_has_a_docstring(name):
     exported = getattr(module, "__all__", None)
     assert exported is not None
     values = {member: getattr(module, member) for member in exported}
-    documented = [inspect.isclass(value) or inspect.isroutine(value) for value in values.values()]
-    missing = [
-        member for (member, value), told in zip(values.items(), documented, strict=True) if told and not value.__doc__
-    ]
+    told = (type, types.FunctionType)  # by type(), since an alias calls itself a class in Python 3.10
+    missing = [member for member, value in values.items() if issubclass(type(value), told) and not value.__doc__]
     assert not missing
 
 
