@@ -46,7 +46,7 @@ from lightning_dropreg.inspection.support import find_support
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.isolation import Isolation
-from lightning_dropreg.step.closures import OnRows, carry_out
+from lightning_dropreg.step.closures import OnRows, run_plan
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
 from lightning_dropreg.step.settings import AUTO_FRACTION, check_curvature, check_estimation, check_fraction
 
@@ -159,7 +159,7 @@ def regularize(
         penalty=_penalty(strength, curvature, how) if penalty else None,
         noise=NoiseSettings(check_strength(noise_strength, "noise_strength"), "taylor", "loss", how) if noise else None,
     )
-    found = carry_out(plan, closure, generator, module, rows, batch_size)
+    found = run_plan(plan, closure, generator, module, rows, batch_size)
     return Regularized(found.loss, found.penalty, found.noise, found.total)
 
 
@@ -223,7 +223,7 @@ def explicit_penalty(
         4.0
     """
     plan = Plan(penalty=_penalty(1.0, curvature, _how(estimator, step_size, mask)))
-    penalty = carry_out(plan, closure, generator, module).penalty
+    penalty = run_plan(plan, closure, generator, module).penalty
     assert penalty is not None
     return penalty
 
@@ -273,7 +273,7 @@ def implicit_noise(
         1.0
     """
     plan = Plan(noise=NoiseSettings(1.0, "taylor", "loss", _how(estimator, step_size, mask)))
-    noise = carry_out(plan, closure, generator, module).noise
+    noise = run_plan(plan, closure, generator, module).noise
     assert noise is not None
     return noise
 
@@ -317,7 +317,7 @@ def dropout_loss(
     """
     check_draws(k, antithetic)
     check_sites(sites)
-    return carry_out(Plan(k=k, antithetic=antithetic, sites=sites), closure, generator, module, mean=False).total
+    return run_plan(Plan(k=k, antithetic=antithetic, sites=sites), closure, generator, module, mean=False).total
 
 
 def plain_loss(closure: Closure) -> Tensor:

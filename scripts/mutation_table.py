@@ -341,7 +341,7 @@ MUTATIONS: dict[str, Row] = {
         "uncertainty/test_fixed_masks.py -k put_in_batches",
     ),
     "without a trainer": (
-        "step/share.py",
+        "step/pass_group.py",
         "return math.sqrt(fraction) * (self.noise or self.later)",
         "return fraction * (self.noise or self.later)",
         "test_regularize.py -k some_of_the_rows",

@@ -15,11 +15,9 @@ from lightning_dropreg.auditing.masks import Mask, read_mask
 from lightning_dropreg.interception.handlers.composite import open_up
 from lightning_dropreg.interception.handlers.custom import drop
 from lightning_dropreg.interception.handlers.dropout import channel_mask
-from lightning_dropreg.losses import RECOGNIZED
 
-__all__ = ["HANDLERS", "LOSSES"]
+__all__ = ["HANDLERS"]
 
-LOSSES = frozenset(RECOGNIZED)
 _MOST = 1 << 22  # probabilities of attention of which the mask is read
 
 

@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_dropreg.auditing.calls import Call, Draw, HandMask, LossCall
-from lightning_dropreg.auditing.functions import HANDLERS, LOSSES
+from lightning_dropreg.auditing.functions import HANDLERS
 from lightning_dropreg.auditing.masks import digest, read_mask
 from lightning_dropreg.auditing.places import Paths, Place, current_line
 from lightning_dropreg.interception.handlers.dropout import channel_mask
+from lightning_dropreg.losses import RECOGNIZED
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS, hidden_from_modes
 from lightning_dropreg.passes.randomness import RandomState
 from lightning_dropreg.passes.reach import Reach
@@ -116,7 +117,7 @@ class Watch(TorchFunctionMode):
                 self._note_hand_mask(name, args)
         result = func(*args, **kwargs)
         self._note(name, drew=kwargs.get("generator") is not None)
-        if func in LOSSES:
+        if func in RECOGNIZED:
             # prediction and target may stand the other way round
             given = [one for one in (*args[:2], kwargs.get("input")) if isinstance(one, Tensor)]
             made = next((one for one in given if one.grad_fn is not None), None)

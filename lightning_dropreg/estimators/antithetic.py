@@ -27,7 +27,7 @@ def antithetic(
     mask: str,
     key: int,
     restart: Callable[[], None] = lambda: None,
-    aside: Closure | None = None,
+    run_without_trace: Closure | None = None,
 ) -> Estimate:
     r"""Estimate loss, penalty and noise by central differences over all dropout sites at once.
 
@@ -50,8 +50,8 @@ def antithetic(
         mask: See there.
         key: See there.
         restart: Called when what the closure has done so far is not to count.
-        aside: Does the same as the closure, leaving no trace; given where it was not looked at before whether targets
-            and weights stand still, so that every pair shows it (`lightning_dropreg.estimators.fixed`).
+        run_without_trace: Does the same as the closure, leaving no trace; given where it was not looked at before
+            whether targets and weights stand still, so that every pair shows it (`lightning_dropreg.estimators.fixed`).
 
     Returns:
         Loss, penalty and noise.
@@ -77,8 +77,10 @@ def antithetic(
     if record:
         of_both = weights_of_both(plus, minus)
         weights = [(a + b) / 2 for a, b in of_both]
-        if aside is not None:
-            check_fixed(plus, minus, of_both, lambda: check_pair_of_steps(aside, step_size / 100, mask, key))
+        if run_without_trace is not None:
+            check_fixed(
+                plus, minus, of_both, lambda: check_pair_of_steps(run_without_trace, step_size / 100, mask, key)
+            )
     return combine(plus, minus, weights, curvature, noise, step_size)
 
 

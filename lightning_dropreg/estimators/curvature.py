@@ -12,8 +12,9 @@ curvatures are
 | ``identity``      | ``I / C``                     | section 5.2, ablation |
 | ``loss_jacobian`` | ``(dl_t/dz_t)^T (dl_t/dz_t)`` | (5.1), ablation       |
 
-and the estimators need ``u^T M u`` (`quadratic_form`), a random ``v`` with ``E[v v^T] = w M`` (`factor`), or ``w M``
-itself (`matrix`, by automatic differentiation of the loss alone: the oracle for the other two).
+and the estimators need ``u^T M u`` (`quadratic_form`, or `pair_quadratic_form`, which takes ``u`` from the difference
+of an antithetic pair's passes), a random ``v`` with ``E[v v^T] = w M`` (`factor`), or ``w M`` itself (`matrix`, by
+automatic differentiation of the loss alone: the oracle for the others).
 
 A fourth, ``full``, is no matrix between outputs: it is the second derivative of the returned loss itself in the sites'
 activations, ``1/2 sum_i c_i <d2 L/dh_i2, diag(h_i^2)>``, the whole of (4.2) with the term ``dl/dz d2z/dh2`` that (4.3)

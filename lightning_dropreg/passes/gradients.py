@@ -39,7 +39,7 @@ def leaves_of(*values: Tensor) -> list[Tensor] | None:
         values: Tensors with an autograd graph.
 
     Returns:
-        The leaves; None if their gradients cannot be taken aside: a hook on a leaf would act twice, and a reentrant
+        The leaves; None if their gradients cannot be taken alone: a hook on a leaf would act twice, and a reentrant
         checkpoint can only be differentiated by a ``backward`` of the whole.
 
     Example:

@@ -200,7 +200,7 @@ class Isolation:
         random_state.restore()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def without_trace(self) -> Iterator[None]:
         """Run further steps (with ``trace=False``) after `settle` and put everything back as it is now."""
         assert self._start_random is not None
         current, current_random = self.holders.now(), self._start_random.again()

@@ -65,7 +65,7 @@ class Pairable:
 
 
 class Batch:
-    """One batch: runs the user's step on it (a `lightning_dropreg.step.share.BatchRunner`)."""
+    """One batch: runs the user's step on it (a `lightning_dropreg.step.pass_group.BatchRunner`)."""
 
     looked_at = True  # by the session, before the first
 
@@ -107,21 +107,21 @@ class Batch:
         self.share = 1.0
 
     def whole(self) -> Tensor:
-        """See `lightning_dropreg.step.share.BatchRunner`."""
+        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
         return self._run(self.original, trace=self.lasting)
 
-    def aside(self) -> Tensor:
-        """See `lightning_dropreg.step.share.BatchRunner`."""
+    def run_without_trace(self) -> Tensor:
+        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
         return self._run(self.original, trace=False)
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
-        """See `lightning_dropreg.step.share.BatchRunner`."""
+        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
         count = self.row_count(dim)
         rows, _ = draw_rows(count, fraction, dim, key)
         return self._on_rows(rows, dim, count), Rows(rows, count)
 
     def paired(self, fraction: float, dim: int, key: int, clean: bool = False) -> tuple[Closure, Layout, Pairs] | None:
-        """See `lightning_dropreg.step.share.BatchRunner`."""
+        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
         found = self.pairable
         if found is None:
             return None
@@ -171,18 +171,18 @@ class Batch:
         return self._on_rows(torch.cat([single, rows, rows]), dim, count, trace, cuts), pairs, cuts
 
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
-        """See `lightning_dropreg.step.share.BatchRunner`."""
+        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
         self.corrected[returned] = loss
 
     def forget(self) -> None:
-        """See `lightning_dropreg.step.share.BatchRunner`."""
+        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
         self.isolation.restart()
         self.logs.forget()
         self.output = self.pairable = None
         self.counts.known = None
 
     def drop_stale_gradients(self) -> None:
-        """See `lightning_dropreg.step.share.BatchRunner`."""
+        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
         if self.stale is not None:
             stale, self.stale = self.stale, None
             stale()

@@ -23,14 +23,14 @@ from lightning_dropreg.step.settings import AUTO_FRACTION
 __all__ = ["choose", "choose_fraction", "warn_of_kinks", "warn_of_line_search", "warn_of_no_bound"]
 
 
-def choose(trainer: Trainer, module: LightningModule, plan: Plan, aside: Closure, seen: Pass) -> Choice:
+def choose(trainer: Trainer, module: LightningModule, plan: Plan, run_without_trace: Closure, seen: Pass) -> Choice:
     """Choose the estimator of a plan that leaves it open.
 
     Args:
         trainer: The trainer that fits.
         module: The module that is fitted.
         plan: The plan.
-        aside: Runs the step on the first batch, leaving no trace.
+        run_without_trace: Runs the step on the first batch, leaving no trace.
         seen: What was seen in that step.
 
     Returns:
@@ -47,7 +47,7 @@ def choose(trainer: Trainer, module: LightningModule, plan: Plan, aside: Closure
         return [*module_problems(trainer, module, chosen), *compiled_problems(module, chosen)]
 
     return choose_estimator(
-        aside,
+        run_without_trace,
         seen.kinks,
         refused=refused,
         noise_of=[] if measured is None else [p for p in module.parameters() if p.requires_grad],

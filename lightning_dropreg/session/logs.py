@@ -157,13 +157,13 @@ class _Reading:
         results = loop._results
         if not self._calls or self._trainer._results is not results:
             return {}
-        aside = type(results)(training=True)
+        scratch = type(results)(training=True)
         for name in ("batch", "batch_size", "dataloader_idx"):
-            setattr(aside, name, getattr(results, name))
-        with patched((loop, "_results", aside), (self._trainer, "_logger_connector", self._connector)):
+            setattr(scratch, name, getattr(results, name))
+        with patched((loop, "_results", scratch), (self._trainer, "_logger_connector", self._connector)):
             for args, kwargs in self._calls:
                 self._log(*args, **kwargs)
-            found: dict[str, Any] = aside.metrics(True)[kind]
+            found: dict[str, Any] = scratch.metrics(True)[kind]
         return found
 
 

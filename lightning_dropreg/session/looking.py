@@ -124,7 +124,7 @@ class Looks:
         try:
             with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
                 generators = self.found_in_reach.generators() if self.found_in_reach is not None else []
-                seen, found = inspect_step(batch.aside, self.plan.needs_losses, generators=generators)
+                seen, found = inspect_step(batch.run_without_trace, self.plan.needs_losses, generators=generators)
                 found = [naming_what_rests(p, self.module) if isinstance(p, NoDropoutSiteError) else p for p in found]
                 problems += loss_problems(self.trainer, self.module, seen.loss)
                 changed = changed_parameters(self.module, before)
@@ -171,7 +171,7 @@ class Looks:
             with self.compiled.running(), batch.isolation, self._dormant(), around:
                 problems = problems_of(measure_repeatability(batch, reach, self.copies))
                 problems = problems or self._derivative_problems(batch, again=True)
-                self.shares_body = self.shares_body and shares_body(batch.aside)
+                self.shares_body = self.shares_body and shares_body(batch.run_without_trace)
                 if not problems and self.plan.on_rows:
                     self._watch_rows(batch)
                     self._watch_pairs(batch)
@@ -184,7 +184,9 @@ class Looks:
         """Take an estimator where the choice was left to the model; a resumed run takes that of its checkpoint."""
         if _CHOSEN not in self.found:
             with self.compiled.running(), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
-                self.found[_CHOSEN] = asdict(choose(self.trainer, self.module, self.plan, batch.aside, seen))
+                self.found[_CHOSEN] = asdict(
+                    choose(self.trainer, self.module, self.plan, batch.run_without_trace, seen)
+                )
         self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
 
     def _choose_fraction(self, batch: Batch, seen: Pass) -> None:
@@ -274,7 +276,7 @@ class Looks:
         if self.plan.sites != "last" or is_dormant():
             return
         can = self.module.automatic_optimization and self.whole_parameters and not batch.modified
-        self.shares_body = can and shares_body(batch.aside)
+        self.shares_body = can and shares_body(batch.run_without_trace)
         told = "computed once for all draws" if self.shares_body else "computed again for every draw"
         self.measured.append(Measured("shared_body", outcome="holds" if self.shares_body else "fallback", note=told))
 
@@ -289,7 +291,7 @@ class Looks:
         return self.found_in_reach
 
     def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-        """Return a batch whose step has a loss, however the module optimizes, to run it aside."""
+        """Return a batch whose step has a loss, however the module optimizes, to run it without trace."""
         batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True, reach=self.reach(original))
         batch.counting = self.counting
         if self.module.automatic_optimization:
@@ -337,8 +339,8 @@ class Looks:
 
     def _derivative_problems(self, batch: Batch, sites: Sequence[Site] = (), again: bool = False) -> list[DropregError]:
         """Find out whether targets stand still and derivatives are those of the function; once more in little."""
-        found = [measure_targets(batch.aside)] if self.plan.needs_losses else []
-        compare = partial(compare_derivatives, batch.aside, names=[site.name for site in sites])
+        found = [measure_targets(batch.run_without_trace)] if self.plan.needs_losses else []
+        compare = partial(compare_derivatives, batch.run_without_trace, names=[site.name for site in sites])
         if again:
             compare = partial(compare, groups=1, attempts=1)  # the next look sees another batch
         for estimator, curvature, mask in sorted(self.plan.followed, key=str):

@@ -139,7 +139,7 @@ class ManualStep:
 
     def _total(self, plan: Plan, step: int, loss: Tensor, watch: Watch, measure_noise: bool) -> Tensor:
         replays = self._batch.instead(functools.partial(self._replay, self._calls))
-        with self._batch.isolation.aside():
+        with self._batch.isolation.without_trace():
             try:
                 result = plan.run(replays, self._batch.key, step, measure_noise)
                 noise = result.later
@@ -205,7 +205,7 @@ class ManualStep:
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             reached(loss)
 
-        def aside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def unreal(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)
             def wrapped(*args: Any, **kwargs: Any) -> Any:
                 if not gradients:
@@ -216,11 +216,11 @@ class ManualStep:
             return wrapped
 
         patches: list[tuple[Any, str, Any]] = [(self._module, "manual_backward", manual_backward)]
-        patches += [(self._module, "clip_gradients", aside(self._module.clip_gradients))]
+        patches += [(self._module, "clip_gradients", unreal(self._module.clip_gradients))]
         patches += [(scheduler, "step", _nothing) for scheduler in self._schedulers]
         for optimizer in self._optimizers:
             patches += [
-                (optimizer, "zero_grad", aside(optimizer.zero_grad)),
+                (optimizer, "zero_grad", unreal(optimizer.zero_grad)),
                 (optimizer, "step", _unreal(optimizer, advance)),
             ]
         with patched(*patches):

@@ -75,7 +75,7 @@ def still_pairable(batch: Batch, found: Pairable, fraction: float, dim: int, cle
 
 
 def _tried(batch: Batch, layout: Layout, fraction: float, dim: int, clean: bool) -> Pairable | None:
-    loss = run_pass(batch.aside, Off()).loss.detach()
+    loss = run_pass(batch.run_without_trace, Off()).loss.detach()
     if batch.isolation.drew_randomness():
         return None
     usual = (loss, batch.isolation.outcome(), batch.logs.last(), batch.returned)

@@ -82,7 +82,7 @@ class TrainedParameters:
         return self._unscaled(norm_of(gradients) * trainer.accumulate_grad_batches)
 
     def norm_from(self, scalar: Tensor) -> Tensor | None:
-        """Return the norm of the gradient of a scalar, whose graph stays; None where that cannot be had aside."""
+        """Return the norm of the gradient of a scalar, whose graph stays; None where that cannot be had alone."""
         if not scalar.requires_grad or has_reentrant_checkpoint(scalar):
             return None
         return norm_of(list(autograd.grad(scalar, self._parameters(), retain_graph=True, allow_unused=True)))

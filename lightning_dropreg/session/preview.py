@@ -46,7 +46,7 @@ def look(
     before = fingerprints(module)
     try:
         with batch.isolation, uncompiled():
-            support = find_support(batch.aside)
+            support = find_support(batch.run_without_trace)
     except SkippedError:
         raise InvalidArgumentError("The first training step has no loss.") from None
     problems = module_problems(trainer, module, Plan()) + compiled_problems(module, Plan())
@@ -107,6 +107,8 @@ def rehearse(
         if estimation is not None:
             with attention_dropout(plan.attention):
                 trained = [p for p in module.parameters() if p.requires_grad]
-                excess = noise_excess(batch.aside, trained, step_size=estimation.step_size, mask=estimation.mask)
+                excess = noise_excess(
+                    batch.run_without_trace, trained, step_size=estimation.step_size, mask=estimation.mask
+                )
             values |= {} if excess is None else {NOISE_EXCESS: excess}
     return values, session.plan, session.looks.choices

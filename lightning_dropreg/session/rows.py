@@ -52,7 +52,7 @@ class RowsLook:
                 look.measured.append(Measured("rows_found", outcome="error", problem=problem))
                 break
             found = measure_rows(
-                batch.aside,
+                batch.run_without_trace,
                 partial(batch.on_rows, dim=dim),
                 Rows(drawn, batch.row_count(dim)),
                 noise=plan.noise is not None or not plan.needs_losses,

@@ -309,7 +309,7 @@ class Session:
             with (
                 self.looks.compiled.running(),
                 self._dormant(),
-                batch.isolation.aside(),
+                batch.isolation.without_trace(),
                 context,
                 torch.enable_grad(),
             ):
@@ -367,7 +367,9 @@ class Session:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # an overflow in half precision is the scaler's to skip
         where = f"optimizer step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
-        check_finite({"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.aside, where)
+        check_finite(
+            {"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.run_without_trace, where
+        )
 
     def _values(self, result: StepResult) -> dict[str, Tensor]:
         values = {"loss": result.loss.detach()}

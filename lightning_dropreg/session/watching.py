@@ -29,7 +29,7 @@ def measure_repeatability(batch: Batch, reach: Reach, copied: bool | None = None
     """
     name = f"training_step of {type(batch.module).__name__}"
     drawn, before = batch.isolation.drawn_generators(), reach.positions()
-    found = compare_runs(batch.aside, batch.isolation.outcome, name, reach.moving, drawn)
+    found = compare_runs(batch.run_without_trace, batch.isolation.outcome, name, reach.moving, drawn)
     after = reach.positions()
     moved = [place for place, position in before.items() if after.get(place) != position]
     if moved and found[0].problem is None:

@@ -30,8 +30,8 @@ from lightning_dropreg.passes import Drop, draws_of_dropout, is_dormant, run_pas
 from lightning_dropreg.passes.gradients import GradientSum, backpropagate, leaves_of
 from lightning_dropreg.passes.last_site import draws_at_last_site
 from lightning_dropreg.passes.run import recounted
+from lightning_dropreg.step.pass_group import BatchRunner, PassGroup, StepResult, run_without_dropout
 from lightning_dropreg.step.settings import Estimation, NoiseSettings, PenaltySettings
-from lightning_dropreg.step.share import BatchRunner, Share, StepResult, clean
 
 __all__ = ["BatchRunner", "Estimation", "NoiseSettings", "PenaltySettings", "Plan", "StepResult"]
 
@@ -163,8 +163,8 @@ class Plan:
     @cached_property
     def in_one_pass(self) -> Estimation | None:
         """How everything is estimated, if that is on some rows and may be done in the pass that gives the loss."""
-        shares = [] if self.k is not None else self._shares(0)
-        return shares[0].estimation if len(shares) == 1 and shares[0].estimation.may_be_one_pass else None
+        groups = [] if self.k is not None else self._groups(0)
+        return groups[0].estimation if len(groups) == 1 and groups[0].estimation.may_be_one_pass else None
 
     @cached_property
     def estimators(self) -> set[str]:
@@ -254,14 +254,14 @@ class Plan:
             return self._last_site(runner, key, self.k)
         if self.k is not None:
             return self._dropout_k(runner, key, self.k, measure_noise)
-        shares = self._shares(step)
-        result = shares[0].in_one_pass(runner, key, measure_noise) if len(shares) == 1 else None
-        for share in shares if result is None else ():
-            if result is None and not share.has_loss:
-                result = clean(runner)
-            part = share.carry_out(runner, key, measure_noise)
+        groups = self._groups(step)
+        result = groups[0].in_one_pass(runner, key, measure_noise) if len(groups) == 1 else None
+        for group in groups if result is None else ():
+            if result is None and not group.has_loss:
+                result = run_without_dropout(runner)
+            part = group.run(runner, key, measure_noise)
             result = part if result is None else result.plus(part)
-        result = clean(runner) if result is None else result
+        result = run_without_dropout(runner) if result is None else result
         if self.noise_in_loss and self.noise is not None and self.noise.source == "dropout":
             noise = self.noise_scale * self._difference(runner, key)
             result = result.plus(StepResult(noise, result.loss, noise=noise))
@@ -281,42 +281,42 @@ class Plan:
         with attention_dropout(self.attention):
             if self.noise.source == "dropout":
                 return self.noise_scale * self._difference(runner, key)
-            return Share(self.noise.estimation, noise=self.noise_scale).carry_out(runner, key, False).total
+            return PassGroup(self.noise.estimation, noise=self.noise_scale).run(runner, key, False).total
 
-    def _shares(self, step: int) -> list[Share]:
-        return self._shares_without if self.penalty_at(step) is None else self._shares_with
-
-    @cached_property
-    def _shares_with(self) -> list[Share]:
-        return self._shared(self.penalty)
+    def _groups(self, step: int) -> list[PassGroup]:
+        return self._groups_without_penalty if self.penalty_at(step) is None else self._groups_with_penalty
 
     @cached_property
-    def _shares_without(self) -> list[Share]:
-        return self._shared(None)
+    def _groups_with_penalty(self) -> list[PassGroup]:
+        return self._grouped(self.penalty)
 
-    def _shared(self, penalty: PenaltySettings | None) -> list[Share]:
+    @cached_property
+    def _groups_without_penalty(self) -> list[PassGroup]:
+        return self._grouped(None)
+
+    def _grouped(self, penalty: PenaltySettings | None) -> list[PassGroup]:
         """Sort out which passes bring what; penalty and noise with equal settings come from the same ones."""
-        shares: list[Share] = []
+        groups: list[PassGroup] = []
         noise = self.noise
         if noise is not None and (noise.source == "dropout" or not self.noise_scale):
             noise = None
         if penalty is not None:
             strength = penalty.strength * penalty.every_n_steps
-            share = Share(penalty.estimation, penalty.curvature, penalty=strength)
+            group = PassGroup(penalty.estimation, penalty.curvature, penalty=strength)
             if noise is not None and noise.estimation == penalty.estimation:
                 if self.noise_in_loss:
-                    share = replace(share, noise=self.noise_scale)
+                    group = replace(group, noise=self.noise_scale)
                 elif not noise.estimation.low_memory:
-                    share = replace(share, later=self.noise_scale)
+                    group = replace(group, later=self.noise_scale)
                 noise = None
-            shares.append(share)
+            groups.append(group)
         if noise is not None and self.noise_in_loss:
-            shares.append(Share(noise.estimation, noise=self.noise_scale))
+            groups.append(PassGroup(noise.estimation, noise=self.noise_scale))
         # the first estimate on the whole batch gives the loss as well
-        shares.sort(key=lambda share: share.estimation.batch_fraction is not None)
-        if shares and shares[0].estimation.batch_fraction is None:
-            shares[0] = replace(shares[0], has_loss=True)
-        return shares
+        groups.sort(key=lambda group: group.estimation.batch_fraction is not None)
+        if groups and groups[0].estimation.batch_fraction is None:
+            groups[0] = replace(groups[0], has_loss=True)
+        return groups
 
     def _dropout_k(self, runner: BatchRunner, key: int, k: int, measure_noise: bool) -> StepResult:
         # Section 3.1 with two of the k draws instead of two more. Adding a(g1 - g2) to the mean (1/k) sum g_j changes
@@ -378,7 +378,7 @@ class Plan:
 
     def _difference(self, runner: BatchRunner, key: int) -> Tensor:
         """Difference of the losses of two draws of dropout, the first two of `_dropout_k`."""
-        first, second = (run_pass(runner.aside, Drop(fold_key(key, j))).loss for j in range(2))
+        first, second = (run_pass(runner.run_without_trace, Drop(fold_key(key, j))).loss for j in range(2))
         return first - second
 
 

@@ -134,7 +134,7 @@ def weighted(z, t, h, net):
     return F.cross_entropy(*flat(z, t), weight=CLASS_WEIGHTS[: z.shape[-1]])
 
 
-LOSSES = {
+CAMPAIGN_LOSSES = {
     "ce": LossKind(ce(), classes, per_token(valid, nll), tokens=True),
     "ce_sum": LossKind(ce(reduction="sum"), classes, per_token(lambda y: 1.0, nll), tokens=True),
     "ce_smooth": LossKind(

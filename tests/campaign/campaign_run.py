@@ -26,7 +26,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from campaign_oracle import Oracle
-from campaign_problems import FLAT, LOSSES, ODD, SEQUENCES, STRUCTURES, Net, unpack
+from campaign_problems import CAMPAIGN_LOSSES, FLAT, ODD, SEQUENCES, STRUCTURES, Net, unpack
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -63,14 +63,14 @@ def draw(seed):
     """Draw one configuration, as plain values."""
     r = random.Random(seed)
     odd = r.random() < 0.25
-    names = [name for name, kind in LOSSES.items() if not kind.odd]
+    names = [name for name, kind in CAMPAIGN_LOSSES.items() if not kind.odd]
     made = {"seed": seed, "loss": r.choice(names), "network": r.choice(FLAT), "sequence": False}
     if not odd and r.random() < 0.3:
         made |= {"sequence": True, "network": r.choice(SEQUENCES)}
-        made["loss"] = r.choice([name for name in names if LOSSES[name].tokens])
+        made["loss"] = r.choice([name for name in names if CAMPAIGN_LOSSES[name].tokens])
     if odd:
         part = r.choice(["loss", "network"])
-        made[part] = r.choice([n for n, k in LOSSES.items() if k.odd] if part == "loss" else ODD)
+        made[part] = r.choice([n for n, k in CAMPAIGN_LOSSES.items() if k.odd] if part == "loss" else ODD)
     made["activation"] = r.choice(["Tanh", "Sigmoid", "SiLU", "Softplus"])
     made["structure"] = r.choice(list(STRUCTURES))
     made["q"] = r.choice([0.1, 0.2, 0.3, 0.5])
@@ -91,9 +91,9 @@ def draw(seed):
         # all masks are enumerated
         made |= {"sequence": False, "rows": 2, "width": 3}
         made["network"] = "plain" if made["network"] not in {"plain", "residual", "shared", *ODD} else made["network"]
-        if LOSSES[made["loss"]].odd and made["loss"] != "unrecognized":
+        if CAMPAIGN_LOSSES[made["loss"]].odd and made["loss"] != "unrecognized":
             made["loss"] = "unrecognized"
-    if LOSSES[made["loss"]].odd or made["network"] in ODD:
+    if CAMPAIGN_LOSSES[made["loss"]].odd or made["network"] in ODD:
         made |= {"curvature": "loss_hessian", "sequence": False}
         if made["network"] in SEQUENCES:
             made["network"] = "plain"
@@ -102,7 +102,7 @@ def draw(seed):
 
 def problem(made):
     torch.manual_seed(made["seed"])
-    kind = LOSSES[made["loss"]]
+    kind = CAMPAIGN_LOSSES[made["loss"]]
     net = Net(made["network"], getattr(nn, made["activation"])(), 3, made["width"], made["outputs"], made["q"])
     x = torch.randn(made["rows"], 2, 3) if made["sequence"] else torch.randn(made["rows"], 3)
     with torch.no_grad():

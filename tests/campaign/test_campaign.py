@@ -4,7 +4,7 @@ import campaign_oracle
 import campaign_run
 import pytest
 import torch
-from campaign_problems import LOSSES, Net
+from campaign_problems import CAMPAIGN_LOSSES, Net
 
 from lightning_dropreg.estimators import antithetic as module_of_pairs
 
@@ -43,7 +43,7 @@ def test_the_campaign_finds_a_wrong_factor(monkeypatch):
 
 def is_plain(seed, method):
     made = campaign_run.draw(seed)
-    usual = not LOSSES[made["loss"]].odd and made["network"] == "plain" and made["source"] == "taylor"
+    usual = not CAMPAIGN_LOSSES[made["loss"]].odd and made["network"] == "plain" and made["source"] == "taylor"
     whole = made["batch_fraction"] is None and not made["low_memory"]
     return usual and whole and (made["method"], made["estimator"]) == (method, "antithetic")
 
@@ -52,7 +52,7 @@ def test_the_oracle_agrees_with_itself():
     """Differences and autograd, for one problem with two sites."""
     torch.set_default_dtype(torch.float64)
     net, x, y = Net("two", torch.tanh, 3, 3, 2, 0.4), torch.randn(2, 3), torch.tensor([0, 1])
-    oracle = campaign_oracle.Oracle(net, x, y, LOSSES["ce"])
+    oracle = campaign_oracle.Oracle(net, x, y, CAMPAIGN_LOSSES["ce"])
     torch.testing.assert_close(oracle.penalty("loss_hessian")[0], oracle.penalty_value(), rtol=1e-6, atol=1e-10)
 
 

@@ -43,7 +43,7 @@ def by_hand_with_weights(z, y):
     return (elements * weights).sum() / weights.sum()
 
 
-LOSSES = {
+COUNTED_LOSSES = {
     "ignore_index": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()),
     "classes": lambda z, y: F.cross_entropy(z.transpose(1, 2), y, weight=CLASSES, label_smoothing=0.1),
     "time first": lambda z, y: F.cross_entropy(z.transpose(0, 1).flatten(0, 1), y.T.flatten()),
@@ -64,7 +64,7 @@ def problem(loss):
     x, y = torch.randn(N, T, 2), labels()
 
     def on(rows):
-        return lambda: LOSSES[loss](net(x[rows]), y[rows])
+        return lambda: COUNTED_LOSSES[loss](net(x[rows]), y[rows])
 
     return net, on
 
@@ -79,7 +79,7 @@ def found_in(on):
     return counts, found.counting
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", COUNTED_LOSSES)
 def test_the_mean_penalty_over_all_sets_of_rows_is_that_of_the_batch(loss):
     _, on = problem(loss)
     counts, counting = found_in(on)
@@ -92,7 +92,7 @@ def test_the_mean_penalty_over_all_sets_of_rows_is_that_of_the_batch(loss):
     torch.testing.assert_close(torch.stack(found).mean(0), exact(on(torch.arange(N)), **options).penalty)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", COUNTED_LOSSES)
 def test_the_mean_covariance_of_the_scaled_noise_is_that_of_the_batch(loss):
     net, on = problem(loss)
     counts, counting = found_in(on)
@@ -151,9 +151,11 @@ def test_other_losses_on_some_rows_are_refused():
 
 def test_elements_that_count_differently_and_belong_to_nobody_are_refused():
     """Only the labelled tokens, with weights of the batch: their number says nothing of their rows."""
-    LOSSES["odd"] = lambda z, y: (F.cross_entropy(z[y >= 0], y[y >= 0], reduction="none") * (1 + y[y >= 0])).mean()
+    COUNTED_LOSSES["odd"] = lambda z, y: (
+        F.cross_entropy(z[y >= 0], y[y >= 0], reduction="none") * (1 + y[y >= 0])
+    ).mean()
     _, on = problem("odd")
     found = measure_rows(on(torch.arange(N)), on, Rows(torch.tensor([0, 1]), N), noise=False)
     with pytest.raises(UnsupportedRowsError, match="which belong to which row"):
         raise found.problem
-    del LOSSES["odd"]
+    del COUNTED_LOSSES["odd"]

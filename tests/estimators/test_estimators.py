@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_table import LOSSES
+from loss_table import LOSS_OPTIONS
 from networks import MLP, NETWORKS, flat_gradient
 
 from lightning_dropreg.functional import explicit_penalty
@@ -26,7 +26,7 @@ def problem(network=MLP, loss="cross_entropy"):
     torch.manual_seed(0)
     net = network()
     x = net.x()
-    return net, lambda: LOSSES[loss](net(x))
+    return net, lambda: LOSS_OPTIONS[loss](net(x))
 
 
 def assert_unbiased(net, closure, curvature="loss_hessian", **options):
@@ -48,7 +48,7 @@ def assert_unbiased(net, closure, curvature="loss_hessian", **options):
     raise AssertionError(f"off by {error / standard_error} standard errors")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSS_OPTIONS)
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("estimator", ["antithetic", "forward", "double_backward"])
 def test_unbiased(loss, curvature, estimator):
@@ -56,7 +56,7 @@ def test_unbiased(loss, curvature, estimator):
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSS_OPTIONS)
 def test_the_mean_over_all_directions_is_exact(loss, curvature, monkeypatch):
     """With 6 mask entries the expectation is a sum of 2^6 terms; forward mode must give `exact` to rounding."""
     torch.set_default_dtype(torch.float64)
@@ -69,7 +69,7 @@ def test_the_mean_over_all_directions_is_exact(loss, curvature, monkeypatch):
         def forward(self, h):
             return F.dropout1d(h.T[None], 0.3)[0].T
 
-    closure = lambda: LOSSES[loss](torch.tanh(Shared()(module.features) @ module.weight))
+    closure = lambda: LOSS_OPTIONS[loss](torch.tanh(Shared()(module.features) @ module.weight))
     patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 6) * (0.3 / 0.7) ** 0.5
     total = 0.0
     for pattern in patterns:
@@ -92,7 +92,7 @@ def test_unbiased_in_every_architecture(network, estimator):
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSS_OPTIONS)
 def test_antithetic_error_falls_as_the_square_of_the_step(loss, curvature):
     """In the same directions the error against forward mode has slope 2 in a log-log fit."""
     net, closure = problem(loss=loss)
@@ -119,7 +119,7 @@ def test_default_step_is_accurate_to_a_percent():
     assert antithetic.item() == pytest.approx(forward.item(), rel=0.01)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSS_OPTIONS)
 def test_recognized_losses_keep_their_value(loss):
     """Taking a loss apart must not change it."""
     from lightning_dropreg.passes import Off, run_pass

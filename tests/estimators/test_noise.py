@@ -137,7 +137,7 @@ def test_k_draws_with_noise_have_the_covariance_of_one():
         def whole(self):
             return F.cross_entropy(net(x), y)
 
-        aside = whole
+        run_without_trace = whole
 
     estimation = Estimation("antithetic", 0.1, "as_model", None, 0)
     for injection in ("loss", "after_backward"):

@@ -56,7 +56,7 @@ def batch_of(rows=ROWS):
 
 
 CLASSES = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
-LOSSES = {
+ROW_LOSSES = {
     "words": lambda z, y, t: F.cross_entropy(z.flatten(0, 1), y.flatten()),
     "classes second": lambda z, y, t: F.cross_entropy(z.transpose(1, 2), y, weight=CLASSES, label_smoothing=0.1),
     "time first": lambda z, y, t: F.cross_entropy(z.transpose(0, 1).flatten(0, 1), y.T.flatten()),
@@ -71,7 +71,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ROW_LOSSES)
 @pytest.mark.parametrize("make", [TimeFirst, Flat])
 def test_it_is_the_loss_of_all_rows_and_the_estimate_on_the_chosen_ones(make, loss):
     """The loss up to ``O(step^2)``, the noise exactly, the penalty exactly where its mean is over equal rows."""
@@ -80,7 +80,7 @@ def test_it_is_the_loss_of_all_rows_and_the_estimate_on_the_chosen_ones(make, lo
     x, y, t = batch_of()
 
     def on_rows(rows):
-        return lambda: LOSSES[loss](net(x[rows]), y[rows], t[rows])
+        return lambda: ROW_LOSSES[loss](net(x[rows]), y[rows], t[rows])
 
     layout = find_layout(on_rows, ROWS)
     assert layout is not None
@@ -109,7 +109,7 @@ def test_other_curvatures(curvature, loss):
     x, y, t = batch_of()
 
     def on_rows(rows):
-        return lambda: LOSSES[loss](net(x[rows]), y[rows], t[rows])
+        return lambda: ROW_LOSSES[loss](net(x[rows]), y[rows], t[rows])
 
     options = dict(curvature=curvature, noise=False, step_size=1e-2, mask="elementwise", key=5)
     ours = one_pass(on_rows(torch.tensor([0, 1, 2, 3, 4, 5, 4, 5])), find_layout(on_rows, ROWS), Pairs(4, 2), **options)
@@ -123,7 +123,7 @@ def test_over_all_choices_of_rows_the_penalty_is_that_of_the_batch():
     x, y, t = batch_of()
 
     def on_rows(rows):
-        return lambda: LOSSES["words"](net(x[rows]), y[rows], t[rows])
+        return lambda: ROW_LOSSES["words"](net(x[rows]), y[rows], t[rows])
 
     layout = find_layout(on_rows, ROWS)
     options = dict(curvature="loss_hessian", noise=False, step_size=1e-3, mask="as_model")

@@ -37,7 +37,7 @@ MASK = torch.tensor([1.0, 0, 2, 1, 0, 1], dtype=torch.float64)
 COUNTED = (Y != -7).double()
 
 # a loss, and what each example's divergence counts in it
-LOSSES = {
+PAIR_LOSSES = {
     "mean": (lambda z: F.cross_entropy(z, Y, ignore_index=-7), COUNTED / 5),
     "sum": (lambda z: F.cross_entropy(z, Y.clamp_min(0), reduction="sum"), torch.ones(6, dtype=torch.float64)),
     "masked": (lambda z: (F.cross_entropy(z, Y.clamp_min(0), reduction="none") * MASK).sum() / 4, MASK / 4),
@@ -75,10 +75,10 @@ def logits_of_draws(net, x, key):
     return seen
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
 def test_it_is_the_published_divergence_weighted_as_the_loss_is(loss):
     net, x = problem()
-    compute, weights = LOSSES[loss]
+    compute, weights = PAIR_LOSSES[loss]
     draws = two_draws(lambda: compute(net(x)), key=5)
     one, two = logits_of_draws(net, x, 5)
     truth = (weights * (kl(one, two) + kl(two, one)) / 2).sum()

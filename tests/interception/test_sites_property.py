@@ -108,7 +108,7 @@ BLOCKS = {
 }
 
 TARGETS = torch.arange(N * L) % C
-LOSSES = {
+STEP_LOSSES = {
     "cross_entropy": lambda z: F.cross_entropy(z, TARGETS, label_smoothing=0.1),
     "masked": lambda z: (F.cross_entropy(z, TARGETS, reduction="none") * (TARGETS > 0)).sum() / 3,
     "ignored": lambda z: F.cross_entropy(z, TARGETS, ignore_index=1, reduction="sum"),
@@ -131,7 +131,7 @@ def problems(draw):
     if checkpointed:
         blocks[-1] = Checkpointed(blocks[-1])
     net = nn.Sequential(nn.Linear(2, D), *blocks, nn.Linear(D, C))
-    loss = LOSSES[draw(st.sampled_from(sorted(LOSSES)))]
+    loss = STEP_LOSSES[draw(st.sampled_from(sorted(STEP_LOSSES)))]
     x = torch.randn(N, L, 2)
     return list(net.parameters()), lambda: loss(net(x).flatten(0, 1)), checkpointed
 

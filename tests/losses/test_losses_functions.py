@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import check_agreement, gradients, run
+from loss_table import LOSS_TABLE, NO_ROOT, OUTPUTS, SIGNS, SOFT, C, T, fixed
 from torch import nn
 
 from lightning_dropreg import recognize
@@ -15,7 +16,7 @@ from lightning_dropreg.functional import explicit_penalty, plain_loss
 from lightning_dropreg.inspection.first_step import all_at_once, inspect_step
 from lightning_dropreg.interception.mode import Interception
 
-T, C, Q = 5, 4, 0.3
+Q = 0.3
 
 
 @pytest.fixture(autouse=True)
@@ -23,56 +24,11 @@ def _double():
     torch.set_default_dtype(torch.float64)
 
 
-def fixed(*shape, seed=5):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) + 0.5
-
-
-SIGNS = (fixed(T, C) > 1).double()
-COUNTS = (3 * fixed(T, C)).floor()
-SOFT = fixed(T, C).softmax(-1)
-focal = recognize(lambda z, y: (1 - z.softmax(-1)[range(len(y)), y]) ** 2 * F.cross_entropy(z, y, reduction="none"))
-cosh = recognize(lambda z, y: (z - y).cosh().log())
-
-# each takes the outputs z; the Hessian in z of the scalar it returns is the reference
-LOSSES = {
-    "huber": lambda z, r: F.huber_loss(z, fixed(T, C), reduction=r, delta=0.7),
-    "smooth_l1": lambda z, r: F.smooth_l1_loss(z, fixed(T, C), reduction=r, beta=0.6),
-    "poisson": lambda z, r: F.poisson_nll_loss(z, COUNTS, reduction=r, full=True),
-    "poisson_positive": lambda z, r: F.poisson_nll_loss(z.exp(), COUNTS, log_input=False, reduction=r),
-    "gaussian": lambda z, r: F.gaussian_nll_loss(z, fixed(T, C), fixed(T, 1, seed=6), full=True, reduction=r),
-    "bce": lambda z, r: F.binary_cross_entropy(z.sigmoid(), SIGNS, fixed(T, 1), reduction=r),
-    "bce_with_logits": lambda z, r: F.binary_cross_entropy_with_logits(z, SIGNS, reduction=r, pos_weight=fixed(C)),
-    "soft_margin": lambda z, r: F.soft_margin_loss(z, 2 * SIGNS - 1, reduction=r),
-    "kl_div": lambda z, r: F.kl_div(z.log_softmax(-1), SOFT, reduction="batchmean" if r == "mean" else r),
-    "kl_div_log": lambda z, r: F.kl_div(F.log_softmax(z, -1), SOFT.log(), log_target=True, reduction=r),
-    "nll": lambda z, r: F.nll_loss(z.log_softmax(-1), torch.arange(T) % C, fixed(C).to(z.dtype), reduction=r),
-    "mse_weighted": lambda z, r: F.mse_loss(z, fixed(T, C), reduction=r, weight=fixed(T, C, seed=7)),
-    "recognized": lambda z, r: reduce_as(r, focal(z, torch.arange(T) % C)),
-    "recognized_elementwise": lambda z, r: reduce_as(r, cosh(z, fixed(T, C))),
-    "gaussian_trained_variance": lambda z, r: F.gaussian_nll_loss(
-        z[:, :2], fixed(T, 2), z[:, 2:].exp() + 0.1, reduction=r
-    ),
-}
-NO_ROOT = {"recognized", "recognized_elementwise", "gaussian_trained_variance"}
-# outputs are what the loss is given, here not z: the reference differentiates in that
-OUTPUTS = {
-    "poisson_positive": (torch.exp, lambda e, r: F.poisson_nll_loss(e, COUNTS, log_input=False, reduction=r)),
-    "gaussian_trained_variance": (
-        lambda z: torch.cat([z[:, :2], z[:, 2:].exp() + 0.1], 1),
-        lambda o, r: F.gaussian_nll_loss(o[:, :2], fixed(T, 2), o[:, 2:], reduction=r),
-    ),
-}
-
-
-def reduce_as(reduction, elements):
-    return elements if reduction == "none" else getattr(elements, reduction)()
-
-
 class Model:
     def __init__(self, name, reduction):
         self.a, self.b = nn.Linear(3, 2), nn.Linear(2, C)
         self.x = torch.randn(T, 3)
-        self.loss = LOSSES[name]
+        self.loss = LOSS_TABLE[name]
         self.reduction = reduction
         self.parameters = [*self.a.parameters(), *self.b.parameters()]
 
@@ -101,7 +57,7 @@ def by_brute_force(model, name):
     return Q / (1 - Q) / 2 * torch.einsum("am,ab,bm->", j, h.reshape(hidden.numel(), -1), j)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LOSS_TABLE)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_against_the_hessian_of_the_whole_loss(name, reduction):
     model = Model(name, reduction)
@@ -112,18 +68,18 @@ def test_against_the_hessian_of_the_whole_loss(name, reduction):
     assert exact > 0 or name == "gaussian_trained_variance"
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LOSS_TABLE)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_value_is_torchs(name, reduction):
     z = torch.randn(T, C, requires_grad=True)
     with Interception(lambda site, h: h, record_losses=True) as mode:
-        ours = LOSSES[name](z, reduction)
+        ours = LOSS_TABLE[name](z, reduction)
     assert len(mode.losses) == 1
-    theirs = LOSSES[name](z, reduction)
+    theirs = LOSS_TABLE[name](z, reduction)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), z), torch.autograd.grad(theirs.sum(), z))
     with Interception(lambda site, h: h):
-        torch.testing.assert_close(LOSSES[name](z, reduction), theirs)
+        torch.testing.assert_close(LOSS_TABLE[name](z, reduction), theirs)
 
 
 def assert_pair_form_and_its_gradient(loss, weights, hessians):
@@ -149,12 +105,12 @@ def assert_pair_form_and_its_gradient(loss, weights, hessians):
     torch.testing.assert_close(torch.autograd.grad(value, pair), expected)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LOSS_TABLE)
 def test_forms_and_factors_are_those_of_the_hessian(name):
     """Written in closed form they are what differentiating the loss twice gives; over all signs, no statistics."""
     z, weights = torch.randn(T, C, requires_grad=True), None
     with Interception(lambda site, h: h, record_losses=True) as mode:
-        LOSSES[name](z, "sum")
+        LOSS_TABLE[name](z, "sum")
     (loss,) = mode.losses
     weights = loss.per_element(fixed(*loss.elements.shape))
     hessians, u = matrix("loss_hessian", loss, weights), torch.randn_like(loss.outputs)
@@ -184,7 +140,7 @@ def test_identity_counts_an_example_as_the_loss_does(name):
     torch.testing.assert_close(ratio, torch.tensor(float(T)))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LOSS_TABLE)
 def test_estimators_agree(name):
     model = Model(name, "none")
     if name in NO_ROOT:
@@ -200,10 +156,10 @@ def test_estimators_agree(name):
 
 
 @pytest.mark.parametrize("curvature", ["identity", "loss_jacobian"])
-@pytest.mark.parametrize("name", [*LOSSES, "l1"])
+@pytest.mark.parametrize("name", [*LOSS_TABLE, "l1"])
 def test_other_curvatures(name, curvature):
     model = Model("huber", "mean")
-    model.loss = LOSSES.get(name, lambda z, r: F.l1_loss(z, fixed(T, C), reduction=r))
+    model.loss = LOSS_TABLE.get(name, lambda z, r: F.l1_loss(z, fixed(T, C), reduction=r))
     values = [run(e, model.closure, curvature=curvature).penalty for e in ("antithetic", "forward")]
     torch.testing.assert_close(*values, rtol=1e-5, atol=1e-8)
     assert explicit_penalty(model.closure, estimator="exact", curvature=curvature) > 0

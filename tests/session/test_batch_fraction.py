@@ -58,7 +58,7 @@ def test_noise_on_rows_is_scaled_by_the_fraction_that_was_drawn():
         def whole(self, rows=4):
             return F.mse_loss(F.dropout(torch.ones(rows, 1, requires_grad=True), 0.5), torch.zeros(rows, 1))
 
-        aside = whole
+        run_without_trace = whole
 
         def rows(self, fraction, dim, key):
             return lambda: self.whole(1), Rows(torch.tensor([0]), 4)

@@ -19,7 +19,7 @@ from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.run import recounted
 from lightning_dropreg.step.settings import Estimation
 
-__all__ = ["BatchRunner", "Share", "StepResult", "clean"]
+__all__ = ["BatchRunner", "PassGroup", "StepResult", "run_without_dropout"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class BatchRunner(Protocol):
     def whole(self) -> Tensor:
         """Run on the whole batch; the run counts for module state and logs."""
 
-    def aside(self) -> Tensor:
+    def run_without_trace(self) -> Tensor:
         """Run on the whole batch, leaving no trace."""
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
@@ -105,7 +105,7 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Share:
+class PassGroup:
     """One set of passes and the weights with which its results go into the total; 0 for what it does not bring."""
 
     estimation: Estimation
@@ -115,7 +115,7 @@ class Share:
     later: float = 0.0
     has_loss: bool = False
 
-    def carry_out(self, runner: BatchRunner, key: int, measure_noise: bool) -> StepResult:
+    def run(self, runner: BatchRunner, key: int, measure_noise: bool) -> StepResult:
         """Run the passes.
 
         Args:
@@ -128,18 +128,17 @@ class Share:
         """
         chosen = self.estimation
         if chosen.batch_fraction is None:
-            return self._carried_out(runner, runner.whole if self.has_loss else runner.aside, 1.0, key, measure_noise)
+            closure = runner.whole if self.has_loss else runner.run_without_trace
+            return self._run(runner, closure, 1.0, key, measure_noise)
         # estimates of penalty and noise alone, on some rows
         closure, rows = runner.rows(chosen.batch_fraction, chosen.batch_dim, fold_key(key, -1))
         if runner.counts.known is None:
             with recounted(runner.counts.note):
-                run_pass(runner.aside, Off())
+                run_pass(runner.run_without_trace, Off())
         with recounted(runner.counts.on(rows, runner.counting)):
-            return self._carried_out(runner, closure, rows.fraction, key, measure_noise)
+            return self._run(runner, closure, rows.fraction, key, measure_noise)
 
-    def _carried_out(
-        self, runner: BatchRunner, closure: Closure, fraction: float, key: int, measure_noise: bool
-    ) -> StepResult:
+    def _run(self, runner: BatchRunner, closure: Closure, fraction: float, key: int, measure_noise: bool) -> StepResult:
         chosen = self.estimation
         spread = self._spread(fraction)
 
@@ -149,7 +148,7 @@ class Share:
         if chosen.low_memory and runner.releases:
             estimate, scalars = antithetic_in_turn(
                 closure,
-                closure if chosen.batch_fraction is not None else runner.aside,
+                closure if chosen.batch_fraction is not None else runner.run_without_trace,
                 weigh,
                 curvature=self.curvature,
                 noise=spread != 0,
@@ -165,7 +164,7 @@ class Share:
                 estimator = functools.partial(
                     antithetic,
                     restart=runner.forget if self.has_loss else _nothing,
-                    aside=self._unseen(runner, closure),
+                    run_without_trace=self._unseen(runner, closure),
                 )
             estimate = estimator(
                 closure,
@@ -179,10 +178,10 @@ class Share:
         return self._result(estimate, scalars, fraction)
 
     def _unseen(self, runner: BatchRunner, closure: Closure) -> Closure | None:
-        """What runs aside on the rows at hand, where nobody has seen yet that targets and weights stand still."""
+        """Runs on the rows at hand without trace, where nobody has seen yet that targets and weights stand still."""
         if self.curvature is None or runner.looked_at:
             return None
-        return runner.aside if self.estimation.batch_fraction is None else closure
+        return runner.run_without_trace if self.estimation.batch_fraction is None else closure
 
     def in_one_pass(self, runner: BatchRunner, key: int, measure_noise: bool) -> StepResult | None:
         """Do the same together with the loss, in one pass over the batch with some rows twice; None if that is no way.
@@ -256,7 +255,7 @@ class Share:
         )
 
 
-def clean(runner: BatchRunner) -> StepResult:
+def run_without_dropout(runner: BatchRunner) -> StepResult:
     """Run the step once, without dropout and without estimating anything.
 
     Args:
