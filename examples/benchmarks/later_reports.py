@@ -1,74 +1,23 @@
-"""Tables and figures of the studies that were added later: text, wrong labels, R-Drop at half price."""
+"""Tables and figures of the studies that were added later: wrong labels and their remedies, R-Drop at half price."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from examples.benchmarks import studies
-from examples.benchmarks.figures import differences, fitted
+from examples.benchmarks.figures import fitted
 from examples.benchmarks.paired import Mean, difference
 from examples.benchmarks.records import Records
 from examples.benchmarks.reports import PLUS_MINUS, head, made_of, write
 from examples.benchmarks.style import plain_label
 
-__all__ = ["labels", "r_drop", "remedies", "text"]
+__all__ = ["COULD_BE_SEEN", "arm_of", "labels", "r_drop", "remedies"]
 
 COULD_BE_SEEN = "*Could be seen*: three standard errors, the smallest difference that would have stood out."
 
 
-def text(made: Records) -> None:
-    """Write and draw the findings on text, one table for each corpus."""
-    for data, name in (("ptb", "ptb"), ("python manual", "python_manual")):
-        found = made_of(made, studies.text(data))
-        if len(found) == len(studies.text(data)):
-            _text(found, name, made)
-
-
-def _text(found: list[dict[str, Any]], name: str, made: Records) -> None:
-    arms = {_arm(record): record for record in found}
-    one, averaged, restored = "DROPOUT_1", "DROPOUT_4", "DROPOUT_4 + noise of 3.1"
-    seeds = len(found[0]["seeds"])
-    corpus = {"ptb": "Penn Treebank", "python_manual": "the embedded corpus"}[name]
-    lines = [
-        f"Small LSTMs on windows of {corpus}, the training set as one batch, {seeds} fresh seeds. Test NLL in nats per",
-        "token at the best held-out point, perplexity its exponential.",
-        "",
-        *head("method", "test NLL", "perplexity", "at the last step", "best step", "CPU s"),
-    ]
-    for label, record in arms.items():
-        test = Mean.of(record["test"])
-        cells = [test.text(), f"{math.exp(test.mean):.1f}", Mean.of(record["last_test"]).text()]
-        lines.append(
-            f"| {label} | {' | '.join(cells)} | {Mean.of(record['best_step']).mean:.0f} | {record['cpu_seconds']:.0f} |"
-        )
-    comparisons = [
-        ("(a) averaging the noise away makes it worse", averaged, one, "above 0"),
-        ("(b) the noise of section 3.1 helps", restored, averaged, "below 0"),
-        ("(b) and brings it back", restored, one, "near 0"),
-        ("(d) R beats averaged dropout", "R", averaged, "below 0"),
-        ("(d) but not dropout", "R", one, "above 0"),
-        ("(e) Algorithm 2 is as good as dropout", "Algorithm 2", one, "near 0"),
-        ("(e) ξ adds to R", "Algorithm 2", "R", "below 0"),
-        ("twice the noise", "Algorithm 2 (noise 2)", "R", "-"),
-        ("dropout regularizes at all", one, "none", "below 0"),
-    ]
-    lines += [
-        "",
-        "| finding of the paper | difference | expected | here | in standard errors | wins | could be seen |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for finding, first, second, expected in comparisons:
-        d = difference(arms[first], arms[second])
-        least = "" if d.error is None else f"{3 * d.error:.4f}"
-        lines.append(f"| {finding} | {first} - {second} | {expected} | {d.row()} | {least} |")
-    lines += ["", PLUS_MINUS, COULD_BE_SEEN]
-    write(made.path.parent / f"{name}.md", lines, found)
-    rows = [(r["method"], r["parameters"], difference(r, arms[one])) for r in found if r is not arms[one]]
-    differences(rows, f"Small LSTMs on {corpus}: test NLL by method", "DROPOUT_1", made.path.parent / name)
-
-
-def _arm(record: dict[str, Any]) -> str:
+def arm_of(record: dict[str, Any]) -> str:
+    """Return what a table calls a run."""
     return plain_label(record["method"], record["parameters"], strength=True)
 
 
@@ -101,7 +50,7 @@ def labels(made: Records) -> None:
         at = min(range(len(record["steps"])), key=lambda i: record["mean_held_out"][i])
         shares = [record[f"mean_fitted_{which}"][i] for i in (at, -1) for which in ("wrong", "right")]
         cells = [
-            _arm(record).replace("DROPOUT_1", "dropout"),
+            arm_of(record).replace("DROPOUT_1", "dropout"),
             Mean.of(record["test"]).text(),
             difference(record, dropout).row() if dropout and record is not dropout else " | | ",
             Mean.of(record["accuracy"]).text(3),
@@ -111,12 +60,12 @@ def labels(made: Records) -> None:
             f"{record['cpu_seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    out = [_arm(record) for run in studies.labels() if (record := made.find(run)) and "failed" in record]
+    out = [arm_of(record) for run in studies.labels() if (record := made.find(run)) and "failed" in record]
     lines += ["", f"Out, because a network's loss became infinite: {', '.join(out)}."] if out else []
     by = {record["method"]: record for record in reversed(found)}  # of the whole curvature the first, left alone
     remedy, full = by.get("generalized CE with dropout"), by.get("curvature full")
     if remedy and full:
-        lines += ["", *head(f"{_arm(remedy)} minus {_arm(full)}"), f"| {difference(remedy, full).row()} |"]
+        lines += ["", *head(f"{arm_of(remedy)} minus {arm_of(full)}"), f"| {difference(remedy, full).row()} |"]
     write(made.path.parent / "labels.md", [*lines, "", PLUS_MINUS], found)
     shown = [r for r in found if not r["parameters"].keys() & {"clip", "fade", "rate"}]
     fitted(shown, "Digits, 40 % random labels: training labels predicted, by step", made.path.parent / "labels")
@@ -177,13 +126,13 @@ def remedies(made: Records) -> None:
     for record in fresh:
         cells = [Mean.of(record["test"]).text(), Mean.of(record["accuracy"]).text(3)]
         cells += [Mean.of(record["last_test"]).text(), f"{Mean.of(record['best_step']).mean:.0f}"]
-        lines.append(f"| {_arm(record)} | {' | '.join(cells)} | {record['cpu_seconds']:.0f} |")
+        lines.append(f"| {arm_of(record)} | {' | '.join(cells)} | {record['cpu_seconds']:.0f} |")
     lines += ["", *head(f"{full['method']} minus {remedy['method']}", "could be seen")]
     lines += [f"| {d.row()} | {3 * (d.error or 0):.4f} |", "", "Tuning seeds:", ""]
     lines += head("method", "held-out NLL", "test NLL", "at the last step")
     tried = made_of(made, grid)
     for record in tried:
         values = " | ".join(Mean.of(record[key]).text() for key in ("held_out", "test", "last_test"))
-        lines.append(f"| {_arm(record)} | {values} |")
+        lines.append(f"| {arm_of(record)} | {values} |")
     lines += ["", PLUS_MINUS, COULD_BE_SEEN]
     write(made.path.parent / "remedies.md", lines, [*fresh, *tried])

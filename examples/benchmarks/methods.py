@@ -54,7 +54,7 @@ def _smoothed(networks: ManyNetworks, x: Tensor, y: Tensor, amount: float) -> Te
 
 
 def _r_drop(networks: ManyNetworks, x: Tensor, y: Tensor, alpha: float) -> Tensor:
-    return r_drop_loss(networks(x).flatten(0, 1), networks(x).flatten(0, 1), y.flatten(), alpha)
+    return r_drop_loss(networks(x).flatten(0, -2), networks(x).flatten(0, -2), y.flatten(), alpha)
 
 
 def _generalized(networks: ManyNetworks, x: Tensor, y: Tensor, power: float) -> Tensor:
@@ -120,6 +120,8 @@ def _sam(rho: float, dropout: bool) -> Recipe:
     return Recipe(dropout=dropout, optimizer=SAM, options={"rho": rho, "networks": True}, passes=2)
 
 
+QUARTER: dict[str, Any] = {"batch_fraction": 0.25, "batch_dim": 1}
+
 METHODS: dict[str, Callable[..., Recipe]] = {
     "none": lambda: Recipe(dropout=False),
     "dropout": Recipe,
@@ -129,8 +131,9 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "xi": lambda strength=1.0: Recipe([dr.ImplicitNoise(strength)], passes=2),
     "R": _penalty,
     "Algorithm 2": partial(_penalty, noise=1.0),
-    "R, quarter": lambda strength=1.0: Recipe(
-        [dr.ExplicitPenalty(strength, batch_fraction=0.25, batch_dim=1)], passes=1.5
+    "R, quarter": lambda strength=1.0: Recipe([dr.ExplicitPenalty(strength, **QUARTER)], passes=1.5),
+    "Algorithm 2, quarter": lambda strength=1.0: Recipe(
+        [dr.ExplicitPenalty(strength, **QUARTER), dr.ImplicitNoise(**QUARTER)], passes=1.5
     ),
     "curvature full": _full,
     "mixup": lambda alpha: Recipe(dropout=False, losses=partial(mixup_loss, alpha=alpha)),
@@ -138,6 +141,7 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "generalized CE with dropout": lambda power: Recipe(losses=partial(_generalized, power=power)),
     "identity": partial(_penalty, curvature="identity"),
     "loss Jacobian": partial(_penalty, curvature="loss_jacobian"),
+    "loss Jacobian + xi": partial(_penalty, curvature="loss_jacobian", noise=1.0),
     "l2": lambda strength: Recipe(dropout=False, options={"weight_decay": strength}),
     "label smoothing": lambda amount: Recipe(dropout=False, losses=partial(_smoothed, amount=amount)),
     "R-Drop": lambda alpha: Recipe(losses=partial(_r_drop, alpha=alpha), passes=2),

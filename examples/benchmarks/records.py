@@ -70,8 +70,7 @@ class Records:
 
     def find(self, run: Run) -> dict[str, Any] | None:
         """Return the record of a run; None if it has not been made."""
-        key = run.key()
-        return next((line for line in self.lines if all(line.get(name) == value for name, value in key.items())), None)
+        return self._with(run.key())
 
     def of(self, **what: Any) -> list[dict[str, Any]]:
         """Return the records with these values (``method``, ``part``, ...), in the order in which they were made."""
@@ -79,16 +78,24 @@ class Records:
 
     def make(self, run: Run, on_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Return the record of a run, which is made if it is not there."""
-        found = self.find(run)
+        return self.keep(
+            run.key(), lambda: train(run.setting, run.method, run.parameters, run.seeds, on_step, **run.options)
+        )
+
+    def keep(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the record with these values, which is measured and written if it is not there."""
+        found = self._with(key)
         if found is not None:
             return found
-        measured = train(run.setting, run.method, run.parameters, run.seeds, on_step, **run.options)
-        line = {**run.key(), **measured, "provenance": provenance()}
+        line = {**key, **measure(), "provenance": provenance()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.lines.append(line)
         return line
+
+    def _with(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        return next((line for line in self.lines if all(line.get(name) == value for name, value in key.items())), None)
 
 
 def provenance() -> dict[str, Any]:

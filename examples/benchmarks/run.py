@@ -3,7 +3,7 @@
 python -m examples.benchmarks.run [STUDY ...] [--report]
 
 Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative text labels r_drop
-remedies. Run from the root of a
+remedies table_1 models r_drop_text wikitext. Run from the root of a
 clone; all of them take about two hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a
 command that was stopped goes on. `--report` trains nothing and draws what is there; `--list` says what that is. What
 was measured before (bench time_to_quality paper_small) is drawn from the files that were kept of it.
@@ -18,13 +18,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from examples import claims
-from examples.benchmarks import later_reports, older, reports, studies, text
+from examples.benchmarks import later_reports, models, older, reports, studies, text, text_reports
 from examples.benchmarks.records import Records, Run
 from examples.benchmarks.style import plain_label
 
 HERE = Path(__file__).parent
 TUNED = {"tuned40": 0.4, "tuned10": 0.1, "tuned0": 0.0}
-STUDIES = ["ablations", "claims", "dose", "dose8", "map", *TUNED, "negative", "text", "labels", "r_drop", "remedies"]
+LAST = ["table_1", "models", "r_drop_text", "wikitext"]
+STUDIES = [
+    "ablations",
+    "claims",
+    "dose",
+    "dose8",
+    "map",
+    *TUNED,
+    "negative",
+    "text",
+    "labels",
+    "r_drop",
+    "remedies",
+    *LAST,
+]
 PLAIN: dict[str, tuple[Callable[[], list[Run]], Callable[[Records], None]]] = {
     "ablations": (studies.tuning_of_ablations, reports.ablations),
     "claims": (studies.claims, reports.claims),
@@ -33,6 +47,8 @@ PLAIN: dict[str, tuple[Callable[[], list[Run]], Callable[[Records], None]]] = {
     "map": (lambda: [run for pair in studies.map_of_noise() for run in pair], reports.map_of_noise),
     "labels": (studies.labels, later_reports.labels),
     "r_drop": (studies.r_drop, later_reports.r_drop),
+    "r_drop_text": (studies.r_drop_text, text_reports.r_drop_text),
+    "wikitext": (studies.wikitext, text_reports.wikitext),
 }
 """Studies in which nothing is chosen: their runs, and what makes tables of them."""
 
@@ -43,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "studies", nargs="*", default=[*STUDIES, *older.REPORTS], metavar="STUDY", help=", ".join(STUDIES)
     )
     parser.add_argument("--report", action="store_true", help="draw what is there, train nothing")
-    parser.add_argument("--root", type=Path, help="where Penn Treebank lies, for text; without: the embedded corpus")
+    parser.add_argument("--root", type=Path, help="where the corpus lies: Penn Treebank (WikiText-2 for wikitext)")
     parser.add_argument("--list", action="store_true", help="say what there is, and where it was measured")
     options = parser.parse_args(args)
     claims.quiet()
@@ -87,11 +103,19 @@ def run_study(study: str, train: bool) -> None:
         reports.negative(made)
     elif study == "text":
         make(studies.text("python manual" if text.ROOT is None else "ptb"))
-        later_reports.text(made)
+        text_reports.text(made)
     elif study == "remedies":
         make(studies.remedies())
         make(studies.chosen(studies.remedies(), made, studies.SEEDS["remedies"]))
         later_reports.remedies(made)
+    elif study == "table_1":
+        make([*studies.table_1(), *studies.table_1_tuning()])
+        make(studies.table_1_chosen(made))
+        text_reports.table_1(made)
+    elif study == "models":
+        if train:
+            models.train(made)
+        models.report(made)
     elif study in older.REPORTS:
         older.REPORTS[study](HERE)
     else:

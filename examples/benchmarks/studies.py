@@ -20,9 +20,13 @@ __all__ = [
     "map_of_noise",
     "negative",
     "r_drop",
+    "r_drop_text",
     "remedies",
+    "table_1",
+    "table_1_tuning",
     "text",
     "tuned",
+    "wikitext",
 ]
 
 SEEDS = {
@@ -35,6 +39,11 @@ SEEDS = {
     "labels": list(range(6000, 6016)),
     "r_drop": list(range(7000, 7016)),
     "remedies": list(range(8000, 8032)),
+    "text tuning": list(range(200, 204)),
+    "table_1": list(range(9000, 9008)),
+    "wikitext": list(range(9100, 9108)),
+    "r_drop_text": list(range(9200, 9208)),
+    "models": [1],
 }
 A = Setting()
 """Full batch, 40 % random labels: no noise but dropout's."""
@@ -154,6 +163,62 @@ def text(data: str) -> list[Run]:
         ("Algorithm 2", {"noise": 2.0}),
     ]
     return [Run(method, parameters, replace(TEXT, data=data), SEEDS["text"]) for method, parameters in arms]
+
+
+TABLE_1 = replace(TEXT, data="ptb 240", drop_probs=(0.0, 0.4, 0.4), batch_size=40, passes=600, evaluations=20)
+PAPERS_STRENGTH = {"strength": 2.0}
+"""Of R in the paper's runs."""
+
+
+def table_1() -> list[Run]:
+    """The rows of the paper's first table without those whose strength is tuned, and DROPOUT_4."""
+    arms: list[tuple[str, dict[str, Any]]] = [
+        ("none", {}),
+        ("dropout", {}),
+        ("DROPOUT_k", {"k": 4}),
+        ("R", PAPERS_STRENGTH),
+        ("Algorithm 2", PAPERS_STRENGTH),
+        ("DROPOUT_k + xi", {"k": 4}),
+    ]
+    return [Run(method, own, TABLE_1, SEEDS["table_1"]) for method, own in arms]
+
+
+def table_1_tuning() -> list[Run]:
+    """The strengths of the other rows, on tuning seeds of their own."""
+    grids = {
+        "l2": (0.0001, 0.0003, 0.001, 0.003),
+        "loss Jacobian": (0.5, 2.0, 8.0),
+        "identity": (0.01, 0.1, 1.0),
+    }
+    return [
+        Run(method, {"strength": s}, TABLE_1, SEEDS["text tuning"], "tuning")
+        for method, each in grids.items()
+        for s in each
+    ]
+
+
+def table_1_chosen(records: Records) -> list[Run]:
+    """The rows whose strength was tuned, and the loss Jacobian with noise at the strength that it has without."""
+    found = chosen(table_1_tuning(), records, SEEDS["table_1"])
+    return found + [replace(run, method="loss Jacobian + xi") for run in found if run.method == "loss Jacobian"]
+
+
+def wikitext() -> list[Run]:
+    """The cheaper rows on windows of WikiText-2."""
+    setting = replace(TABLE_1, data="wikitext2 240")
+    return [
+        replace(run, setting=setting, seeds=SEEDS["wikitext"]) for run in table_1() if run.method != "DROPOUT_k + xi"
+    ]
+
+
+def r_drop_text() -> list[Run]:
+    """R-Drop on text, and Algorithm 2 with a penalty of the same strength, on all rows and on a quarter."""
+    runs = [Run("dropout", {}, TABLE_1, SEEDS["r_drop_text"])]
+    for alpha in (0.5, 2.0):
+        strength = {"strength": 1 + 2 * alpha}
+        arms = {"R-Drop": {"alpha": alpha}, "Algorithm 2": strength, "Algorithm 2, quarter": strength}
+        runs += [Run(method, own, TABLE_1, SEEDS["r_drop_text"]) for method, own in arms.items()]
+    return runs
 
 
 def labels() -> list[Run]:

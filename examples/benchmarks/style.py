@@ -24,9 +24,11 @@ STYLES: dict[str, tuple[str, str, str]] = {  # colour, line, marker
     "R": (BLUE, "--", "s"),
     "Algorithm 2": (GREEN, "-", "o"),
     "R, quarter": (BLUE, ":", "v"),
+    "Algorithm 2, quarter": (GREEN, ":", "v"),
     "curvature full": (SKY, "--", "P"),
     "identity": (PINK, "--", "s"),
     "loss Jacobian": (PINK, "-.", "D"),
+    "loss Jacobian + xi": (PINK, ":", "^"),
     "l2": (GREY, "--", "v"),
     "label smoothing": (GREY, "-.", "<"),
     "R-Drop": (PINK, "-", "o"),
@@ -42,6 +44,7 @@ LABELS = {
     "xi": r"$\xi$ alone",
     "R": r"$R_\mathrm{approx}$",
     "R, quarter": r"$R_\mathrm{approx}$, quarter of the rows",
+    "Algorithm 2, quarter": "Algorithm 2, quarter of the rows",
     "l2": r"$\ell_2$",
 }
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dropreg.interception.handlers.custom import drop
-from lightning_dropreg.paper.data import PennTreebank, PythonManual
+from lightning_dropreg.paper.data import PennTreebank, PythonManual, TextFolder
 from lightning_dropreg.paper.data.encoding import TextEncoder
 
 from .data import Data
@@ -23,14 +23,14 @@ __all__ = ["ManyLSTMs", "ptb", "python_manual"]
 VOCABULARY = 400
 WINDOW = 12
 ROOT: Path | None = None
-"""Where Penn Treebank lies: ``python -m examples.benchmarks.run text --root``."""
+"""Where the corpus lies: ``python -m examples.benchmarks.run text --root``."""
 
 
-def ptb(seeds: Sequence[int]) -> Data:
-    """Windows of Penn Treebank's training text; every seed draws its own."""
+def ptb(seeds: Sequence[int], corpus: type[TextFolder] = PennTreebank, rows: int = 160) -> Data:
+    """Windows of the training text of Penn Treebank, or of another corpus; every seed draws its own."""
     if ROOT is None:
-        raise SystemExit("Penn Treebank is not part of this repository: --root FOLDER says where it lies.")
-    return windows(TextEncoder(PennTreebank(ROOT), VOCABULARY), seeds)
+        raise SystemExit(f"{corpus.__name__} is not part of this repository: --root FOLDER says where it lies.")
+    return windows(TextEncoder(corpus(ROOT), VOCABULARY), seeds, rows)
 
 
 def python_manual(seeds: Sequence[int]) -> Data:

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dropreg.errors import DropregError
+from lightning_dropreg.paper.data import WikiText2
 
 from .data import Batches, Data, diabetes, digits, friedman
 from .many_networks import ManyNetworks
@@ -29,8 +31,10 @@ DATA: dict[str, Callable[..., Data]] = {
     "diabetes": diabetes,
     "ptb": ptb,
     "python manual": python_manual,
+    "ptb 240": partial(ptb, rows=240),
+    "wikitext2 240": partial(ptb, corpus=WikiText2, rows=240),
 }
-TEXTS = ("ptb", "python manual")
+TEXTS = ("ptb", "python manual", "ptb 240", "wikitext2 240")
 TEXT_WIDTH = 32
 NOISE_SEED = 1
 """The seed of the Trainer's randomness: what is drawn in training depends on it and on nothing else."""

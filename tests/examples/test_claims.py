@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from examples import claims
-from examples.benchmarks import figures, later_reports, methods, run, studies, style, text
+from examples.benchmarks import figures, later_reports, methods, run, studies, style, text, text_reports
 from examples.benchmarks.data import digits
 from examples.benchmarks.paired import Difference, Mean, difference
 from examples.benchmarks.records import Records, Run
@@ -183,12 +183,43 @@ def test_studies_added_later_are_reported(tmp_path, monkeypatch):
         made = Records(tmp_path / study / "runs.jsonl")
         for one in runs:
             assert "failed" not in made.make(one)
-        getattr(later_reports, study)(made)
+        getattr(text_reports if study == "text" else later_reports, study)(made)
     table = (tmp_path / "text" / "python_manual.md").read_text()
     assert "| (a) averaging the noise away makes it worse | DROPOUT_4 - DROPOUT_1 | above 0 |" in table
     assert "| curvature full (strength 0.85, clip 0.5) |" in (tmp_path / "labels" / "labels.md").read_text()
     assert (tmp_path / "r_drop" / "r_drop.md").read_text().count("| 0.1 | 5 |") == 1
     assert (tmp_path / "labels" / "labels.png").stat().st_size > 10_000
+
+
+def test_studies_in_the_setting_of_table_1_choose_and_report(tmp_path, monkeypatch):
+    short = replace(studies.TABLE_1, data="python manual", passes=2, evaluations=1, batch_size=10)
+    monkeypatch.setattr(studies, "TABLE_1", short)
+    monkeypatch.setattr(studies, "SEEDS", {**{name: [1, 2] for name in studies.SEEDS}, "text tuning": [3]})
+    made = Records(tmp_path / "table_1" / "runs.jsonl")
+    for one in [*studies.table_1(), *studies.table_1_tuning()]:
+        made.make(one)
+    chosen = studies.table_1_chosen(made)
+    assert [one.method for one in chosen] == ["l2", "loss Jacobian", "identity", "loss Jacobian + xi"]
+    assert chosen[1].parameters == chosen[3].parameters
+    for one in [*chosen, *studies.r_drop_text()]:
+        made.make(one)
+    text_reports.table_1(made)
+    text_reports.r_drop_text(made)
+    table = (tmp_path / "table_1" / "table_1.md").read_text()
+    assert "| Algorithm 2 (strength 2) | 72.99 |" in table
+    assert "| (f) the identity is no substitute for the Hessian | identity - R | above 0 |" in table
+    assert (tmp_path / "table_1" / "r_drop_text.md").read_text().count("| 2 | Algorithm 2, quarter |") == 1
+
+
+def test_what_was_chosen_on_tuning_seeds_is_compared_on_fresh_ones(tmp_path, monkeypatch):
+    runs = [replace(one, setting=TINY, seeds=[1], options=SMALL) for one in studies.remedies()[7:9]]
+    monkeypatch.setattr(studies, "remedies", lambda: runs)
+    monkeypatch.setitem(studies.SEEDS, "remedies", [2, 3])
+    made = Records(tmp_path / "runs.jsonl")
+    for one in [*runs, *(made.make(one) and studies.chosen([one], made, [2, 3])[0] for one in runs)]:
+        made.make(one)
+    later_reports.remedies(made)
+    assert "| curvature full minus generalized CE with dropout |" in (tmp_path / "remedies.md").read_text()
 
 
 def test_report_of_nothing_writes_nothing(tmp_path, monkeypatch):
