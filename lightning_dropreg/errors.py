@@ -130,7 +130,7 @@ class VocabularyMismatchError(DropregError, ValueError):
 
 
 class UnboundedPenaltyWarning(UserWarning):
-    """A penalty that can become negative without bound is trained with, and nothing watches it."""
+    """A penalty that can become negative without bound is trained with and not watched, or one has become negative."""
 
 
 class KinkedNetworkWarning(UserWarning):

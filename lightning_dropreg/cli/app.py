@@ -2,9 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,9 +35,9 @@ class DropregCLI(LightningCLI):
             itself what is built here.
         description: What the other command does, for its help.
         add_options: Adds the other command's own options to its parser.
-        resume_file: Where a fit keeps a checkpoint of its last whole epoch, and beside it one of its best epoch if no
-            callback does, which is tested where there is a test; None for nowhere.
+        summary: What measures a fit; with a ``resume_file``, its best checkpoint is tested where there is a test.
         plain: Whether this package's regularizers are left out, those of mixins too.
+        mixin: Settings of mixins that replace the model's, by the attribute's name.
     """
 
     def __init__(
@@ -46,13 +45,14 @@ class DropregCLI(LightningCLI):
         args: Sequence[str],
         description: str | None = None,
         add_options: AddOptions | None = None,
-        resume_file: Path | None = None,
+        summary: FitSummary | None = None,
         plain: bool = False,
+        mixin: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         _quiet()
-        self._plain = plain
+        self._plain, self._mixin = plain, mixin or {}
         self._add_options = add_options
-        self.fit_summary = FitSummary(resume_file)
+        self.fit_summary = summary or FitSummary()
         command, *options = args
         self._command = command
         by_lightning = command in self.subcommands()
@@ -166,6 +166,8 @@ class DropregCLI(LightningCLI):
             model: The model.
             **kwargs: As of `Trainer.fit`.
         """
+        for name, options in self._mixin.items():
+            setattr(model, name, {**getattr(model, name), **options})
         with without_mixins(model) if self._plain else nullcontext():
             self.trainer.fit(model, **kwargs)
 
@@ -199,4 +201,6 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*`tensorboardX` has been removed.*")
+    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")  # every epoch has a line of ours
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning itself, under torch 2.13

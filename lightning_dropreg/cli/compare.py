@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,12 @@ def main(args: Sequence[str]) -> None:
     """
     cut = list(args).index("--") if "--" in args else len(args)
     options, shared = _parser().parse_args(args[:cut]), args[cut + 1 :]
-    settings = _settings(options.configs, options.vary)
+    if options.plain and not options.vary:
+        raise InvalidArgumentError("--plain goes with --vary: it tries the values with plain dropout.")
+    if (options.monitor is None) != (options.mode is None):
+        raise InvalidArgumentError("--monitor NAME and --mode min (or max) go together.")
+    judged = {"monitor": options.monitor, "mode": options.mode or "min"}
+    settings = [replace(each, **judged) for each in _settings(options.configs, options.vary, options.plain)]
     seeds = options.seeds or ([1, 2, 3] if options.vary else [1])
     make_directory("out", options.out)  # before hours of training
     _check_baseline(options.baseline, settings, options.out)
@@ -61,7 +66,7 @@ def main(args: Sequence[str]) -> None:
     first = [options.baseline] if options.baseline else []
     comparison = Comparison(runs, dict.fromkeys([*first, *(each.name for each in settings), *(r.config for r in runs)]))
     comparison.write(options.out)
-    chosen = choice(comparison, options.vary) if options.vary else []
+    chosen = choice(comparison, options.vary, options.plain) if options.vary else []
     chosen += [] if options.vary else [told for config in comparison.configs for told in verdict(comparison, config)]
     if chosen:
         with (options.out / "table.md").open("a", encoding="utf-8") as table:
@@ -117,39 +122,54 @@ def _lacks_files(error: BaseException | None) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dropreg compare",
-        usage="dropreg compare FILE FILE ... [--seeds N N ...] [--baseline NAME] [--out DIR] [--figure] [--json]\n"
-        "       [-- OPTIONS]\n       dropreg compare FILE --vary KEY=VALUE,VALUE,... [the same]",
-        description="Run fit with each configuration file and seed in turn, test the best checkpoint of each where\n"
-        "there is a test, and compare the results. With --vary: run one file with several values of an option and\n"
-        "with plain dropout, choose the value by validation, and say how it does in the test against dropout.",
+        usage="dropreg compare FILE FILE ... [--seeds N N ...] [--baseline NAME]\n"
+        "       [--monitor NAME --mode MODE] [--out DIR] [--figure] [--json]\n       [-- OPTIONS]\n"
+        "       dropreg compare FILE --vary KEY=VALUE,VALUE,... [--plain] [the same]",
+        description="Run fit with each configuration file and seed in turn, test the best checkpoint\n"
+        "of each where there is a test, and compare the results. With --vary: run one\n"
+        "file with several values of an option and with plain dropout, choose the value\n"
+        "by validation, and say how it does in the test against dropout.",
         epilog="Examples; options after -- go to every run:\n\n"
-        "  dropreg compare mine.yaml --vary strength=0.5,1,2 --seeds 1 2 3 -- --trainer.max_epochs 20\n"
-        "  dropreg compare mine.yaml --vary ExplicitPenalty.strength=0.5,1,2     (where several have a strength)\n"
-        "  dropreg compare mine.yaml --vary model.init_args.drop_prob=0.1,0.3,0.5\n"
+        "  dropreg compare mine.yaml --plain --vary model.init_args.drop_prob=0.1,0.3,0.5\n"
+        "  dropreg compare mine.yaml --vary strength=0.5,1,2 -- --trainer.max_epochs 20\n"
+        "  dropreg compare mine.yaml --vary ExplicitPenalty.strength=0.5,1,2\n"
+        "                            (a callback's option, where several have a strength)\n"
+        "  dropreg compare mine.yaml --vary explicit_penalty.strength=0.5,1,2\n"
+        "                            (a mixin's)\n"
         "  dropreg compare dropout.yaml mine.yaml --seeds 1 2 3 --figure\n\n"
-        "DIR keeps every finished run: it is not repeated, and the tables hold all that are there and were made with\n"
-        "the same options; a killed run goes on after its last whole epoch. DIR gets table.md, table.csv, runs.csv\n"
-        "and history.csv, and machine.json: command, machine, versions and resolved configurations.",
+        "DIR keeps every finished run: it is not repeated, and the tables hold all that\n"
+        "are there and were made with the same options; a killed run goes on after its\n"
+        "last whole epoch. DIR gets table.md, table.csv, runs.csv and history.csv, and\n"
+        "machine.json: command, machine, versions and resolved configurations.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("configs", nargs="+", metavar="FILE", help="Configuration file; the first is the reference.")
     parser.add_argument(
         "--vary", metavar="KEY=VALUES", help="Option of one callback, or a key of FILE, and its values."
     )
+    parser.add_argument(
+        "--plain", action="store_true", help="With --vary: every value with plain dropout, to tune its rate."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="Seeds; 1 by default, with --vary 1 2 3.")
     parser.add_argument("--baseline", metavar="NAME", help="What differences are to, instead of the first.")
+    parser.add_argument(
+        "--monitor",
+        metavar="NAME",
+        help="Validation metric to judge by; by default what a ModelCheckpoint watches, else val_ppl or a val loss.",
+    )
+    parser.add_argument("--mode", choices=["min", "max"], help="max if a higher value of --monitor is better.")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="Where results are kept.")
     parser.add_argument("--figure", action="store_true", help="Draw curves.png and curves.svg.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     return parser
 
 
-def _settings(configs: Sequence[str], vary: str | None) -> list[Setting]:
+def _settings(configs: Sequence[str], vary: str | None, plain: bool) -> list[Setting]:
     """What is to be run: a file each, with short names; their folders too where the stems are the same."""
     if vary:
         if len(configs) > 1:
             raise InvalidArgumentError(f"--vary changes one file, not {len(configs)}: {', '.join(configs)}.")
-        return varied(configs[0], vary)
+        return varied(configs[0], vary, plain)
     stems = [Path(config).stem for config in configs]
     names = {c: s if stems.count(s) == 1 else str(Path(c).with_suffix("")) for c, s in zip(configs, stems, strict=True)}
     if len(names) != len(configs):

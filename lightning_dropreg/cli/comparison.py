@@ -97,6 +97,7 @@ class Comparison:
             for row in _read_csv(folder / "runs.csv"):
                 key = row.pop("configuration"), int(row.pop("seed"))
                 numbers: dict[str, Any] = {name: kind(row.pop(name)) for name, kind in _RUN.items()}
+                numbers["mode"] = row.pop("mode", "min")
                 test = {name: float(value) for name, value in row.items() if value}
                 runs[key] = Run(*key, FitResult(**numbers, test=test))
             for row in _read_csv(folder / "history.csv"):
@@ -111,6 +112,11 @@ class Comparison:
         return cls(runs.values(), dict.fromkeys(config for config, _ in runs))
 
     @property
+    def mode(self) -> str:
+        """Which values of the validation metric are better, ``"min"`` or ``"max"``."""
+        return next((run.result.mode for run in self.runs if run.result.metric), "min")
+
+    @property
     def metric(self) -> str:
         """Name of the validation metric."""
         return next((run.result.metric for run in self.runs if run.result.metric), "metric")
@@ -121,7 +127,7 @@ class Comparison:
 
     def best(self, config: str) -> Spread | None:
         """Return the best value of the metric of one configuration, over its seeds."""
-        return Spread.of([run.result.best for run in self.of(config)])
+        return Spread.of([self.value(run.result, self.metric) for run in self.of(config)])
 
     def reference(self, seed: int) -> FitResult | None:
         """Return the reference's result for `seed`."""
@@ -139,7 +145,8 @@ class Comparison:
         """Return the best value within the time of the reference's whole run; nan if there is none."""
         reference = self.reference(run.seed)
         limit = math.nan if reference is None else reference.seconds
-        return min((value for _, value, seconds in run.result.history if seconds <= limit), default=math.nan)
+        best = max if self.mode == "max" else min
+        return best((value for _, value, seconds in run.result.history if seconds <= limit), default=math.nan)
 
     @property
     def metrics(self) -> list[str]:
@@ -148,7 +155,7 @@ class Comparison:
 
     def value(self, result: FitResult, metric: str) -> float:
         """Return the best value of the validation metric, or the value of a test metric; nan if there is none."""
-        return result.best if metric == self.metric else result.test.get(metric, math.nan)
+        return result.best if metric == result.metric else result.test.get(metric, math.nan)
 
     def paired(self, config: str, metric: str) -> Spread | None:
         """Return the differences to the reference over the seeds that both have: what seeds share drops out of them.
@@ -226,12 +233,13 @@ class Comparison:
         _write_csv(
             folder / "table.csv", [[cell for cells in row for cell in cells] for row in zip(*numbers, strict=True)]
         )
-        tests = self.metrics[1:]
-        runs: list[list[str]] = [["configuration", "seed", *_RUN, *tests]]
+        tests, modes = self.metrics[1:], ["mode"] if self.mode == "max" else []
+        runs: list[list[str]] = [["configuration", "seed", *modes, *_RUN, *tests]]
         history: list[list[str]] = [["configuration", "seed", "epoch", self.metric, "seconds"]]
         for run in self.runs:
             name = [run.config, str(run.seed)]
-            runs.append([*name, *(_number(getattr(run.result, key)) for key in _RUN)])
+            runs.append([*name, *([run.result.mode] * len(modes))])
+            runs[-1] += [_number(getattr(run.result, key)) for key in _RUN]
             runs[-1] += [_number(run.result.test.get(test)) for test in tests]
             history += [[*name, str(e), _number(value), _number(seconds)] for e, value, seconds in run.result.history]
         _write_csv(folder / "runs.csv", runs)
@@ -239,7 +247,7 @@ class Comparison:
 
 
 def _first_time(result: FitResult, target: float) -> float:
-    return next((seconds for _, value, seconds in result.history if value <= target), math.inf)
+    return next((seconds for _, value, seconds in result.history if result.as_good(value, target)), math.inf)
 
 
 def _number(value: float | None) -> str:

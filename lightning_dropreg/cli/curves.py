@@ -91,7 +91,7 @@ def draw_bands(comparison: Comparison, title: str, path: Path, styles: Styles | 
 
 def _cut_off_the_beginning(axes: Any, comparison: Comparison) -> None:
     bests = [best.mean for config in comparison.configs if (best := comparison.best(config))]
-    if bests and axes.get_ylim()[1] > 1.5 * max(bests):
+    if bests and comparison.mode == "min" and axes.get_ylim()[1] > 1.5 * max(bests):
         axes.set_ylim(0.95 * min(bests), 1.5 * max(bests))
 
 

@@ -15,16 +15,17 @@ __all__ = ["QUICKSTART", "main"]
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 """The configuration that the package brings along."""
 _OWN = """\
-# dropreg inspect --config {file}                               what will be done, on the first batch
-# dropreg fit --config {file}
-# dropreg compare {file} --vary strength=0.5,1,2 --seeds 1 2 3  which strength, and was it worth it?
+# What will be done, on the first batch:  dropreg inspect --config {file}
+# Train:                                  dropreg fit --config {file}
+# Which strength, and was it worth it?    dropreg compare {file} --vary strength=0.5,1,2
 trainer:
   max_epochs: 20
   callbacks:
-    - class_path: lightning_dropreg.ExplicitPenalty  # in the place of dropout, at the model's own rates
+    # In the place of dropout, at the model's own rates:
+    - class_path: lightning_dropreg.ExplicitPenalty
       init_args:
         strength: 1.0
-    # If validation_step logs val_loss, keep the best epoch too:
+    # If validation_step logs val_loss, let fit keep the best epoch (compare does by itself):
     # - class_path: lightning.pytorch.callbacks.ModelCheckpoint
     #   init_args: {{monitor: val_loss}}
 {parts}"""
@@ -69,17 +70,18 @@ def _parts(model: str, data: str | None, more: Sequence[str]) -> str:
 def _told(file: Path, model: str | None) -> str:
     if model:
         return (
-            f"{file} trains {model} with ExplicitPenalty in the place of its dropout.\n"
-            f"  dropreg inspect --config {file}   what will be done, on the first batch\n"
-            f"  dropreg fit --config {file}       train it\n"
-            f"  dropreg compare {file} --vary strength=0.5,1,2   which strength, and was it worth it?"
+            f"{file} trains {model}:\nExplicitPenalty in the place of its dropout.\n"
+            f"What will be done, on the first batch:\n  dropreg inspect --config {file}\n"
+            f"Train it:\n  dropreg fit --config {file}\n"
+            f"Which strength, and was it worth it?\n  dropreg compare {file} --vary strength=0.5,1,2"
         )
     return (
-        f"{file} trains a small LSTM language model with Algorithm 2 on Python's own manual (nothing to download;\n"
-        f"needs the extra: pip install 'lightning-dropreg[text]').\n"
-        f"  dropreg inspect --config {file}   what is in a step, and what the callbacks do with it\n"
-        f"  dropreg fit --config {file}       train it: about two minutes\n"
-        "For a model of your own: dropreg init --model your_module.YourModel --data your_module.YourData"
+        f"{file} trains a small LSTM language model with Algorithm 2 on\n"
+        "Python's own manual (nothing to download; needs the extra:\n"
+        "pip install 'lightning-dropreg[text]').\n"
+        f"What will be done, on the first batch:\n  dropreg inspect --config {file}\n"
+        f"Train it, about two minutes:\n  dropreg fit --config {file}\n"
+        "For a model of your own:\n  dropreg init --model your_module.YourModel --data your_module.YourData"
     )
 
 

@@ -1,4 +1,4 @@
-"""The progress bar: loss, penalty and validation perplexity while training, one line per finished epoch."""
+"""The progress bar: loss and penalty while training, one line per finished epoch, validation in it."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,12 @@ __all__ = ["FitProgress"]
 SHOWN = {
     "loss": ("train_loss_step", "train_loss", "dropreg/loss", "loss"),
     "penalty R": ("dropreg/explicit_penalty",),
-    "val ppl": ("val_ppl",),
-    "val loss": ("val_loss",),
 }
 SHOWN_OF_EPOCH = {
-    **SHOWN,
     "loss": ("dropreg/loss_epoch", "train_loss_epoch", "train_loss", "loss"),
     "penalty R": ("dropreg/explicit_penalty_epoch",),
+    "val ppl": ("val_ppl",),
+    "val loss": ("val_loss",),
 }
 _REFRESH_PER_SECOND = 5
 _BAR_WIDTH = 8
@@ -108,10 +107,10 @@ class FitProgress(RichProgressBar):
         super().on_train_epoch_end(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        metrics = "".join(f"   {name} {value:8.4g}" for name, value in shown_metrics(trainer, SHOWN_OF_EPOCH).items())
+        metrics = "".join(f"  {name} {value:9.4g}" for name, value in shown_metrics(trainer, SHOWN_OF_EPOCH).items())
         seconds = time.monotonic() - self._epoch_start
         get_console().print(
-            f"epoch {_of(trainer.current_epoch + 1, trainer):>7}{metrics}   {seconds:6.1f} s",
+            f"epoch {_of(trainer.current_epoch + 1, trainer):>7}{metrics}  {seconds:5.1f} s",
             highlight=False,
             soft_wrap=True,
         )
@@ -133,6 +132,6 @@ def shown_metrics(trainer: Trainer, shown: Mapping[str, Sequence[str]] = SHOWN) 
     """
     logged = trainer.callback_metrics
     found = {short: next((n for n in names if n in logged), None) for short, names in shown.items()}
-    if found["val ppl"]:
+    if found.get("val ppl"):
         found.pop("val loss")
     return {short: float(logged[name]) for short, name in found.items() if name}

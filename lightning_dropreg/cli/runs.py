@@ -3,17 +3,21 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich import get_console
 
 from lightning_dropreg.cli.app import DropregCLI
-from lightning_dropreg.cli.config import layers
+from lightning_dropreg.cli.config import layers, read_file
 from lightning_dropreg.cli.machine import describe_machine
+from lightning_dropreg.cli.summary import FitSummary
 
-__all__ = ["Setting", "finished", "kept"]
+__all__ = ["Setting", "data_of", "finished", "kept"]
+
+_DISPLAY = ("enable_model_summary", "enable_progress_bar", "log_every_n_steps", "logger", "default_root_dir")
+"""Keys of the trainer that change what is shown and where it is kept, and no number."""
 
 _SHORT = 8
 """So much of a fingerprint tells runs apart."""
@@ -28,12 +32,18 @@ class Setting:
         file: Configuration file.
         options: Options of its own.
         plain: Whether the regularizers of this package are left out: what remains is the model's own dropout.
+        monitor: The validation metric to judge by; None for what the file's checkpoint callback watches, else a loss.
+        mode: ``"max"`` if a higher value of it is better.
+        mixin: Settings of the model's mixins that replace its own, by the attribute's name.
     """
 
     name: str
     file: str
     options: tuple[str, ...] = ()
     plain: bool = False
+    monitor: str | None = None
+    mode: str = "min"
+    mixin: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def fingerprint(self, seed: int, shared: Sequence[str]) -> str:
         """Return what tells a run from those of other files, options and seeds.
@@ -45,9 +55,29 @@ class Setting:
         Returns:
             A digest.
         """
-        files = [Path(file).read_text(encoding="utf-8") if Path(file).is_file() else file for file in layers(self.file)]
-        made_of = [files, seed, [*self.options, *shared], *(["plain"] if self.plain else [])]
-        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        files = [_without_display(read_file(file)) if Path(file).is_file() else file for file in layers(self.file)]
+        more = [self.plain, self.monitor, self.mode, self.mixin]
+        made_of = [files, seed, _that_count([*self.options, *shared]), more]
+        return hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()
+
+
+def _without_display(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what changes no number."""
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict):
+        return config
+    return {**config, "trainer": {key: value for key, value in trainer.items() if key not in _DISPLAY}}
+
+
+def _that_count(options: Sequence[str]) -> list[str]:
+    """Options without what changes no number, written `--key=value` or `--key value`."""
+    names = {f"--trainer.{key}" for key in _DISPLAY}
+    before = ["", *options]
+    return [
+        option
+        for previous, option in zip(before, options, strict=False)
+        if option.partition("=")[0] not in names and not (previous in names and not option.startswith("--"))
+    ]
 
 
 def finished(out: Path, setting: Setting, seed: int, shared: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +109,8 @@ def finished(out: Path, setting: Setting, seed: int, shared: Sequence[str]) -> d
     if goes_on:
         get_console().print("going on after the last whole epoch", style="dim")
         arguments += ["--ckpt_path", str(resume)]
-    cli = DropregCLI(arguments, resume_file=resume, plain=setting.plain)
+    summary = FitSummary(resume, setting.monitor, setting.mode)
+    cli = DropregCLI(arguments, summary=summary, plain=setting.plain, mixin=setting.mixin)
     made = {
         "fingerprint": fingerprint,
         "setting": {**asdict(setting), "file": str(Path(setting.file).resolve())},
@@ -107,7 +138,7 @@ def kept(
 
     Yields:
         Name, seed and record of each; None for a record that is not to be compared: it was made with other options,
-        from a file that has changed since, or on other data.
+        from a file that has changed since, on other data, or judged by another metric.
     """
     for path in sorted(out.glob("*/seed-*/result.json")):
         name, seed = path.parent.parent.name, path.parent.name.removeprefix("seed-")
@@ -125,11 +156,12 @@ def kept(
 
 
 def data_of(record: dict[str, Any]) -> object:
-    """Return what tells on which data a run was trained: the class of its data, else that of its model."""
+    """Return what makes runs comparable: the metric, and the class of the data, else that of the model."""
+    metric = record["result"]["metric"]
     for part in ("data", "model"):
         if found := record["config"].get(part):
-            return found.get("class_path", found) if isinstance(found, dict) else found
-    return None
+            return metric, found.get("class_path", found) if isinstance(found, dict) else found
+    return metric, None
 
 
 def _make_room(folder: Path, fingerprint: str) -> None:

@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
+from lightning_dropreg.errors import InvalidArgumentError
+
 __all__ = ["FitResult", "FitSummary", "print_result"]
 
 _METRICS = ("val_ppl", "val_loss")
@@ -43,6 +45,12 @@ class FitResult:
     """Test metrics of the best checkpoint, if asked for."""
     history: list[tuple[int, float, float]] = field(default_factory=list)
     """Epoch (from 1), validation metric, and seconds since the start, for every validation."""
+    mode: str = "min"
+    """``"max"`` if a higher value of the metric is better."""
+
+    def as_good(self, value: float, other: float) -> bool:
+        """Return whether one value of the metric is as good as another, or better."""
+        return value >= other if self.mode == "max" else value <= other
 
 
 class FitSummary(Callback):
@@ -50,12 +58,15 @@ class FitSummary(Callback):
 
     Args:
         resume_file: Where to keep a checkpoint of the last whole epoch, for a fit that is killed, and beside it the
-            weights of the best epoch, ``best.ckpt``, if no callback keeps them; None for none.
+            weights of the best epoch, ``best.ckpt``, if no callback keeps them by that metric; None for none.
+        monitor: The validation metric to judge by; None for what the checkpoint callback watches, else a loss.
+        mode: ``"max"`` if a higher value of `monitor` is better.
     """
 
-    def __init__(self, resume_file: Path | None = None) -> None:
+    def __init__(self, resume_file: Path | None = None, monitor: str | None = None, mode: str = "min") -> None:
         self.result = FitResult()
         self.resume_file = resume_file
+        self.monitor = (monitor, mode)
         self._fit_start = self._step_start = 0.0
         self._step_seconds: list[float] = []
         self._resumed = False
@@ -107,13 +118,13 @@ class FitSummary(Callback):
         """
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self.result.metric = _metric(trainer)
+        self.result.metric, self.result.mode = self._metric(trainer)
         value = float(trainer.callback_metrics[self.result.metric]) if self.result.metric else math.nan
         epoch = trainer.current_epoch + 1
-        better = value < self.result.best
+        better = math.isfinite(value) and not (self.result.best_epoch and self.result.as_good(self.result.best, value))
         if better:
             self.result.best, self.result.best_epoch = value, epoch
-        if self.resume_file is not None and _monitored(trainer) is None and trainer.strategy.broadcast(better):
+        if self.resume_file is not None and not self._is_kept(trainer) and trainer.strategy.broadcast(better):
             best = self.resume_file.with_name("best.ckpt")
             trainer.save_checkpoint(best, weights_only=True)
             self.result.checkpoint = str(best)
@@ -171,21 +182,29 @@ class FitSummary(Callback):
         if "dropreg/explicit_penalty_epoch" in trainer.callback_metrics:
             result.penalty = float(trainer.callback_metrics["dropreg/explicit_penalty_epoch"])
         keeper = trainer.checkpoint_callback
-        if isinstance(keeper, ModelCheckpoint) and (keeper.monitor or not result.checkpoint):
+        if isinstance(keeper, ModelCheckpoint) and (self._is_kept(trainer) or not result.checkpoint):
             result.checkpoint = keeper.best_model_path
 
+    def _metric(self, trainer: Trainer) -> tuple[str | None, str]:
+        """The validation metric by which fits are compared, and which of its values are better."""
+        logged = trainer.callback_metrics
+        losses = [name for name in logged if name.startswith("val") and ("loss" in name or "ppl" in name)]
+        wanted = [self.monitor, _watched(trainer), *((name, "min") for name in (*_METRICS, *losses))]
+        if self.monitor[0] and self.monitor[0] not in logged:
+            raise InvalidArgumentError(f"--monitor {self.monitor[0]} is not logged; there is {', '.join(logged)}.")
+        return next(((name, mode) for name, mode in wanted if name in logged), (None, "min"))
 
-def _monitored(trainer: Trainer) -> str | None:
-    """The metric that a checkpoint callback keeps the smallest value of, if one does."""
+    def _is_kept(self, trainer: Trainer) -> bool:
+        """Whether a checkpoint callback keeps the best by the same metric."""
+        return _watched(trainer)[0] is not None and _watched(trainer) == self._metric(trainer)
+
+
+def _watched(trainer: Trainer) -> tuple[str | None, str]:
+    """What a checkpoint callback watches, and its mode; what training logs is no judge."""
     keeper = trainer.checkpoint_callback
-    return keeper.monitor if isinstance(keeper, ModelCheckpoint) and keeper.mode == "min" else None
-
-
-def _metric(trainer: Trainer) -> str | None:
-    """The validation metric by which fits are compared, the lower the better."""
-    logged = trainer.callback_metrics
-    losses = [name for name in logged if name.startswith("val") and ("loss" in name or "ppl" in name)]
-    return next((n for n in (*_METRICS, _monitored(trainer), *losses) if n is not None and n in logged), None)
+    if isinstance(keeper, ModelCheckpoint) and keeper.monitor and not keeper.monitor.startswith("train"):
+        return keeper.monitor, keeper.mode
+    return None, "min"
 
 
 def _get_random_state() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """``dropreg compare --vary``: one option at several values, and which of them to take."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lightning_dropreg.cli.comparison import Comparison
 from lightning_dropreg.cli.config import layers, read_file
 from lightning_dropreg.cli.runs import Setting
 from lightning_dropreg.cli.spelling import parameters
-from lightning_dropreg.cli.spread import in_digits
+from lightning_dropreg.cli.spread import Spread, in_digits
 from lightning_dropreg.diagnostics.statistics import student_quantile
 from lightning_dropreg.errors import InvalidArgumentError
 
@@ -21,15 +22,21 @@ PLAIN = "dropout"
 """Name of the runs without this package's regularizers."""
 _LEAST = 3
 """With fewer pairs of seeds an interval says nothing."""
+_COMMA = re.compile(r",(?![^\[]*\])")
+"""Between values, not within one in brackets."""
+_MIXINS = ("explicit_penalty", "implicit_noise", "minibatch_dropout")
+"""Where a mixin's author writes its settings."""
 
 
-def varied(file: str, spec: str) -> list[Setting]:
+def varied(file: str, spec: str, plain: bool = False) -> list[Setting]:
     """Make the settings that ``--vary`` asks for: plain dropout first, then one for each value.
 
     Args:
         file: Configuration file.
         spec: ``KEY=VALUE,VALUE,…``. The key is an option of a callback (``strength``, or ``ExplicitPenalty.strength``
-            where several callbacks have it), or any key that fit takes (``model.init_args.drop_prob``).
+            where several callbacks have it) or of a mixin (``explicit_penalty.strength``), or any key that fit takes
+            (``model.init_args.drop_prob``). A value may be a list in brackets.
+        plain: Whether every value is tried with plain dropout, as for its rate.
 
     Returns:
         The settings.
@@ -38,14 +45,23 @@ def varied(file: str, spec: str) -> list[Setting]:
         InvalidArgumentError: If there is no such option, several callbacks have it, or there are fewer than two values.
     """
     key, _, listed = spec.partition("=")
-    values = list(dict.fromkeys(value.strip() for value in listed.split(",") if value.strip()))
+    values = list(dict.fromkeys(value.strip() for value in _COMMA.split(listed) if value.strip()))
     if not key or len(values) < 2:
         raise InvalidArgumentError(f"--vary {spec}: give a key and two values or more, as in --vary strength=0.5,1,2.")
     label = key.rpartition(".")[2]
     if key.partition(".")[0] in {"model", "data", "optimizer", "lr_scheduler"} or (
         key.startswith("trainer.") and not key.startswith("trainer.callbacks")
     ):
-        settings = [Setting(f"{label}={value}", file, (f"--{key}={value}",)) for value in values]
+        names = [f"{PLAIN}, {label}={value}" if plain else f"{label}={value}" for value in values]
+        settings = [Setting(name, file, (f"--{key}={v}",), plain) for name, v in zip(names, values, strict=True)]
+        return [Setting(PLAIN, file, plain=True), *settings]
+    if plain:
+        raise InvalidArgumentError(
+            f"--plain leaves out the regularizers, and with them {key}. Vary a key of the model."
+        )
+    if key.rpartition(".")[0] in _MIXINS:
+        mixin = key.rpartition(".")[0]
+        settings = [Setting(f"{label}={value}", file, mixin={mixin: {label: safe_load(value)}}) for value in values]
         return [Setting(PLAIN, file, plain=True), *settings]
     callbacks = _callbacks(file)
     number = _the_one(key, callbacks, file)
@@ -91,24 +107,27 @@ def _the_one(key: str, callbacks: Sequence[dict[str, Any]], file: str) -> int:
         f"{names[n]}.{name}" for n, one in enumerate(callbacks) for name in sorted(parameters(one["class_path"]))
     ]
     there = f"There is: {', '.join(options)}." if options else "It has no callbacks; add ExplicitPenalty to them."
+    there += f" For a mixin: {_MIXINS[0]}.{key.rpartition('.')[2]}."
     raise InvalidArgumentError(f"--vary {key}: no callback of {file} has that option. {there}")
 
 
-def choice(comparison: Comparison, spec: str) -> list[str]:
+def choice(comparison: Comparison, spec: str, plain: bool = False) -> list[str]:
     """Say which value is best in validation, and how that one does in the test against plain dropout.
 
     Args:
         comparison: The runs.
         spec: As for `varied`.
+        plain: As for `varied`.
 
     Returns:
         Sentences.
     """
     label = spec.partition("=")[0].rpartition(".")[2]
-    means = {c: s.mean for c in comparison.configs if c.startswith(f"{label}=") and (s := comparison.best(c))}
+    start = f"{PLAIN}, {label}=" if plain else f"{label}="
+    means = {c: s.mean for c in comparison.configs if c.startswith(start) and (s := comparison.best(c))}
     if not means:
         return [f"No choice: no run with a {label} has a validation loss (val_loss, say, logged in validation_step)."]
-    ranked = sorted(means, key=lambda config: means[config])
+    ranked = sorted(means, key=lambda config: means[config], reverse=comparison.mode == "max")
     best = ranked[0]
     seeds = len(comparison.of(best))
     told = [f"Chosen by {comparison.metric}: {best} ({in_digits(means[best])}, mean of {_seeds(seeds)}"]
@@ -122,6 +141,8 @@ def choice(comparison: Comparison, spec: str) -> list[str]:
         pass
     if comparison.configs[0] != best:
         told += list(_against_reference(comparison, best))
+        if not plain and comparison.configs[0] == PLAIN:
+            told.append(f"The rate of {PLAIN} is the model's own: tune it first (--plain --vary KEY_OF_THE_RATE=…).")
     return told
 
 
@@ -139,7 +160,12 @@ def _against_reference(comparison: Comparison, best: str) -> Iterator[str]:
     )
     yield from verdict(comparison, best)
     if times := comparison.times(best):
-        yield f"A fit took {times.mean:.2g} times as long. The rate of {reference} is the model's own: tune it first."
+        told = f"A fit took {times.mean:.2g} times as long"
+        equal = [Spread.of([comparison.at_equal_time(run) for run in comparison.of(c)]) for c in (best, reference)]
+        mine, other = (spread and in_digits(spread.mean, spread.error) for spread in equal)
+        if times.mean > 1 and mine and other:
+            told += f"; in the time of {reference}'s it reached {comparison.metric} {mine}, {reference} {other}"
+        yield f"{told}."
 
 
 def verdict(comparison: Comparison, config: str) -> Iterator[str]:

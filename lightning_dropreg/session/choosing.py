@@ -17,10 +17,14 @@ from lightning_dropreg.passes import Closure, Pass
 from lightning_dropreg.session.batch import Batch
 from lightning_dropreg.session.compiled import compiled_problems
 from lightning_dropreg.session.problems import is_line_search, module_problems
+from lightning_dropreg.step.pass_group import StepResult
 from lightning_dropreg.step.plan import Estimation, Plan
 from lightning_dropreg.step.settings import AUTO_FRACTION
 
-__all__ = ["choose", "choose_fraction", "warn_of_kinks", "warn_of_line_search", "warn_of_no_bound"]
+__all__ = ["choose", "choose_fraction", "warn_of_kinks", "warn_of_line_search", "warn_of_negative", "warn_of_no_bound"]
+
+ROUNDING = 1e-4
+"""So much of the loss may a penalty lie below zero without meaning it."""
 
 
 def choose(trainer: Trainer, module: LightningModule, plan: Plan, run_without_trace: Closure, seen: Pass) -> Choice:
@@ -151,6 +155,32 @@ def warn_of_line_search(trainer: Trainer, plan: Plan) -> None:
         "ExplicitPenalty(batch_fraction=None) alone, whose estimates vary least.",
         category=NoisySearchWarning,
     )
+
+
+def warn_of_negative(plan: Plan, result: StepResult, where: str) -> bool:
+    """Warn of a penalty below zero by more than rounding, as a loss has that is not convex in the outputs.
+
+    Of the whole curvature, which has such penalties too, a fit tells when it starts.
+
+    Args:
+        plan: The plan.
+        result: What a step gave.
+        where: Which step that was.
+
+    Returns:
+        Whether it was told.
+    """
+    penalty = result.penalty
+    if penalty is None or plan.curvature == FULL or not penalty.item() < -ROUNDING * abs(result.loss.item()):
+        return False
+    rank_zero_warn(
+        f"The explicit penalty is negative at {where}: {penalty.item():.3g} (loss: {result.loss.item():.3g}). "
+        "A loss is not convex in the model's outputs (a focal loss, say), and where its second derivative is negative "
+        "the penalty rewards being wrong with confidence. Use cross entropy, a small strength, or ImplicitNoise() "
+        "alone; keep the best checkpoint and let lightning_dropreg.DivergenceDetector watch the run.",
+        category=UnboundedPenaltyWarning,
+    )
+    return True
 
 
 def warn_of_no_bound(plan: Plan, watched: bool) -> None:

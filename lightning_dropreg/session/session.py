@@ -29,7 +29,7 @@ from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Off, dormant_sites, run_pass
 from lightning_dropreg.passes.holders import Holders
 from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_loss
-from lightning_dropreg.session.choosing import warn_of_kinks, warn_of_line_search, warn_of_no_bound
+from lightning_dropreg.session.choosing import warn_of_kinks, warn_of_line_search, warn_of_negative, warn_of_no_bound
 from lightning_dropreg.session.compiled import keeping_buffers
 from lightning_dropreg.session.looking import REFUSED, Looks
 from lightning_dropreg.session.manual import ManualStep, joined
@@ -79,6 +79,7 @@ class Session:
         self._late: list[tuple[Tensor, Tensor]] = []
         self._later: list[Tensor | None] | None = None
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._told_negative = False
         self._detectors = [callback for callback in callbacks if isinstance(callback, Watcher)]
         self._gradient_norm: Tensor | None = None
         penalized = plan.strength_at(0) > 0
@@ -364,9 +365,11 @@ class Session:
             self.values.log({"grad_norm": norm}, always=True)
 
     def _check_finite(self, batch: BatchRunner, result: StepResult) -> None:
+        where = f"optimizer step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
+        if not self._told_negative and (result.loss.device.type == "cpu" or self.values.in_logging_step):
+            self._told_negative = warn_of_negative(self.plan, result, where)  # elsewhere reading would wait for a GPU
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # an overflow in half precision is the scaler's to skip
-        where = f"optimizer step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
         check_finite(
             {"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.run_without_trace, where
         )

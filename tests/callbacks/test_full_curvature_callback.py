@@ -136,6 +136,30 @@ def test_training_warns_once_unless_it_is_watched():
         train([*penalty(), dr.DivergenceDetector()], max_steps=1)
 
 
+def test_a_penalty_that_becomes_negative_is_warned_of_once():
+    """That of a focal loss, confidently wrong; that of cross entropy never is."""
+    picked = lambda p, y: p.gather(-1, y[:, None])[:, 0]
+    focal = dr.recognize(lambda z, y: -((1 - picked(z.softmax(-1), y)) ** 2) * picked(z.log_softmax(-1), y))
+
+    class Wrong(Classifier):
+        def training_step(self, batch, batch_idx):
+            z = 6 * self.net(batch[0])[:, :2]
+            return self.loss(z, z.argmin(-1)).mean()
+
+        loss = staticmethod(F.cross_entropy)
+
+    class Focal(Wrong):
+        loss = staticmethod(focal)
+
+    for make, count in ((Focal, 1), (Wrong, 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train([dr.ExplicitPenalty()], make=make, max_steps=4)
+        told = [str(w.message) for w in caught if w.category is UnboundedPenaltyWarning]
+        assert len(told) == count, told
+        assert all("negative at optimizer step 0" in each for each in told)
+
+
 def test_training_tells_of_kinks_unless_derivatives_are_followed():
     class Kinked(Classifier):
         def __init__(self):

@@ -85,6 +85,85 @@ def test_plain_dropout_is_without_any_regularizer(folder, capsys, model):
     assert Path("out/table.md").read_text().count("Chosen by val_loss") == 1
 
 
+def test_the_rate_is_tuned_with_plain_dropout(folder, capsys):
+    file = write("net.yaml", PENALTY)
+    assert main(["compare", file, "--plain", "--vary", "model.init_args.drop_prob=0.3,0", "--seeds", "1"]) == 0
+    best = lambda name: json.loads(Path(f"runs/compare/{name}/seed-1/result.json").read_text())["result"]["best"]
+    assert best("dropout") == best("dropout, drop_prob=0.3") != best("dropout, drop_prob=0")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Chosen by val_loss: dropout, drop_prob=0" in told
+    assert "penalty" not in told
+    assert main(["compare", file, "--plain", "--vary", "strength=1,2"]) == 1
+    assert "Vary a key of the model" in capsys.readouterr().err
+
+
+def test_a_mixins_strength_and_values_that_are_lists(folder):
+    own = varied(write("own.yaml", model="Own"), "explicit_penalty.strength=0,5")
+    assert [each.name for each in own] == ["dropout", "strength=0", "strength=5"]
+    assert main(["compare", "own.yaml", "--vary", "explicit_penalty.strength=0,5,9", "--seeds", "1"]) == 0
+    best = {p.parent.parent.name: json.loads(p.read_text())["result"]["best"] for p in Path().rglob("result.json")}
+    assert len(set(best.values())) == 4
+    assert main(["compare", "own.yaml", "--out=alone"]) == 0
+    alone = json.loads(Path("alone/own/seed-1/result.json").read_text())["result"]["best"]
+    assert best["strength=5"] == alone  # what its class says
+    listed = varied("own.yaml", "model.init_args.widths=[8,16],[4]")
+    assert [each.options for each in listed[1:]] == [(f"--model.init_args.widths={v}",) for v in ("[8,16]", "[4]")]
+
+
+def test_a_metric_of_which_higher_is_better(folder, capsys):
+    """The checkpoint callback's, or a given one: its best epoch is kept, chosen by and tested."""
+    keeper = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    write("given.yaml", PENALTY)
+    options = ["--vary", "ExplicitPenalty.strength=0,500", "--seeds", "1"]
+    highest = ["--monitor", "val_loss", "--mode", "max"]
+    assert main(["compare", "given.yaml", *options, *highest, "--out=given"]) == 0
+    assert "Chosen by val_loss: strength=500 " in capsys.readouterr().out
+    keeper["init_args"] = {"monitor": "val_loss", "mode": "max"}
+    write("watched.yaml", PENALTY, keeper)
+    assert (
+        main(["compare", "watched.yaml", *options, "--out=watched", "--", "--trainer.enable_checkpointing=true"]) == 0
+    )
+    told = capsys.readouterr().out
+    assert "Chosen by val_loss: strength=500 " in told
+    for out in ("given", "watched"):
+        found = json.loads(Path(out, "strength=500", "seed-1", "result.json").read_text())["result"]
+        values = [value for _, value, _ in found["history"]]
+        assert (found["mode"], found["best"]) == ("max", max(values))
+        assert found["test"]["test_loss"] == pytest.approx(max(values))  # the same data: the kept epoch is that one
+        assert Comparison.read(Path(out)).mode == "max"
+    assert main(["compare", "given.yaml", *options, "--monitor", "val_loss"]) == 1
+    assert "go together" in capsys.readouterr().err
+
+
+def test_times_to_a_metric_of_which_higher_is_better():
+    fit = lambda *values: FitResult(
+        "val_acc", max(values), 1, 2, 2, 2.0, mode="max", history=[(n, v, float(n)) for n, v in enumerate(values, 1)]
+    )
+    found = [Run("dropout", 1, fit(0.5, 0.8)), Run("strength=1", 1, fit(0.9, 0.7)), Run("strength=2", 1, fit(0.4, 0.6))]
+    comparison = Comparison(found, ["dropout", "strength=1", "strength=2"])
+    assert [comparison.time_to_reference(run) for run in found] == [1, 0.5, float("inf")]
+    assert [comparison.at_equal_time(run) for run in found] == [0.8, 0.9, 0.6]
+    assert choice(comparison, "strength=1,2")[0].startswith("Chosen by val_acc: strength=1 (0.9")
+
+
+def test_what_is_only_shown_makes_no_other_run(folder):
+    plain, half, _ = varied(write("one.yaml", PENALTY), "strength=0.5,1")
+    marks = lambda *shared: [each.fingerprint(1, shared) for each in (plain, half)]
+    before = marks()
+    assert before[0] != before[1]
+    shown = ["--trainer.enable_model_summary=true", "--trainer.log_every_n_steps", "7", "--trainer.logger=true"]
+    assert marks(*shown) == before
+    assert marks("--trainer.max_epochs", "7") != before
+    assert marks("--trainer.logger", "true", "--trainer.max_epochs", "7") == marks("--trainer.max_epochs", "7")
+    content = yaml.safe_load(Path("one.yaml").read_text())
+    content["trainer"].pop("enable_progress_bar")
+    Path("one.yaml").write_text(yaml.safe_dump(content))
+    assert marks() == before
+    content["trainer"]["max_epochs"] = 3
+    Path("one.yaml").write_text(yaml.safe_dump(content))
+    assert marks() != before
+
+
 def runs(name, *values, test=None):
     tests = values if test is None else test
     return [
@@ -104,6 +183,7 @@ def test_the_choice_is_by_validation_and_judged_by_the_test():
     assert told[0] == "Chosen by val_loss: strength=10 (0.9, mean of 3 seeds; next strength=1: 1.033)."
     assert told[1] == "It is the largest that was tried: try larger ones too."
     assert "strength=10 minus dropout, 3 seeds in pairs: test_loss +0.2033 ± 0.0033 (± standard error)." in told[2]
+    assert told[5].startswith("The rate of dropout is the model's own: tune it first (--plain --vary ")
     assert told[3] == "strength=10: test_loss is higher than dropout (3 seeds, Student's t, 95 %)."
 
 
