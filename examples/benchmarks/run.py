@@ -3,10 +3,10 @@
 python -m examples.benchmarks.run [STUDY ...] [--report]
 
 Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative text labels r_drop
-remedies table_1 models r_drop_text wikitext. Run from the root of a
-clone; all of them take about two hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a
-command that was stopped goes on. `--report` trains nothing and draws what is there; `--list` says what that is. What
-was measured before (bench time_to_quality paper_small) is drawn from the files that were kept of it.
+remedies table_1 models r_drop_text wikitext step_costs. Run from the root of a clone; all of them take about two and a
+half hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a command that was stopped goes
+on. `--report` trains nothing and draws what is there; `--list` says what that is. What was measured before (bench
+time_to_quality paper_small) is drawn from the files that were kept of it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from examples import claims
-from examples.benchmarks import later_reports, models, older, reports, studies, text, text_reports
+from examples.benchmarks import later_reports, models, older, reports, step_costs, studies, text, text_reports
 from examples.benchmarks.records import Records, Run
 from examples.benchmarks.style import plain_label
 
 HERE = Path(__file__).parent
 TUNED = {"tuned40": 0.4, "tuned10": 0.1, "tuned0": 0.0}
-LAST = ["table_1", "models", "r_drop_text", "wikitext"]
+LAST = ["table_1", "models", "r_drop_text", "wikitext", "step_costs"]
 STUDIES = [
     "ablations",
     "claims",
@@ -51,6 +52,22 @@ PLAIN: dict[str, tuple[Callable[[], list[Run]], Callable[[Records], None]]] = {
     "wikitext": (studies.wikitext, text_reports.wikitext),
 }
 """Studies in which nothing is chosen: their runs, and what makes tables of them."""
+
+STAGED: dict[str, list[Callable[[Records], Any]]] = {
+    "remedies": [
+        lambda made: studies.remedies(),
+        lambda made: studies.chosen(studies.remedies(), made, studies.SEEDS["remedies"]),
+        later_reports.remedies,
+    ],
+    "table_1": [
+        lambda made: [*studies.table_1(), *studies.table_1_tuning()],
+        studies.table_1_chosen,
+        text_reports.table_1,
+    ],
+}
+"""Studies in which some runs depend on others: the runs of each stage, and what makes tables of them."""
+OWN = {"models": (models.train, models.report), "step_costs": (step_costs.measure, step_costs.report)}
+"""Studies with records of their own kind: what makes them, and what makes tables of them."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -104,18 +121,15 @@ def run_study(study: str, train: bool) -> None:
     elif study == "text":
         make(studies.text("python manual" if text.ROOT is None else "ptb"))
         text_reports.text(made)
-    elif study == "remedies":
-        make(studies.remedies())
-        make(studies.chosen(studies.remedies(), made, studies.SEEDS["remedies"]))
-        later_reports.remedies(made)
-    elif study == "table_1":
-        make([*studies.table_1(), *studies.table_1_tuning()])
-        make(studies.table_1_chosen(made))
-        text_reports.table_1(made)
-    elif study == "models":
+    elif study in STAGED:
+        *stages, report = STAGED[study]
+        for stage in stages:
+            make(stage(made))
+        report(made)
+    elif study in OWN:
         if train:
-            models.train(made)
-        models.report(made)
+            OWN[study][0](made)
+        OWN[study][1](made)
     elif study in older.REPORTS:
         older.REPORTS[study](HERE)
     else:
