@@ -101,7 +101,7 @@ def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapp
         plan = callbacks[0].plan(cast(Trainer, SimpleNamespace(callbacks=callbacks)))
         outlook.plan = describe(plan)
         outlook.values, plan, choices = rehearse(first.trainer, first.model, plan, first.step, first.args, measured)
-        methods += [f"estimator {name}" for name in plan.estimators] + ["batch_fraction"] * bool(plan.row_dims)
+        methods += [f"estimator {name}" for name in plan.estimators] + ["batch_fraction"] * bool(plan.on_rows)
         methods += ["batch_fraction in one pass"] * (plan.in_one_pass is not None)
         methods += ["compiled parts"] * any(each.name == "compiled" for each in measured)
         methods += ["MiniBatchDropout at the last site"] * (plan.sites == "last")

@@ -92,12 +92,14 @@ class Known:
         weights: What its elements count.
         is_mean: See `lightning_dropreg.losses.base.Loss`.
         trained: Whether the weights depend on something that is trained.
+        as_sum: See `lightning_dropreg.losses.base.Loss`.
     """
 
     name: str
     weights: Tensor
     is_mean: bool
     trained: bool
+    as_sum: Tensor | None = None
 
 
 class Counts:
@@ -134,6 +136,7 @@ class Counts:
             weights = weights_in_batch(done.losses, known, rows, counting, own)
             for number, (loss, right) in enumerate(zip(done.losses, weights, strict=True)):
                 values = loss.per_element(loss.elements)
+                loss.as_sum = known[number].as_sum
                 trained = own is not None and known[number].trained
                 w = _as_trained(own[number], right) if own is not None and trained else right
                 total = total + (w / rows.fraction * values).sum()
@@ -159,7 +162,8 @@ def known_weights(total: Tensor, losses: Sequence[Loss]) -> list[Known]:
     except LossNotRecognizedError:
         return []
     return [
-        Known(loss.name, w.detach(), loss.is_mean, w.requires_grad) for loss, w in zip(losses, weights, strict=True)
+        Known(loss.name, w.detach(), loss.is_mean, w.requires_grad, loss.counts_as_sum(w.detach()))
+        for loss, w in zip(losses, weights, strict=True)
     ]
 
 

@@ -224,6 +224,9 @@ def _share(count: int, axis: RowAxis, pairs: Pairs, dtype: torch.dtype, device: 
 
 def _penalty(curvature: str, loss: Loss, weights: Tensor, axis: RowAxis, pairs: Pairs, step: float) -> Tensor:
     """``sum w u^T M u`` over the chosen examples."""
+    if curvature != "loss_hessian":  # which asks for no weight of an example
+        of_batch = axis.split(weights.detach() * pairs.fraction, pairs.counts)[:2]
+        loss.as_sum = loss.counts_as_sum(torch.cat(list(of_batch)))
     parts = loss.parts(lambda values: axis.split(values, pairs.counts))
     if parts is not None:
         return pair_quadratic_form(curvature, parts[1], parts[2], axis.split(weights, pairs.counts)[1], step)

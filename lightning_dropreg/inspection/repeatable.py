@@ -11,16 +11,16 @@ from torch import Tensor
 
 from lightning_dropreg.errors import DropregError, NotRepeatableError
 from lightning_dropreg.inspection.assumptions import Measured
-from lightning_dropreg.passes import Closure, Off, run_pass
+from lightning_dropreg.passes import Closure, Off, Pass, run_pass
 from lightning_dropreg.passes.batches import is_array
 
-__all__ = ["compare_runs"]
+__all__ = ["Trace", "compare_runs"]
 
 State = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Trace:
+class Trace:
     """What one run gave and left."""
 
     loss: Tensor
@@ -29,6 +29,25 @@ class _Trace:
     sites: list[tuple[str, float, tuple[int, ...]]]
     state: State
 
+    @classmethod
+    def of(cls, done: Pass, state: State) -> Trace:
+        """Take down what a pass, its losses recorded, gave; its graph is not held.
+
+        Args:
+            done: The pass.
+            state: What it would leave: one dict for each module or object.
+
+        Returns:
+            The trace.
+        """
+        return cls(
+            done.loss.detach(),
+            [loss.elements.detach() for loss in done.losses],
+            [loss.name for loss in done.losses],
+            [(site.kind, site.p, tuple(site.shape)) for site in done.sites],
+            state,
+        )
+
 
 def compare_runs(
     closure: Closure,
@@ -36,6 +55,7 @@ def compare_runs(
     name: str,
     moving: Mapping[str, Any],
     put_back: Sequence[str] = (),
+    runs: Sequence[Callable[[], Trace]] = (),
 ) -> list[Measured]:
     """Run a step twice without dropout and compare loss, elements of the losses, sites, and what is left.
 
@@ -45,6 +65,7 @@ def compare_runs(
         name: Of the step, for messages.
         moving: What the step can reach and nobody can put back, by place.
         put_back: Places of random generators of the step's own that it draws from and that are put back.
+        runs: Make the two runs, under another rule for dropout; by default they are made without dropout.
 
     Returns:
         What was found of ``repeatable`` and ``state_put_back``.
@@ -58,9 +79,10 @@ def compare_runs(
         >>> compare_runs(step, lambda: [], "step", {})[0].outcome
         'error'
     """
-    first = _trace(closure, state)
+    one, other = runs or [lambda: _trace(closure, state)] * 2
+    first = one()
     try:
-        second = _trace(closure, state)
+        second = other()
     except Exception as error:
         if isinstance(error, (DropregError, torch.OutOfMemoryError)):
             raise
@@ -71,15 +93,15 @@ def compare_runs(
     text = _said(first, second, size, tolerance)
     if text:
         return [Measured("repeatable", size, tolerance, "error", problem=_refusal(name, text, moving))]
-    note, outcome = "two runs without dropout: loss, elements and sites", "holds"
+    note, outcome = "two runs: loss, elements and sites", "holds"
     if put_back:
         note, outcome = f"{note}; put back: {', '.join(put_back)}", "right value"
     found = [Measured("repeatable", size, tolerance, outcome, note)]
     left = [
         name
-        for one, other in zip(first.state, second.state, strict=False)
-        for name in one.keys() | other.keys()
-        if name not in one or name not in other or _differs(one[name], other[name], tolerance)
+        for a, b in zip(first.state, second.state, strict=False)
+        for name in a.keys() | b.keys()
+        if name not in a or name not in b or _differs(a[name], b[name], tolerance)
     ]
     if left:
         told = (
@@ -90,18 +112,11 @@ def compare_runs(
     return [*found, Measured("state_put_back", note=f"the same in {len(first.state)} modules and objects")]
 
 
-def _trace(closure: Closure, state: Callable[[], State]) -> _Trace:
-    done = run_pass(closure, Off(), record_losses=True, need_sites=False, problems=[])
-    return _Trace(
-        done.loss.detach(),
-        [loss.elements.detach() for loss in done.losses],
-        [loss.name for loss in done.losses],
-        [(site.kind, site.p, tuple(site.shape)) for site in done.sites],
-        state(),
-    )
+def _trace(closure: Closure, state: Callable[[], State]) -> Trace:
+    return Trace.of(run_pass(closure, Off(), record_losses=True, need_sites=False, problems=[]), state())
 
 
-def _said(first: _Trace, second: _Trace, size: float, tolerance: float) -> str:
+def _said(first: Trace, second: Trace, size: float, tolerance: float) -> str:
     """What is not the same, in words; empty if nothing."""
     if first.losses != second.losses:
         return f"it computed the losses {first.losses} and then {second.losses}"
@@ -121,14 +136,14 @@ def _refusal(name: str, text: str, moving: Mapping[str, Any]) -> NotRepeatableEr
         "files, counters outside of the module, or a foreign object."
     )
     return NotRepeatableError(
-        f"{name} does something else when it is called again with the same batch, from the same state, without "
-        f"dropout: {text}. Passes over one batch are compared with one another, so they must differ in the dropout "
-        f"alone.{found} Fetch what is new in on_train_batch_start, or in the data loader, so that the step only uses "
-        "it; a random generator kept on the module is put back for every pass."
+        f"{name} does something else when it is called again with the same batch, from the same state, with the "
+        f"same noise in place of dropout: {text}. Passes over one batch are compared with one another, so they must "
+        f"differ in the dropout alone.{found} Fetch what is new in on_train_batch_start, or in the data loader, so "
+        "that the step only uses it; a random generator kept on the module is put back for every pass."
     )
 
 
-def _difference(first: _Trace, second: _Trace) -> float:
+def _difference(first: Trace, second: Trace) -> float:
     pairs = [(first.loss, second.loss), *zip(first.elements, second.elements, strict=False)]
     return max(_relative(a, b) for a, b in pairs)
 

@@ -50,9 +50,12 @@ class Loss(ABC):
         logits: What ``identity`` averages over, ``(T, C)``: the outputs themselves, but the logits behind them where
             these are log-probabilities; None where those are not known.
         value: The same as `function`, of losses whose `function` refuses because its Hessian says nothing.
+        as_sum: Whether an example's loss is the sum of its elements, as the whole batch has shown; None where these are
+            the elements of a whole batch, which show it themselves (`counts_as_sum`).
     """
 
     is_mean = False
+    as_sum: Tensor | None = None
     mass: Tensor | None = None
     logits: Tensor | None
 
@@ -71,6 +74,14 @@ class Loss(ABC):
     @abstractmethod
     def example_weights(self, weights: Tensor) -> Tensor:
         """Weight of each example, shape ``(T,)``, from the weights of its elements (`per_element`)."""
+
+    def counts_as_sum(self, weights: Tensor) -> Tensor | None:
+        """Whether the weights of a whole batch say that an example's loss is the sum of its elements, not their mean.
+
+        Returns:
+            A boolean scalar; None where an example has one element.
+        """
+        return None
 
     @abstractmethod
     def example_sum(self, values: Tensor) -> Tensor:
@@ -168,28 +179,33 @@ class PerOutputLoss(Loss):
     def example_weights(self, weights: Tensor) -> Tensor:
         """See `Loss`: all weights of an example together where its loss is a mean, the weight of one where it is a sum.
 
+        Returns:
+            The weights.
+        """
+        total = weights.sum(-1)
+        as_sum = self.counts_as_sum(weights) if self.as_sum is None else self.as_sum
+        return torch.where(as_sum, total / (weights != 0).sum(-1).clamp_min(1), total)
+
+    def counts_as_sum(self, weights: Tensor) -> Tensor:
+        """See `Loss`.
+
         A mean over rows of sums over outputs has the same value as a mean of everything, times a constant, so the
         weights must tell which it is. With ``n`` examples of ``c`` outputs, a weight of ``1/n`` or 1 is that of
         sums over the outputs, one of ``1/(n c)`` or ``1/c`` that of means, whatever the loss function was asked for;
         with any other weight that decides, and where it was asked for neither, the nearer of the two.
 
         Returns:
-            The weights.
+            A boolean scalar.
         """
-        counts = weights != 0
-        per_example = counts.sum(-1)
-        total = weights.sum(-1)
-        one = total / per_example.clamp_min(1)
+        per_example = (weights != 0).sum(-1)
         n = (per_example > 0).sum().clamp_min(1)
         entries = per_example.sum().clamp_min(1)
         c, level = entries / n, weights.sum().abs() / entries
         of_sums = _is_one(level * n) | _is_one(level)
         of_means = _is_one(level * n * c) | _is_one(level * c)
         if self.mean is None:
-            as_sum = of_sums | (~of_means & (level * n * c.sqrt() > 1))
-        else:
-            as_sum = of_sums if self.mean else of_sums | ~of_means
-        return torch.where(as_sum, one, total)
+            return of_sums | (~of_means & (level * n * c.sqrt() > 1))
+        return of_sums if self.mean else of_sums | ~of_means
 
     def example_sum(self, values: Tensor) -> Tensor:
         """See `Loss`."""

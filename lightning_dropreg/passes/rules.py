@@ -63,6 +63,10 @@ class Perturb:
         """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return self._perturbed(h, self.directions.at(index))
 
+    def anew(self) -> Perturb:
+        """Return what does the same in a pass of its own."""
+        return Perturb(Directions(self.directions.key, self.directions.mask), self.step)
+
     def _perturbed(self, h: Tensor, direction: Tensor) -> Tensor:
         perturbed = h * torch.rsub(direction, 1, alpha=-self.step)  # 1 + step r at once
         return perturbed if perturbed.dtype == h.dtype else perturbed.to(h.dtype)

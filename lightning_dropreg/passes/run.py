@@ -18,7 +18,7 @@ from lightning_dropreg.numerics.dual import REPLACEMENTS
 from lightning_dropreg.passes.recognition import check_loss, check_losses, used_losses
 from lightning_dropreg.passes.rules import Tangent, Tap, focused
 
-__all__ = ["Closure", "Pass", "Recount", "dormant_sites", "is_dormant", "recounted", "run_pass"]
+__all__ = ["Closure", "Pass", "Recount", "Witness", "dormant_sites", "is_dormant", "recounted", "run_pass", "witnessed"]
 
 Closure = Callable[[], Tensor]
 """Runs forward and loss of a model and returns the scalar loss."""
@@ -64,6 +64,23 @@ def recounted(recount: Recount | None) -> Iterator[None]:
         _recount.reset(token)
 
 
+@contextmanager
+def witnessed(witness: Witness) -> Iterator[None]:
+    """Let `witness` see every pass that is run inside, with its graph, before anything is made of it.
+
+    Args:
+        witness: Gets the closure, the rule and the pass; passes of its own it sees, too.
+
+    Yields:
+        Nothing.
+    """
+    token = _witness.set(witness)
+    try:
+        yield
+    finally:
+        _witness.reset(token)
+
+
 @dataclass
 class Pass:
     """What one pass gave.
@@ -98,6 +115,9 @@ class Pass:
 Recount = Callable[[Pass], Tensor]
 """Says what the loss of a pass is to be."""
 _recount: ContextVar[Recount | None] = ContextVar("recount", default=None)
+Witness = Callable[[Closure, Rule, Pass], None]
+"""Sees a pass."""
+_witness: ContextVar[Witness | None] = ContextVar("witness", default=None)
 
 
 def run_pass(
@@ -182,4 +202,7 @@ def run_pass(
         done.site_nodes = interception.site_nodes
         done.loss, done.site_nodes = recount(done), []
         done.losses = done.losses if record_losses else []
+    witness = _witness.get()
+    if witness is not None:
+        witness(closure, rule, done)
     return done

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +73,20 @@ class Arguments:
             _mark(tensor) != mark or not _equal(tensor, kept)
             for tensor, mark, kept in zip(given, marks, self.tensors, strict=False)
         )
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """Copy tensors for the runs inside, which so show what they write past autograd.
+
+        Yields:
+            Nothing.
+        """
+        self._check()
+        copies, self.copies = self.copies, True
+        try:
+            yield
+        finally:
+            self.copies = copies
 
     def _places(self, wanted: Iterable[bool]) -> list[str]:
         """Where the tensors are of which this is true."""

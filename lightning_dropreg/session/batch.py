@@ -67,7 +67,7 @@ class Pairable:
 class Batch:
     """One batch: runs the user's step on it (a `lightning_dropreg.step.pass_group.BatchRunner`)."""
 
-    looked_at = True  # by the session, before the first
+    looked_at = True  # by the session, before the first; where its own passes are to show something, not
 
     def __init__(
         self,
@@ -113,6 +113,11 @@ class Batch:
     def run_without_trace(self) -> Tensor:
         """See `lightning_dropreg.step.pass_group.BatchRunner`."""
         return self._run(self.original, trace=False)
+
+    def beside(self) -> Tensor:
+        """Do as `run_without_trace`, on copies of the batch's tensors."""
+        with self.arguments.copying():
+            return self.run_without_trace()
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
         """See `lightning_dropreg.step.pass_group.BatchRunner`."""

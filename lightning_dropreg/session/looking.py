@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from lightning_dropreg.passes import Pass, is_dormant
 from lightning_dropreg.passes.compiled import CompiledParts, uncompiled
 from lightning_dropreg.passes.last_site import shares_body
 from lightning_dropreg.passes.reach import Reach
+from lightning_dropreg.passes.run import witnessed
 from lightning_dropreg.session.batch import Batch, Pairable, SkippedError
 from lightning_dropreg.session.choosing import choose, choose_fraction
 from lightning_dropreg.session.compiled import compiled_problems
@@ -36,7 +37,7 @@ from lightning_dropreg.session.past import Habits
 from lightning_dropreg.session.problems import changed_parameters, fingerprints, loss_problems, module_problems
 from lightning_dropreg.session.ranks import has_whole_parameters
 from lightning_dropreg.session.rows import RowsLook
-from lightning_dropreg.session.watching import measure_repeatability, measured_of, problems_of
+from lightning_dropreg.session.watching import OwnRun, measure_repeatability, measured_of, problems_of
 from lightning_dropreg.step.plan import Estimation, Plan
 
 __all__ = ["REFUSED", "Looks"]
@@ -106,6 +107,7 @@ class Looks:
         self._dormant = dormant
         self._rows_are_due = False
         self._watched = 0
+        self._shows = False  # whether the next step's own passes are looked at
         self._pairable: tuple[Any, Pairable | None] = None, None  # of the last batch, as found and as it is used
 
     @property
@@ -160,16 +162,25 @@ class Looks:
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
 
     def watch(self, step: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure again, now and then, whether the step can be repeated; the others were in its first batch."""
+        """Measure again, now and then, what was measured on the first batch; or leave it to the step to show it.
+
+        All processes do the same, by the number of the step.
+
+        Raises:
+            all_at_once: If something is wrong.
+        """
         if not self.again or not ((is_due(step) and step != self._watched) or self._rows_are_due):
             return
         self._watched, self._rows_are_due = step, False
+        self._shows = self.plan.holds_pair(step) and self.module.automatic_optimization and self.may_go_its_own_way
         batch = self.to_look_at(original, args, kwargs)
+        if self._shows and not (self.plan.followed or self.plan.on_rows):
+            return
         around, reach = attention_dropout(self.plan.attention), self.found_in_reach
         assert reach is not None  # of this look
         try:
             with self.compiled.running(), batch.isolation, self._dormant(), around:
-                problems = problems_of(measure_repeatability(batch, reach, self.copies))
+                problems = [] if self._shows else problems_of(measure_repeatability(batch, reach, self.copies))
                 problems = problems or self._derivative_problems(batch, again=True)
                 self.shares_body = self.shares_body and shares_body(batch.run_without_trace)
                 if not problems and self.plan.on_rows:
@@ -179,6 +190,26 @@ class Looks:
             return
         if problems:
             raise all_at_once(problems, f"{type(self.module).__name__}, in step {step},")
+
+    @contextmanager
+    def watched(self, batch: Batch) -> Iterator[None]:
+        """Let the passes of a step show, where that was left to them, that it can be repeated and its targets stand.
+
+        Args:
+            batch: The batch, its isolation entered.
+
+        Yields:
+            Nothing.
+        """
+        if not self._shows:
+            yield
+            return
+        assert self.found_in_reach is not None
+        run = OwnRun(batch, self.found_in_reach, self.copies, f"{type(self.module).__name__}, in step {self._watched},")
+        batch.looked_at = False
+        with witnessed(run):
+            yield
+        self._shows = not run.is_done  # a step without a dropout shows nothing: the next one does
 
     def _choose(self, batch: Batch, seen: Pass) -> None:
         """Take an estimator where the choice was left to the model; a resumed run takes that of its checkpoint."""
@@ -339,7 +370,7 @@ class Looks:
 
     def _derivative_problems(self, batch: Batch, sites: Sequence[Site] = (), again: bool = False) -> list[DropregError]:
         """Find out whether targets stand still and derivatives are those of the function; once more in little."""
-        found = [measure_targets(batch.run_without_trace)] if self.plan.needs_losses else []
+        found = [measure_targets(batch.run_without_trace)] if self.plan.needs_losses and not self._shows else []
         compare = partial(compare_derivatives, batch.run_without_trace, names=[site.name for site in sites])
         if again:
             compare = partial(compare, groups=1, attempts=1)  # the next look sees another batch

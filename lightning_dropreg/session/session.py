@@ -213,7 +213,7 @@ class Session:
         if self.plan.noise_after_backward:
             batch.logs.remember()
         try:
-            with self.looks.compiled.running(), batch.isolation, self._dormant():
+            with self.looks.compiled.running(), batch.isolation, self._dormant(), self.looks.watched(batch):
                 self._holders = batch.isolation.holders
                 plan = self.plan.choosing("antithetic")  # which is open yet in a batch that the user's step skips
                 try:

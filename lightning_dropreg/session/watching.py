@@ -2,34 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_dropreg.errors import DropregError, NotRepeatableError
 from lightning_dropreg.inspection.assumptions import Measured
-from lightning_dropreg.inspection.repeatable import compare_runs
-from lightning_dropreg.passes import Pass
+from lightning_dropreg.inspection.first_step import all_at_once
+from lightning_dropreg.inspection.repeatable import Trace, compare_runs
+from lightning_dropreg.interception.sites import Rule
+from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
 from lightning_dropreg.passes.reach import Reach
+from lightning_dropreg.passes.run import recounted
 from lightning_dropreg.session.batch import Batch
 
-__all__ = ["measure_repeatability", "measured_of", "problems_of"]
+__all__ = ["OwnRun", "measure_repeatability", "measured_of", "problems_of"]
 
 
-def measure_repeatability(batch: Batch, reach: Reach, copied: bool | None = None) -> list[Measured]:
+class OwnRun:
+    """Sees the first pass that training makes over a batch, and makes it once more to see whether it is the same.
+
+    That is half of what two runs beside training cost, and holds no more graphs than the pair that follows.
+
+    Args:
+        batch: The batch, its isolation entered.
+        reach: What its step can reach.
+        copied: Whether runs get copies of the batch's tensors in training.
+        where: What to say of where problems were found.
+
+    Attributes:
+        is_done: Whether there was such a pass.
+    """
+
+    def __init__(self, batch: Batch, reach: Reach, copied: bool, where: str) -> None:
+        self.is_done = False
+        self._batch, self._reach, self._copied, self._where = batch, reach, copied, where
+
+    def __call__(self, closure: Closure, rule: Rule, done: Pass) -> None:
+        """See `lightning_dropreg.passes.run.Witness`.
+
+        Raises:
+            all_at_once: If the two are not the same.
+        """
+        batch = self._batch
+        if self.is_done or closure != batch.whole or not isinstance(rule, Perturb):
+            return
+        self.is_done = True  # what follows are passes, too
+        first = Trace.of(done, batch.isolation.outcome())
+        again = rule.anew()
+
+        def second() -> Trace:
+            with recounted(None):
+                return Trace.of(run_pass(batch.beside, again, record_losses=True), batch.isolation.outcome())
+
+        found = measure_repeatability(batch, self._reach, self._copied, (lambda: first, second))
+        problems = problems_of(found)
+        if problems:  # now, before anything is made of passes that have nothing to do with one another
+            raise all_at_once(problems, self._where)
+
+
+def measure_repeatability(
+    batch: Batch,
+    reach: Reach,
+    copied: bool | None = None,
+    runs: Sequence[Callable[[], Trace]] = (),
+) -> list[Measured]:
     """Find out whether the step of a batch can be repeated, and whether its batch is whole again.
 
     Args:
         batch: The batch, its isolation entered, with copies of its tensors for every run.
         reach: What its step can reach.
         copied: Whether runs get copies of the batch's tensors in training; None if that is found out here.
+        runs: Make two runs; see `lightning_dropreg.inspection.repeatable.compare_runs`.
 
     Returns:
         What was found.
     """
     name = f"training_step of {type(batch.module).__name__}"
     drawn, before = batch.isolation.drawn_generators(), reach.positions()
-    found = compare_runs(batch.run_without_trace, batch.isolation.outcome, name, reach.moving, drawn)
+    found = compare_runs(batch.run_without_trace, batch.isolation.outcome, name, reach.moving, drawn, runs)
     after = reach.positions()
     moved = [place for place, position in before.items() if after.get(place) != position]
     if moved and found[0].problem is None:

@@ -52,7 +52,7 @@ def check_first_time(
         return isolation.run(closure, trace=False)
 
     _check_derivatives(plan, known, run)
-    if plan.row_dims and count > 1:
+    if plan.on_rows and count > 1:
         norms = [] if module is None else batch_norms(module)
         _check_rows(plan, known, run, on, count, norms, isolation)
     _check_kinks(plan, known, run)

@@ -140,6 +140,13 @@ class Plan:
         """Whether the noise is added to the gradients after the backward pass."""
         return self.noise_scale != 0 and not self.noise_in_loss
 
+    def holds_pair(self, step: int) -> bool:
+        """Whether the first pass of optimizer step `step` is one of an antithetic pair with losses, held together."""
+        first = None if self.k is not None or self.alpha is not None else next(iter(self._groups(step)), None)
+        if first is None or not first.has_loss or first.curvature in {None, FULL}:
+            return False
+        return first.estimation.estimator == "antithetic" and not first.estimation.low_memory
+
     def with_noise_in_loss(self) -> Plan:
         """Return the plan with the noise in the one backward, where whatever acts on a gradient sees it once."""
         return self if self.noise is None else replace(self, noise=replace(self.noise, injection="loss"))
@@ -154,11 +161,6 @@ class Plan:
     def only_drops_nothing(self, step: int) -> bool:
         """Whether optimizer step `step` is one pass without dropout and nothing else."""
         return self.k is None and not self.noise_scale and self.penalty_at(step) is None
-
-    @cached_property
-    def row_dims(self) -> set[int]:
-        """Dimensions along which something is estimated on some of the batch's rows."""
-        return {e.batch_dim for e in self._estimations() if e.batch_fraction is not None}
 
     @cached_property
     def in_one_pass(self) -> Estimation | None:
@@ -243,7 +245,7 @@ class Plan:
             Total loss and its parts.
         """
         # the first pass over the whole batch shows what its elements count, for passes over some rows
-        noted = recounted(runner.counts.note) if self.row_dims else nullcontext()
+        noted = recounted(runner.counts.note) if self.on_rows else nullcontext()
         with attention_dropout(self.attention), noted:
             return self._run(runner, key, step, measure_noise)
 

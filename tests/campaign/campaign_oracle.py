@@ -10,7 +10,7 @@ import torch.nn.functional as F
 @contextlib.contextmanager
 def factors_are(factors, elementwise=False, seen=None):
     """Let the dropouts of a step multiply by given factors, one tensor each; note masks in `seen`."""
-    saved, left = (F.dropout, F.dropout1d), list(factors or ())
+    saved, left = (F.dropout, F.dropout1d, F.dropout2d), list(factors or ())
 
     def of(mask_shape):
         def dropout(input, p=0.5, training=True, inplace=False):
@@ -24,10 +24,11 @@ def factors_are(factors, elementwise=False, seen=None):
         return dropout
 
     F.dropout, F.dropout1d = of(lambda h: tuple(h.shape)), of(lambda h: (*h.shape[:2], 1))
+    F.dropout2d = of(lambda h: (*h.shape[:2], 1, 1))
     try:
         yield
     finally:
-        F.dropout, F.dropout1d = saved
+        F.dropout, F.dropout1d, F.dropout2d = saved
 
 
 class Oracle:

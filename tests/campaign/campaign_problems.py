@@ -17,7 +17,17 @@ STRUCTURES = {
 }
 
 
+def ragged(x, t):
+    """Rows of unlike lengths, as a collate function leaves them: a target of -100 is no target, and ends a row."""
+    ends = [int((row >= 0).sum()) or 1 for row in t]  # a row without any target keeps one token
+    return {"rows": [(row[:end], labels[:end]) for row, labels, end in zip(x, t, ends)], "length": t.shape[1]}
+
+
 def unpack(batch):
+    if isinstance(batch, dict) and "rows" in batch:
+        pad = lambda row, value: torch.cat([row, row.new_full((batch["length"] - len(row), *row.shape[1:]), value)])
+        rows, labels = zip(*batch["rows"])
+        return torch.stack([pad(row, 0.0) for row in rows]), torch.stack([pad(row, -100) for row in labels])
     if isinstance(batch, dict):
         return (batch["in"]["x"], batch["out"][0]) if "in" in batch else (batch["x"], batch["t"])
     return batch[0], batch[1]
@@ -46,12 +56,36 @@ class Net(nn.Module):
         self.rnn = nn.LSTM(inputs, width, batch_first=True) if kind == "lstm" else None
         self.norm = nn.BatchNorm1d(width, track_running_stats=False) if kind == "batch_norm" else nn.LayerNorm(width)
         self.register_buffer("teacher", torch.randn(width, outputs))
+        if kind in CONVOLUTIONS:
+            two = kind == "conv_2d"
+            conv = nn.Conv2d if two else nn.Conv1d
+            self.first, self.second = conv(1, width, 2, padding=1), conv(width, width, 1 if two else 2)
+            self.images = nn.Dropout2d(q)
+        if kind == "tied":
+            self.again = nn.Linear(width, width)
+            self.again.weight = self.mid.weight
+        if kind in {"norm_before", "norm_behind", "norm_evaluated"}:
+            self.norm = nn.BatchNorm1d(width)
+            if kind == "norm_evaluated":
+                self.norm.running_mean.normal_()
+                self.norm.running_var.uniform_(0.5, 2.0)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.train(mode and self.kind != "norm_evaluated")
+        return self
 
     def forward(self, x):
         kind = self.kind
         if kind == "input":
             h = self.drop(x)
             return self.b(self.act(self.a(h))), h
+        if kind == "conv":  # a kink before the site is none
+            h = self.drop(F.max_pool1d(self.act(self.first(x.unsqueeze(1))), 2))
+            return self.b(F.avg_pool1d(torch.tanh(self.second(h)), h.shape[-1] - 1).flatten(1)), h
+        if kind == "conv_2d":
+            h = self.images(self.act(self.first(x[:, None, None])))
+            return self.b(torch.tanh(self.second(h)).mean((2, 3))), h
         h = self.rnn(x)[0] if kind == "lstm" else self.a(x)
         if kind == "channels":
             h = self.channels(self.act(h).transpose(1, 2)).transpose(1, 2)
@@ -60,7 +94,12 @@ class Net(nn.Module):
             with torch.no_grad():
                 h = self.drop(self.act(h))
             return self.b(torch.tanh(self.mid(h))), h
-        h = self.drop(self.act(h))
+        h = self.drop(self.act(self.norm(h) if kind == "norm_before" else h))
+        if kind in {"norm_behind", "norm_evaluated"}:
+            return self.b(torch.tanh(self.norm(h))), h
+        if kind == "tied":  # one layer twice, and one weight under two names
+            h = torch.tanh(self.again(torch.tanh(self.mid(h))))
+            return self.b(h) + (self.act(self.a(h @ self.a.weight)) @ self.b.weight.T), h
         if kind == "two":
             h = self.drop2(torch.tanh(self.mid(h)))
         elif kind == "residual":
@@ -74,6 +113,8 @@ class Net(nn.Module):
         return self.b(h), h
 
 
+CONVOLUTIONS = ["conv", "conv_2d"]
+NORMS = ["norm_before", "norm_behind", "norm_evaluated"]
 FLAT = ["plain", "input", "two", "residual", "shared"]
 SEQUENCES = ["lstm", "channels", "plain"]
 ODD = ["frozen", "reversal", "batch_norm"]
@@ -105,6 +146,15 @@ def flat(z, t):
     return z.reshape(-1, z.shape[-1]), t.reshape(-1)
 
 
+def ragged_targets(z):
+    """Rows end early, and one has no target at all."""
+    y = classes(z)
+    if y.ndim > 1:
+        y[1, 1:] = -100
+    y[0] = -100
+    return y
+
+
 def ce(**options):
     return lambda z, t, h, net: F.cross_entropy(*flat(z, t), **options)
 
@@ -126,12 +176,17 @@ def mean(n):
 
 
 CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.7, 1.3], dtype=torch.float64)
+ROW_WEIGHTS = torch.tensor([1.5, 0.25, 1.0, 2.0], dtype=torch.float64)
 nll = F.cross_entropy
 valid = lambda y: 1 / float((y >= 0).sum())
 
 
 def weighted(z, t, h, net):
     return F.cross_entropy(*flat(z, t), weight=CLASS_WEIGHTS[: z.shape[-1]])
+
+
+def weighted_smooth(z, y, **how):
+    return F.cross_entropy(z, y, weight=CLASS_WEIGHTS[: z.shape[-1]], label_smoothing=0.2, **how)
 
 
 CAMPAIGN_LOSSES = {
@@ -152,6 +207,29 @@ CAMPAIGN_LOSSES = {
             lambda b, y: CLASS_WEIGHTS[y] * F.cross_entropy(b, y),
         ),
         tokens=True,
+    ),
+    "ce_ragged": LossKind(ce(), ragged_targets, per_token(valid, nll), tokens=True),
+    "ce_weighted_smooth": LossKind(
+        lambda z, t, h, net: weighted_smooth(*flat(z, t)),
+        classes,
+        per_token(
+            lambda y: 1 / float(CLASS_WEIGHTS[y].sum()),
+            lambda b, y: weighted_smooth(b, y, reduction="sum"),
+        ),
+        tokens=True,
+    ),
+    "ce_weighted_rows": LossKind(
+        lambda z, t, h, net: (F.cross_entropy(z, t, reduction="none") * ROW_WEIGHTS[t]).sum() / 3,
+        classes,
+        lambda z, t: [(float(ROW_WEIGHTS[y]) / 3, lambda b, y=y: nll(b, y)) for y in t],
+    ),
+    "mse_masked": LossKind(
+        lambda z, t, h, net: (F.mse_loss(z, t.nan_to_num(), reduction="none") * ~t.isnan()).sum() / (~t.isnan()).sum(),
+        lambda z: torch.rand_like(z).index_fill(0, torch.tensor([0]), torch.nan),
+        lambda z, t: [
+            (float(~t[n].isnan().any()) / (len(z) - 1), lambda b, n=n: F.mse_loss(b.reshape(z.shape[1:]), t[n]))
+            for n in range(len(z))
+        ],
     ),
     "nll": LossKind(
         lambda z, t, h, net: F.nll_loss(*flat(z.log_softmax(-1), t)), classes, per_token(valid, nll), tokens=True

@@ -117,6 +117,20 @@ def test_other_curvatures(curvature, loss):
     torch.testing.assert_close(ours.penalty, apart.penalty)
 
 
+@pytest.mark.parametrize("curvature", ["identity", "loss_jacobian"])
+def test_a_factor_of_the_loss_is_one_of_the_penalty(curvature):
+    """With this one every output of the chosen rows counts 1, as it would if the loss were a sum over outputs."""
+    net = Flat().double()
+    x, _, t = batch_of()
+    found = []
+    for factor in (1, 2 * TIME * WIDTH):
+        on_rows = lambda rows, factor=factor: lambda: factor * F.mse_loss(net(x[rows]), t[rows])
+        layout, options = find_layout(on_rows, ROWS), dict(step_size=1e-2, mask="elementwise", key=5)
+        run = on_rows(torch.tensor([0, 1, 2, 3, 4, 5, 4, 5]))
+        found.append(one_pass(run, layout, Pairs(4, 2), curvature=curvature, noise=False, **options).penalty / factor)
+    torch.testing.assert_close(*found)
+
+
 def test_over_all_choices_of_rows_the_penalty_is_that_of_the_batch():
     """Labels are missing in some rows: the mean over the choices is unbiased all the same, with equal directions."""
     net = Flat().double()
