@@ -16,19 +16,19 @@ MUTATIONS: dict[str, Row] = {
         "session/test_beside_lightning.py -k past_the_end",
     ),
     "settings of a checkpoint": (
-        "session/resume.py",
+        "session/base.py",
         "    if problems:\n        raise",
         "    if not problems:\n        raise",
         "session/test_resume.py -k other_settings",
     ),
     "search": (
-        "session/searches.py",
+        "session/others.py",
         "        if missing:",
         "        if False:",
         "session/test_beside_lightning.py -k 'rate_is_searched or in_the_search_too'",
     ),
     "finder's checkpoint": (
-        "session/searches.py",
+        "session/others.py",
         "    if not finders:\n        return",
         "    if finders:\n        return",
         "session/test_beside_lightning.py -k search_is_made",
@@ -293,7 +293,7 @@ MUTATIONS: dict[str, Row] = {
         "session/test_ranks.py -k goes_on_as_one",
     ),
     "plain checkpoints": (
-        "session/resume.py",
+        "session/base.py",
         "return {name: value for name, value in settings.items() if name not in _COSTS_ONLY}",
         'return {"kind": type(callback)} | settings',
         "session/test_resume.py -k weights_only",

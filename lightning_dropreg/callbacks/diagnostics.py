@@ -35,7 +35,7 @@ from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes.batches import fresh_batch
 from lightning_dropreg.session.configured import configured
 from lightning_dropreg.session.logs import LogCollector
-from lightning_dropreg.session.searches import goes_before_finders, is_resuming
+from lightning_dropreg.session.others import goes_before_finders, is_resuming
 from lightning_dropreg.session.session import Session, own_step
 from lightning_dropreg.step.plan import Plan
 

@@ -22,6 +22,7 @@ from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.inspection.assumptions import Measured, report
 from lightning_dropreg.inspection.kinks import EXCESS, REMEDY
 from lightning_dropreg.inspection.support import LossSupport, SiteSupport, Support
+from lightning_dropreg.session.arguments import StepCall
 from lightning_dropreg.session.base import RegularizerCallback
 from lightning_dropreg.session.preview import NOISE_EXCESS, look, rehearse
 from lightning_dropreg.step.description import describe
@@ -82,7 +83,7 @@ def _look(first: FirstStep, configured: Sequence[Any]) -> Findings:
     ours = [callback for callback in configured if isinstance(callback, RegularizerCallback)] + first.callbacks
     each: list[RegularizerCallback] = [ExplicitPenalty(), ImplicitNoise(), MiniBatchDropout()]
     groups = [ours] if ours else [[callback] for callback in each]
-    support, problems = look(first.trainer, first.model, first.step, first.args)
+    support, problems = look(first.trainer, first.model, StepCall(first.step, first.args, {}))
     if any(callback.penalty is not None and callback.penalty.curvature == FULL for callback in ours):
         # in nobody's way then
         problems = [problem for problem in problems if not isinstance(problem, LossNotRecognizedError)]
@@ -100,7 +101,8 @@ def _outlook(first: FirstStep, callbacks: list[RegularizerCallback], kinks: Mapp
     try:
         plan = callbacks[0].plan(cast(Trainer, SimpleNamespace(callbacks=callbacks)))
         outlook.plan = describe(plan)
-        outlook.values, plan, choices = rehearse(first.trainer, first.model, plan, first.step, first.args, measured)
+        call = StepCall(first.step, first.args, {})
+        outlook.values, plan, choices = rehearse(first.trainer, first.model, plan, call, measured)
         methods += [f"estimator {name}" for name in plan.estimators] + ["batch_fraction"] * bool(plan.on_rows)
         methods += ["batch_fraction in one pass"] * (plan.in_one_pass is not None)
         methods += ["compiled parts"] * any(each.name == "compiled" for each in measured)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,19 @@ from lightning_dropreg.errors import NotRepeatableError
 from lightning_dropreg.numerics.torch_private import hidden_from_modes
 from lightning_dropreg.passes.batches import batch_tensors, fresh_batch, walk_batch
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "StepCall"]
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+class StepCall(NamedTuple):
+    """The user's step, and what the Trainer calls it with."""
+
+    step: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> Any:
+        """Call it, as the Trainer would."""
+        return self.step(*self.args, **self.kwargs)
 
 
 class Arguments:
@@ -24,19 +34,13 @@ class Arguments:
     Every run gets containers and arrays of its own, so that what it assigns, pops or appends is not there in the next.
     The run that counts first gets the very objects that the Trainer passed, so that other callbacks find in the batch
     what the step left there.
-
-    Args:
-        args: The positional arguments, the batch first.
-        kwargs: The others.
-        copies: Whether tensors are copied for every run, too.
-        name: Of the step, for messages.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], copies: bool, name: str) -> None:
         self.copies = copies
         self._name = name
-        self._original: Call | None = (args, kwargs)
-        self._kept: Call = fresh_batch((args, kwargs), copies)
+        self._original: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
+        self._kept = fresh_batch((args, kwargs), copies)
         self.tensors = batch_tensors(self._kept)
         self._marks = [] if copies else [_mark(tensor) for tensor in self.tensors]
         self._was_called = False

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_dropreg.checks import SpellsArguments, check_flags
-from lightning_dropreg.errors import CompositionError, InvalidArgumentError
+from lightning_dropreg.errors import CheckpointSettingsError, CompositionError, InvalidArgumentError
 from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.interception.handlers.attention import check_attention
-from lightning_dropreg.session.resume import STATE_VERSION, check_resumable, settings_of
-from lightning_dropreg.session.searches import goes_before_finders, is_resuming
+from lightning_dropreg.session.others import callbacks_of, goes_before_finders, is_resuming
 from lightning_dropreg.session.session import Session
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
 from lightning_dropreg.step.settings import check_estimation, check_fraction
 
 __all__ = ["RegularizerCallback", "estimation"]
+
+_STATE_VERSION = 2
+_COSTS_ONLY = {"low_memory"}  # what changes time and memory, and not the gradient
 
 
 class RegularizerCallback(SpellsArguments, Callback):
@@ -57,9 +61,9 @@ class RegularizerCallback(SpellsArguments, Callback):
         if self._leads(trainer):
             companions = self._companions(trainer)
             states = [companion._loaded for companion in companions]
-            check_resumable(companions, states, resuming=is_resuming(trainer))
+            _check_resumable(companions, states, resuming=is_resuming(trainer))
             seeds = [state["seed"] for state in states if state is not None]
-            same = states[0] is not None and states[0]["settings"] == settings_of(companions[0])
+            same = states[0] is not None and states[0]["settings"] == _settings_of(companions[0])
             self._found_before = dict(states[0].get("found", {})) if states[0] is not None and same else {}
             self._begin(trainer, pl_module, seeds[0] if seeds else None)
 
@@ -125,8 +129,8 @@ class RegularizerCallback(SpellsArguments, Callback):
         """Save the settings, and the seed, so that a resumed run draws the noise of an uninterrupted one."""
         if self._used_seed is not None:  # after fit too, for Trainer.save_checkpoint
             found = self._found if self._session is None else self._session.looks.found
-            settings = settings_of(self)
-            state = {"version": STATE_VERSION, "seed": self._used_seed, "settings": settings, "found": found}
+            settings = _settings_of(self)
+            state = {"version": _STATE_VERSION, "seed": self._used_seed, "settings": settings, "found": found}
             checkpoint.setdefault("lightning_dropreg", {})[type(self).__name__] = state
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -197,8 +201,7 @@ class RegularizerCallback(SpellsArguments, Callback):
 
     @staticmethod
     def _companions(trainer: Trainer) -> list[RegularizerCallback]:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in callbacks if isinstance(callback, RegularizerCallback)]
+        return [callback for callback in callbacks_of(trainer) if isinstance(callback, RegularizerCallback)]
 
     def _leads(self, trainer: Trainer) -> bool:
         return self._companions(trainer)[0] is self
@@ -235,3 +238,53 @@ def estimation(
         )
     is_open = batch_fraction == AUTO
     return Estimation(estimator, float(step_size), mask, fraction, batch_dim, low_memory, fraction_is_open=is_open)
+
+
+def _settings_of(callback: RegularizerCallback) -> dict[str, Any]:
+    """Collect what a callback was told, in plain numbers and strings, which load with ``weights_only=True``."""
+    settings: dict[str, Any] = {} if callback.k is None else {"k": callback.k}
+    if callback.alpha is not None:
+        settings["alpha"] = callback.alpha
+    if callback.sites != "all":
+        settings["sites"] = callback.sites
+    if callback.antithetic:
+        settings["antithetic"] = True
+    for part in (callback.penalty, callback.noise):
+        if part is not None:
+            values = asdict(part)
+            settings |= {**values, **values.pop("estimation")}
+    settings.pop("estimation", None)
+    if settings.pop("fraction_is_open", False):
+        settings["batch_fraction"] = AUTO
+    settings["attention"] = callback.attention
+    return {name: value for name, value in settings.items() if name not in _COSTS_ONLY}
+
+
+def _check_resumable(
+    callbacks: Sequence[RegularizerCallback], states: Sequence[Mapping[str, Any] | None], resuming: bool
+) -> None:
+    """Refuse to continue a run with other settings than its checkpoint has for each callback."""
+    if not resuming or all(callback.accept_checkpoint_settings for callback in callbacks):
+        return
+    problems = []
+    for callback, state in zip(callbacks, states, strict=True):
+        name = type(callback).__name__
+        if callback.accept_checkpoint_settings:
+            continue
+        if state is None:
+            problems.append(f"it was written without {name}")
+        elif state.get("version") != _STATE_VERSION:
+            problems.append(f"the state of {name} in it has version {state.get('version')}, not {_STATE_VERSION}")
+        else:
+            problems += _differences(name, state["settings"], _settings_of(callback))
+    if problems:
+        raise CheckpointSettingsError(
+            f"This run would go on differently than the checkpoint's: {'; '.join(problems)}. Give the callbacks the "
+            "checkpoint's settings, or accept_checkpoint_settings=True if the change is meant (on the command line: "
+            "--accept_checkpoint_settings=true)."
+        )
+
+
+def _differences(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{name} had {key}={old.get(key)!r} and has {key}={new.get(key)!r}" for key in keys]

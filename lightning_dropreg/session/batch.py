@@ -272,18 +272,7 @@ def structure(returned: Any) -> str:
 
 
 def loss_of(output: Any) -> Tensor:
-    """Return the loss in what a step returned.
-
-    Args:
-        output: What it returned.
-
-    Returns:
-        The loss.
-
-    Raises:
-        SkippedError: If it returned None.
-        InvalidArgumentError: If there is no loss in it.
-    """
+    """Return the loss in what a step returned; `SkippedError` where that is None."""
     if output is None:
         raise SkippedError
     if isinstance(output, Tensor):

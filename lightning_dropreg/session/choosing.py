@@ -15,8 +15,7 @@ from lightning_dropreg.inspection.choice import Choice, FractionChoice, choose_e
 from lightning_dropreg.inspection.kinks import EXCESS, OF_CURVATURE, REMEDY, WIDE_STEP
 from lightning_dropreg.passes import Closure, Pass
 from lightning_dropreg.session.batch import Batch
-from lightning_dropreg.session.compiled import compiled_problems
-from lightning_dropreg.session.problems import is_line_search, module_problems
+from lightning_dropreg.session.problems import compiled_problems, is_line_search, module_problems
 from lightning_dropreg.step.pass_group import StepResult
 from lightning_dropreg.step.plan import Estimation, Plan
 from lightning_dropreg.step.settings import AUTO_FRACTION
@@ -28,20 +27,10 @@ ROUNDING = 1e-4
 
 
 def choose(trainer: Trainer, module: LightningModule, plan: Plan, run_without_trace: Closure, seen: Pass) -> Choice:
-    """Choose the estimator of a plan that leaves it open.
-
-    Args:
-        trainer: The trainer that fits.
-        module: The module that is fitted.
-        plan: The plan.
-        run_without_trace: Runs the step on the first batch, leaving no trace.
-        seen: What was seen in that step.
-
-    Returns:
-        The estimator, and why. A penalty alone on some of the rows is that of finite steps, kinks or not: measured on
-        ReLU networks it regularizes as that of forward mode does, and only with it do rows share the pass of the loss.
-    """
+    """Choose the estimator of a plan that leaves it open."""
     measured = plan.choosing("antithetic").noise_of_finite_steps
+    # measured on ReLU networks, a penalty of finite steps regularizes as that of forward mode does, and only with it do
+    # rows share the pass of the loss
     if seen.kinks and measured is None and plan.curvature != FULL and (plan.has_open_fraction or plan.on_rows):
         return Choice("antithetic", "kinks do not disturb a penalty of finite steps, and with these rows share a pass")
     estimation = measured or Estimation(AUTO, 0.1, "as_model", None, 0)

@@ -36,17 +36,7 @@ class Configured:
 
 
 def configured(callbacks: Iterable[object], trainer: Trainer, module: LightningModule, closure: Closure) -> Configured:
-    """Collect the settings of a run's regularizers.
-
-    Args:
-        callbacks: Callbacks; those that are no regularizers do not matter.
-        trainer: The trainer, whose precision may widen the step.
-        module: The module.
-        closure: Runs its training step; returns the loss.
-
-    Returns:
-        The settings.
-    """
+    """Collect the settings of a run's regularizers."""
     ours = [callback for callback in callbacks if isinstance(callback, RegularizerCallback)]
     penalty = next((callback.penalty for callback in ours if callback.penalty is not None), None)
     noise = next((callback.noise for callback in ours if callback.noise is not None), None)

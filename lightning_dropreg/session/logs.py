@@ -21,9 +21,6 @@ class LogCollector:
     Without it, a value logged with ``reduce_fx="sum"`` would count once per run. A step that reads back what it has
     just logged (``self.trainer.callback_metrics``) finds it; what it prints by ``self.print`` or hands to a logger or
     its ``experiment`` itself comes from the first run that is kept.
-
-    Args:
-        module: The module whose logging is collected.
     """
 
     def __init__(self, module: LightningModule) -> None:
@@ -34,14 +31,7 @@ class LogCollector:
 
     @contextmanager
     def run(self, keep: bool) -> Iterator[None]:
-        """Collect the calls of one run.
-
-        Args:
-            keep: Whether they will be replayed, or are dropped.
-
-        Yields:
-            Nothing.
-        """
+        """Collect the calls of one run, to be replayed if they are to `keep`."""
         calls: list[Call] = []
         self._last = calls
 
@@ -78,15 +68,7 @@ class LogCollector:
         self._runs.clear()
 
     def last(self, instead: Mapping[Tensor, Tensor] | None = None, share: float = 1.0) -> list[Any]:
-        """Return what the last run logged, kept or not.
-
-        Args:
-            instead: See `replay`.
-            share: See `replay`.
-
-        Returns:
-            The calls.
-        """
+        """Return what the last run logged, kept or not; see `replay`."""
         return [_with(call, instead or {}, share) for call in self._last]
 
     def names(self) -> list[str]:
@@ -169,14 +151,7 @@ class _Reading:
 
 @contextmanager
 def patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
-    """Replace attributes of objects, and put back what was there.
-
-    Args:
-        patches: Object, name and value of each.
-
-    Yields:
-        Nothing.
-    """
+    """Replace attributes of objects, given with name and value each, and put back what was there."""
     before = [(target, name, name in target.__dict__, target.__dict__.get(name)) for target, name, _ in patches]
     try:
         for target, name, value in patches:

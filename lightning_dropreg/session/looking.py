@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import nn
 
 from lightning_dropreg.errors import DropregError, NoDropoutSiteError
@@ -28,16 +28,28 @@ from lightning_dropreg.passes.compiled import CompiledParts, uncompiled
 from lightning_dropreg.passes.last_site import shares_body
 from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.passes.run import witnessed
+from lightning_dropreg.session.arguments import StepCall
 from lightning_dropreg.session.batch import Batch, Pairable, SkippedError
 from lightning_dropreg.session.choosing import choose, choose_fraction
-from lightning_dropreg.session.compiled import compiled_problems
 from lightning_dropreg.session.manual import ManualStep
-from lightning_dropreg.session.pairable import find_pairable, signature, still_pairable
+from lightning_dropreg.session.others import callbacks_of
+from lightning_dropreg.session.pairable import find_pairable, signature
 from lightning_dropreg.session.past import Habits
-from lightning_dropreg.session.problems import changed_parameters, fingerprints, loss_problems, module_problems
+from lightning_dropreg.session.problems import (
+    changed_parameters,
+    compiled_problems,
+    fingerprints,
+    loss_problems,
+    module_problems,
+)
 from lightning_dropreg.session.ranks import has_whole_parameters
-from lightning_dropreg.session.rows import RowsLook
-from lightning_dropreg.session.watching import OwnRun, measure_repeatability, measured_of, problems_of
+from lightning_dropreg.session.watching import (
+    OwnRun,
+    measure_drawn_rows,
+    measure_repeatability,
+    measured_of,
+    problems_of,
+)
 from lightning_dropreg.step.plan import Estimation, Plan
 
 __all__ = ["REFUSED", "Looks"]
@@ -56,12 +68,6 @@ REFUSED = " cannot be trained with this package's callbacks and"
 
 class Looks:
     """Looks at a module's step, and makes of the plan what the step allows.
-
-    Args:
-        trainer: The trainer that fits.
-        module: The module that is fitted.
-        plan: What to do with every batch.
-        dormant: Lets passes reach no site, where a schedule may hold all probabilities at 0.
 
     Attributes:
         plan: The plan as the step allows it.
@@ -110,21 +116,28 @@ class Looks:
         self._shows = False  # whether the next step's own passes are looked at
         self._pairable: tuple[Any, Pairable | None] = None, None  # of the last batch, as found and as it is used
 
+    @contextmanager
+    def _leaving_no_trace(self, batch: Batch, around: AbstractContextManager[None] | None = None) -> Iterator[None]:
+        """Let the step of a batch be run to be looked at; compiled parts run as they do in training unless told."""
+        around = self.compiled.running() if around is None else around
+        with around, batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
+            yield
+
     @property
     def may_go_its_own_way(self) -> bool:
         """Whether this process may run other passes than the others."""
         return self.whole_parameters and not self.in_step_with_others
 
-    def inspect(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def inspect(self, call: StepCall) -> None:
         """Look at the first step before anything is trained, leaving no trace."""
         name = f"{type(self.module).__name__}{REFUSED}"
-        batch = self.to_look_at(original, args, kwargs)
+        batch = self.to_look_at(call)
         problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
         # a manual step may change them: they are put back
         watched = self.module.automatic_optimization and not self.plan.untouched
         before = fingerprints(self.module) if watched else {}
         try:
-            with batch.isolation, self._dormant(), attention_dropout(self.plan.attention), uncompiled():
+            with self._leaving_no_trace(batch, uncompiled()):
                 generators = self.found_in_reach.generators() if self.found_in_reach is not None else []
                 seen, found = inspect_step(batch.run_without_trace, self.plan.needs_losses, generators=generators)
                 found = [naming_what_rests(p, self.module) if isinstance(p, NoDropoutSiteError) else p for p in found]
@@ -161,7 +174,7 @@ class Looks:
         if seen.in_bfloat16:
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
 
-    def watch(self, step: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def watch(self, step: int, call: StepCall) -> None:
         """Measure again, now and then, what was measured on the first batch; or leave it to the step to show it.
 
         All processes do the same, by the number of the step.
@@ -173,13 +186,13 @@ class Looks:
             return
         self._watched, self._rows_are_due = step, False
         self._shows = self.plan.holds_pair(step) and self.module.automatic_optimization and self.may_go_its_own_way
-        batch = self.to_look_at(original, args, kwargs)
+        batch = self.to_look_at(call)
         if self._shows and not (self.plan.followed or self.plan.on_rows):
             return
-        around, reach = attention_dropout(self.plan.attention), self.found_in_reach
+        reach = self.found_in_reach
         assert reach is not None  # of this look
         try:
-            with self.compiled.running(), batch.isolation, self._dormant(), around:
+            with self._leaving_no_trace(batch):
                 problems = [] if self._shows else problems_of(measure_repeatability(batch, reach, self.copies))
                 problems = problems or self._derivative_problems(batch, again=True)
                 self.shares_body = self.shares_body and shares_body(batch.run_without_trace)
@@ -214,15 +227,14 @@ class Looks:
     def _choose(self, batch: Batch, seen: Pass) -> None:
         """Take an estimator where the choice was left to the model; a resumed run takes that of its checkpoint."""
         if _CHOSEN not in self.found:
-            with self.compiled.running(), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
-                self.found[_CHOSEN] = asdict(
-                    choose(self.trainer, self.module, self.plan, batch.run_without_trace, seen)
-                )
+            with self._leaving_no_trace(batch):
+                choice = choose(self.trainer, self.module, self.plan, batch.run_without_trace, seen)
+            self.found[_CHOSEN] = asdict(choice)
         self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
 
     def _choose_fraction(self, batch: Batch, seen: Pass) -> None:
         """Take a part of the rows or all where the choice was left to the step, as `_choose` does."""
-        with self.compiled.running(), batch.isolation, self._dormant(), attention_dropout(self.plan.attention):
+        with self._leaving_no_trace(batch):
             known = self.found.get(_FRACTION)
             self.found[_FRACTION] = known or asdict(
                 choose_fraction(
@@ -255,22 +267,15 @@ class Looks:
         """What was chosen where the choice was left to the step, and why."""
         return [str(each) for each in (self.choice, self.fraction) if each is not None]
 
-    def pairable(
-        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[str, Pairable | None]:
-        """Find out, for every new shape of a batch, whether estimates on some rows can be had in the pass of the whole.
-
-        Returns:
-            What describes the batch, and what was found for such batches.
-        """
+    def pairable(self, call: StepCall) -> tuple[str, Pairable | None]:
+        """Say, for every shape of a batch, whether estimates on some rows can be had in the pass of the whole."""
         chosen = self.plan.in_one_pass
         if chosen is None or chosen.batch_fraction is None or not self.may_go_its_own_way:
             return "", None
-        kind = self._kind(args[0], chosen)
+        kind = self._kind(call.args[0], chosen)
         if kind not in self.found and len(self.found.keys() - {_CHOSEN, _FRACTION, _WHOLE}) < _KINDS:
-            batch = self.to_look_at(original, args, kwargs)
-            around = attention_dropout(self.plan.attention)
-            with self.compiled.running(), batch.isolation, self._dormant(), around:
+            batch = self.to_look_at(call)
+            with self._leaving_no_trace(batch):
                 self._find_pairable(batch, self.plan)
         plain = self.found.get(kind)
         if plain is not self._pairable[0]:
@@ -299,8 +304,8 @@ class Looks:
         plain = self.found.get(kind)
         if plain is None:
             return
-        clean = self.plan.curvature == FULL
-        if not still_pairable(batch, Pairable.of(plain), chosen.batch_fraction, chosen.batch_dim, clean):
+        layout, clean = Pairable.of(plain).layout, self.plan.curvature == FULL
+        if find_pairable(batch, chosen.batch_fraction, chosen.batch_dim, clean, layout) is None:
             self.found[kind] = None
 
     def _find_shared_body(self, batch: Batch) -> None:
@@ -317,13 +322,12 @@ class Looks:
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             roots["datamodule"] = datamodule
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        self.found_in_reach = Reach(roots | {type(callback).__name__: callback for callback in callbacks})
+        self.found_in_reach = Reach(roots | {type(each).__name__: each for each in callbacks_of(self.trainer)})
         return self.found_in_reach
 
-    def to_look_at(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    def to_look_at(self, call: StepCall) -> Batch:
         """Return a batch whose step has a loss, however the module optimizes, to run it without trace."""
-        batch = Batch(original, args, kwargs, self.module, mean=False, key=0, copies=True, reach=self.reach(original))
+        batch = Batch(*call, self.module, mean=False, key=0, copies=True, reach=self.reach(call.step))
         batch.counting = self.counting
         if self.module.automatic_optimization:
             return batch
@@ -333,11 +337,11 @@ class Looks:
         """Find out whether some of the rows stand for all, and refuse noise that they share."""
         if _WHOLE in self.found:
             plan = self.plan = self.plan.on_whole_batches()
-        look = RowsLook.at(batch, plan)
-        self.measured += look.measured
-        if problems_of(look.measured):
-            return look.problems
-        self.counting = look.counting
+        counting, measured = measure_drawn_rows(batch, plan)
+        self.measured += measured
+        if problems := problems_of(measured):
+            return problems
+        self.counting = counting
         chosen = plan.noise.estimation if plan.noise is not None else None
         if chosen is not None and chosen.batch_fraction is not None:
             on_rows, rows = batch.rows(chosen.batch_fraction, chosen.batch_dim, 0)
@@ -349,15 +353,16 @@ class Looks:
 
     def _watch_rows(self, batch: Batch) -> None:
         """Look at the rows again; where some of them have stopped to stand for all, all are taken from then on."""
-        look = RowsLook.at(batch, self.plan)
-        if not look.problems:
-            self.counting = look.counting
+        counting, measured = measure_drawn_rows(batch, self.plan)
+        problems = [each.problem for each in measured if each.problem is not None]
+        if not problems:
+            self.counting = counting
         elif not self.may_go_its_own_way:
-            raise look.problems[0]
+            raise problems[0]
         else:
             # this process alone: the others find out by themselves, and nothing waits for them, since the noise keeps
             # its way into the gradient
-            self.take_whole_batches(look.problems[0])
+            self.take_whole_batches(problems[0])
 
     def take_whole_batches(self, why: object) -> None:
         """Estimate nothing on some of the rows from now on, and say why."""

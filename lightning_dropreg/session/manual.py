@@ -40,13 +40,7 @@ Watch = Callable[[BatchRunner, StepResult], None]
 
 
 class ManualStep:
-    """One batch of a module that optimizes manually.
-
-    Args:
-        batch: The batch and the user's step.
-        trainer: The trainer, whose optimizers and schedulers the step uses.
-        habits: What the step was seen to do in its rehearsal; a rehearsal fills it in.
-    """
+    """One batch of a module that optimizes manually."""
 
     def __init__(self, batch: Batch, trainer: Trainer, habits: Habits) -> None:
         self._batch = batch
@@ -90,11 +84,7 @@ class ManualStep:
         return self._batch.call(once, trace=True)
 
     def rehearsed(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Run the step to its end with nothing really done, in the place of the user's step.
-
-        Returns:
-            The sum of the losses that it would have back-propagated; None if there are none.
-        """
+        """Run the step to its end with nothing really done; return the sum of the losses that it back-propagates."""
         losses: list[Tensor] = []
         watching = Watching(self._past.parameters)
         versions = [parameter._version for parameter in self._past.parameters]
@@ -153,14 +143,7 @@ class ManualStep:
         return result.total
 
     def _replay(self, number: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the user's step up to its `number`-th backward.
-
-        Returns:
-            The loss that it wanted to back-propagate there.
-
-        Raises:
-            InconsistentPassesError: If it does not come so far.
-        """
+        """Run the user's step up to its `number`-th backward; return the loss that it back-propagates there."""
         losses: list[Tensor] = []
 
         def reach(loss: Tensor) -> None:
@@ -249,11 +232,7 @@ class ManualStep:
     def _called_once(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let an optimizer call the closure that it was given only once, and at the weights at which it was called.
-
-        Returns:
-            Its arguments, with the closure counted.
-        """
+        """Let an optimizer call its closure only once, and at the weights at which it was called."""
         closure = args[0] if args else kwargs.get("closure")
         if closure is None or self._past.stepping:
             return args, kwargs

@@ -17,29 +17,22 @@ from lightning_dropreg.passes import Off, run_pass
 from lightning_dropreg.passes.structure import modules_below
 from lightning_dropreg.session.batch import Batch, Pairable, structure
 
-__all__ = ["find_pairable", "signature", "still_pairable"]
+__all__ = ["find_pairable", "signature"]
 
 _CLOSE = 1e-3  # rounding in another order, not another value
 
 
 def signature(module: nn.Module, batch: Any, dim: int) -> str:
-    """Describe what a layout depends on: the shapes of a batch but for its rows, and which norms use batch statistics.
-
-    Args:
-        module: The module that is trained.
-        batch: Its batch.
-        dim: Dimension of the rows.
-
-    Returns:
-        The same text for batches that the model treats alike.
-    """
+    """Describe what a layout depends on: the shapes of a batch but for its rows, and norms in training mode."""
     leaves, spec = tree_flatten(batch)
     shapes = [(*leaf.shape[:dim], *leaf.shape[dim + 1 :]) for leaf in leaves if isinstance(leaf, Tensor)]
     norms = [m.training for m in modules_below(module) if isinstance(m, nn.modules.batchnorm._NormBase)]
     return f"{shapes} {spec} {norms}"
 
 
-def find_pairable(batch: Batch, fraction: float, dim: int, clean: bool = False) -> Pairable | None:
+def find_pairable(
+    batch: Batch, fraction: float, dim: int, clean: bool = False, layout: Layout | None = None
+) -> Pairable | None:
     """Find the rows in a step, and try whether loss, state, logs and output stay the same with some rows twice.
 
     A metric would count these rows twice, batch norm would mix them with the others, noise of the user's own would
@@ -50,31 +43,15 @@ def find_pairable(batch: Batch, fraction: float, dim: int, clean: bool = False) 
         fraction: Fraction of the rows.
         dim: Their dimension in the batch.
         clean: Whether the rows of pairs stand alone as well.
+        layout: Where the rows were in another batch, to try that again: terms of the loss may have come since that do
+            not bear rows twice.
 
     Returns:
         What was found; None if rows have no place of their own, or a trace differs.
     """
-    layout = find_layout(partial(batch.on_rows, dim=dim), batch.row_count(dim))
-    return None if layout is None else _tried(batch, layout, fraction, dim, clean)
-
-
-def still_pairable(batch: Batch, found: Pairable, fraction: float, dim: int, clean: bool = False) -> bool:
-    """Try again what was found in another batch: terms of the loss may have come since that do not bear rows twice.
-
-    Args:
-        batch: See `find_pairable`.
-        found: What was found.
-        fraction: See `find_pairable`.
-        dim: See `find_pairable`.
-        clean: See `find_pairable`.
-
-    Returns:
-        Whether it holds.
-    """
-    return _tried(batch, found.layout, fraction, dim, clean) is not None
-
-
-def _tried(batch: Batch, layout: Layout, fraction: float, dim: int, clean: bool) -> Pairable | None:
+    layout = layout or find_layout(partial(batch.on_rows, dim=dim), batch.row_count(dim))
+    if layout is None:
+        return None
     loss = run_pass(batch.run_without_trace, Off()).loss.detach()
     if batch.isolation.drew_randomness():
         return None

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from rich.console import Console
 from rich.panel import Panel
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Pass
+from lightning_dropreg.session.others import callbacks_of
 from lightning_dropreg.step.description import expected_cost, name_method
 from lightning_dropreg.step.plan import Plan
 
@@ -28,22 +29,12 @@ _WIDTH = 80
 
 def is_wanted(trainer: Trainer) -> bool:
     """Whether a fit shows its panel: where it shows a summary of the model, unless the environment says no."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    shown = any(isinstance(callback, ModelSummary) for callback in callbacks)
+    shown = any(isinstance(callback, ModelSummary) for callback in callbacks_of(trainer))
     return shown and os.environ.get(SILENT, "1") != "0"
 
 
 def panel(plan: Plan, seen: Pass, choices: Sequence[str]) -> list[tuple[str, str]]:
-    """Say what a fit will do.
-
-    Args:
-        plan: What is done with every batch.
-        seen: What was seen in the first step.
-        choices: What was chosen where the choice was left to the step, each with its reason.
-
-    Returns:
-        Lines, each with its heading.
-    """
+    """Say what a fit will do, in lines each with its heading."""
     rows = [("method", name_method(plan)), ("sites", _sites(seen.sites))]
     for what, told in (choice.split(" ", 1) for choice in choices):
         rows.append(("rows", told.replace("None:", "all:", 1)) if what == "batch_fraction" else (what, told))
@@ -63,12 +54,7 @@ def panel(plan: Plan, seen: Pass, choices: Sequence[str]) -> list[tuple[str, str
 
 
 def tell(trainer: Trainer, rows: Sequence[tuple[str, str]]) -> None:
-    """Show the lines in a frame, above a progress bar that may be running; by one process.
-
-    Args:
-        trainer: The trainer that fits.
-        rows: See `panel`.
-    """
+    """Show the lines in a frame, above a progress bar that may be running; by one process."""
     if not trainer.is_global_zero:
         return
     table = Table.grid(padding=(0, 2))

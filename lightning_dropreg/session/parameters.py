@@ -17,12 +17,7 @@ __all__ = ["TrainedParameters"]
 
 
 class TrainedParameters:
-    """The parameters of a module in a fit.
-
-    Args:
-        trainer: The trainer that fits.
-        module: The module that is fitted.
-    """
+    """The parameters of a module in a fit."""
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
@@ -36,10 +31,6 @@ class TrainedParameters:
 
     def gradients(self, scalar: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
         """Differentiate, treating `scalar` exactly as Lightning treats the loss.
-
-        Args:
-            scalar: A scalar with a graph.
-            retain_graph: Whether the graph is needed once more.
 
         Returns:
             For each parameter that needs one its gradient, or None where there is none.
@@ -62,9 +53,6 @@ class TrainedParameters:
 
         Gradients of accumulating micro-batches are still this rank's own and will be averaged with the rest; after the
         last one they are already the average over ranks, and so must be what is added.
-
-        Args:
-            gradients: What `gradients` returned.
 
         Returns:
             The norm of what was added, without the scale of a gradient scaler.

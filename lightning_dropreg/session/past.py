@@ -38,9 +38,6 @@ class Habits:
 class Watching(TorchFunctionMode):
     """Notes that a step looks at gradients of parameters, or takes their values into its own hands.
 
-    Args:
-        parameters: The parameters.
-
     Attributes:
         reads: Whether the ``.grad`` of one was read.
         touched: Those whose ``.data`` was.
@@ -95,13 +92,7 @@ _ACCESSES = frozenset({_GRAD, _DATA})
 
 
 class Past:
-    """Values and gradients at the start of one step, after each optimizer step and after each backward.
-
-    Args:
-        module: The module.
-        optimizers: Its optimizers.
-        habits: What its step does.
-    """
+    """Values and gradients at the start of one step, after each optimizer step and after each backward."""
 
     def __init__(self, module: nn.Module, optimizers: Sequence[Any], habits: Habits) -> None:
         self.stepping = False
@@ -213,14 +204,7 @@ class Past:
 
 
 def all_optimizers(optimizers: Iterable[Any]) -> list[Any]:
-    """Return optimizers and those that they hold, as sharpness-aware minimization holds the one that it wraps.
-
-    Args:
-        optimizers: Optimizers.
-
-    Returns:
-        All of them, each once.
-    """
+    """Return optimizers and those that they hold, as sharpness-aware minimization holds the one that it wraps."""
     found: dict[int, Any] = {}
     waiting = list(optimizers)
     while waiting:

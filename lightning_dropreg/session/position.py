@@ -14,9 +14,6 @@ class Position:
 
     Noise is keyed by the optimizer step and the number of the batch within it. (The number of the batch in the epoch
     will not do: a run that stopped at the last batch of an epoch and goes on counts past that epoch's end.)
-
-    Args:
-        trainer: The trainer that fits.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -31,13 +28,6 @@ class Position:
         self._step = step
 
     def key(self, seed: int) -> int:
-        """Return the key of this batch's noise.
-
-        Args:
-            seed: The seed of the run.
-
-        Returns:
-            A key that no other batch of the run has, on no other rank.
-        """
+        """Return the key of this batch's noise, which no other batch of the run has, on no other rank."""
         step = self._trainer.global_step
         return fold_key(seed, self._trainer.global_rank, step, self._batches if step == self._step else 0)

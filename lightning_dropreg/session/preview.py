@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 from lightning import LightningModule, Trainer
 
@@ -14,8 +12,8 @@ from lightning_dropreg.inspection.kinks import noise_excess
 from lightning_dropreg.inspection.support import Support, find_support, gradient_norm
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.passes.compiled import uncompiled
+from lightning_dropreg.session.arguments import StepCall
 from lightning_dropreg.session.batch import SkippedError
-from lightning_dropreg.session.compiled import compiled_problems
 from lightning_dropreg.session.problems import changed_parameters, fingerprints, module_problems
 from lightning_dropreg.session.session import Session
 from lightning_dropreg.step.plan import Plan
@@ -25,41 +23,21 @@ __all__ = ["NOISE_EXCESS", "look", "rehearse"]
 NOISE_EXCESS = "noise over xi_approx"
 
 
-def look(
-    trainer: Trainer, module: LightningModule, step: Callable[..., Any], args: tuple[Any, ...]
-) -> tuple[Support, list[DropregError]]:
-    """Find what is in a step, and everything that stands in the way of any callback, without raising it.
-
-    Args:
-        trainer: The trainer, set up to fit.
-        module: The module.
-        step: Its ``training_step``.
-        args: What that is called with.
-
-    Returns:
-        Sites and losses, and the problems.
-
-    Raises:
-        InvalidArgumentError: If there is nothing to look at.
-    """
-    batch = Session(trainer, module, Plan(), seed=0).looks.to_look_at(step, args, {})
+def look(trainer: Trainer, module: LightningModule, call: StepCall) -> tuple[Support, list[DropregError]]:
+    """Find what is in a step, and everything that stands in the way of any callback, without raising it."""
+    batch = Session(trainer, module, Plan(), seed=0).looks.to_look_at(call)
     before = fingerprints(module)
     try:
         with batch.isolation, uncompiled():
             support = find_support(batch.run_without_trace)
     except SkippedError:
         raise InvalidArgumentError("The first training step has no loss.") from None
-    problems = module_problems(trainer, module, Plan()) + compiled_problems(module, Plan())
+    problems = module_problems(trainer, module, Plan())
     return support, [*problems, *support.problems, *changed_parameters(module, before)]
 
 
 def rehearse(
-    trainer: Trainer,
-    module: LightningModule,
-    plan: Plan,
-    step: Callable[..., Any],
-    args: tuple[Any, ...],
-    measured: list[Measured],
+    trainer: Trainer, module: LightningModule, plan: Plan, call: StepCall, measured: list[Measured]
 ) -> tuple[dict[str, float], Plan, list[str]]:
     """Carry out a plan on a batch up to the gradient, leaving no trace.
 
@@ -67,8 +45,7 @@ def rehearse(
         trainer: The trainer, set up to fit.
         module: The module.
         plan: The plan.
-        step: The module's ``training_step``.
-        args: What that is called with.
+        call: The module's ``training_step`` and a batch.
         measured: Filled with what was measured of the assumptions, also where the plan is refused.
 
     Returns:
@@ -77,14 +54,14 @@ def rehearse(
     """
     session = Session(trainer, module, plan, seed=0)
     session.looks.measured = measured
-    session.looks.inspect(step, args, {})
+    session.looks.inspect(call)
     if plan.untouched:
         return {}, plan, []
     if session.plan.in_one_pass is not None:
-        paired = session.looks.pairable(step, args, {})[1] is not None
+        paired = session.looks.pairable(call)[1] is not None
         told = "one pass with rows twice gives the same" if paired else "drawn rows get passes of their own"
         measured.append(Measured("pairable", outcome="holds" if paired else "fallback", note=told))
-    batch = session.looks.to_look_at(step, args, {})
+    batch = session.looks.to_look_at(call)
     batch.lasting = False
     with session.looks.compiled.running(), batch.isolation:
         result = session.plan.run(batch, 0, 0)

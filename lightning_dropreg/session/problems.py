@@ -14,12 +14,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.estimators import AUTO
+from lightning_dropreg.passes.compiled import CompiledParts
 from lightning_dropreg.session.ranks import unsupported_strategy
 from lightning_dropreg.session.twins import is_a
 from lightning_dropreg.step.plan import Plan
 
 __all__ = [
     "changed_parameters",
+    "compiled_problems",
     "fingerprints",
     "in_bfloat16",
     "is_line_search",
@@ -35,16 +38,7 @@ def in_bfloat16(trainer: Trainer, module: LightningModule) -> bool:
 
 
 def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> list[UnsupportedModuleError]:
-    """Find everything about the set-up that cannot work.
-
-    Args:
-        trainer: The trainer that fits.
-        module: The module that is fitted.
-        plan: What is to be done with every batch.
-
-    Returns:
-        One error for each problem; none is raised.
-    """
+    """Find everything about the set-up that cannot work: one error for each problem, none is raised."""
     found = []
     if takes_iterator(module):
         found.append("training_step takes a dataloader_iter, which cannot be read twice. Take (batch, batch_idx).")
@@ -71,6 +65,19 @@ def module_problems(trainer: Trainer, module: LightningModule, plan: Plan) -> li
             )
             break
     return [UnsupportedModuleError(problem) for problem in found]
+
+
+def compiled_problems(module: nn.Module, plan: Plan) -> list[UnsupportedModuleError]:
+    """Find compiled parts that a plan cannot do with; one error for each."""
+    others = plan.estimators - {"antithetic", AUTO}
+    return [
+        UnsupportedModuleError(
+            f"{name or 'The module itself'} is compiled by torch.compile, and a compiled graph has one backward and no "
+            f"forward mode, which estimator={sorted(others)[0]!r} needs. Use estimator='antithetic', or train it "
+            "uncompiled."
+        )
+        for name in (CompiledParts(module).parts if others else ())
+    ]
 
 
 def is_line_search(optimizer: torch.optim.Optimizer, fully: bool = False) -> bool:
@@ -111,15 +118,7 @@ _MIXER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; from the golden ratio
 
 
 def changed_parameters(module: nn.Module, before: Mapping[str, object]) -> list[UnsupportedModuleError]:
-    """Find parameters that a step changed by itself.
-
-    Args:
-        module: The module.
-        before: Its `fingerprints` before the step.
-
-    Returns:
-        One error or none.
-    """
+    """Find parameters that a step changed by itself, given their `fingerprints` before it: one error or none."""
     changed = [name for name, mark in fingerprints(module).items() if mark != before.get(name, mark)] if before else []
     if not changed:
         return []
@@ -133,11 +132,6 @@ def changed_parameters(module: nn.Module, before: Mapping[str, object]) -> list[
 
 def loss_problems(trainer: Trainer, module: nn.Module, loss: Tensor) -> list[DropregError]:
     """Find a loss with a graph that leads to no parameter: nothing would be trained, and no dropout have an effect.
-
-    Args:
-        trainer: The trainer, whose optimizers may have parameters that are not the module's.
-        module: The module.
-        loss: What its step returned.
 
     Returns:
         One error or none.

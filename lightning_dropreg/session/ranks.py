@@ -28,10 +28,6 @@ def mean_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tens
     What no rank has a gradient for stays None, so that the optimizer passes it over as it would without us. (The
     device is waited for only if there is such a parameter.)
 
-    Args:
-        parameters: The parameters.
-        gradients: This rank's gradient of each.
-
     Returns:
         The means, dense or sparse as they came.
     """
@@ -69,15 +65,7 @@ def has_whole_parameters(strategy: Strategy) -> bool:
 
 
 def unsupported_strategy(strategy: Strategy, plan: Plan) -> list[str]:
-    """Say what keeps a plan from working under a strategy.
-
-    Args:
-        strategy: The Trainer's strategy.
-        plan: What to do with every batch.
-
-    Returns:
-        The problems, each with a remedy; empty if there is none.
-    """
+    """Say what keeps a plan from working under a strategy, each with a remedy."""
     if plan.untouched or has_whole_parameters(strategy):
         return []
     name = type(strategy).__name__

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -26,22 +26,20 @@ from lightning_dropreg.errors import CompiledPartError, NoDropoutSiteError, Unsu
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.numerics.torch_private import keeping_donated_buffers
 from lightning_dropreg.passes import Off, dormant_sites, run_pass
 from lightning_dropreg.passes.holders import Holders
+from lightning_dropreg.session.arguments import StepCall
 from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_loss
 from lightning_dropreg.session.choosing import warn_of_kinks, warn_of_line_search, warn_of_negative, warn_of_no_bound
-from lightning_dropreg.session.compiled import keeping_buffers
+from lightning_dropreg.session.logs import patched
 from lightning_dropreg.session.looking import REFUSED, Looks
 from lightning_dropreg.session.manual import ManualStep, joined
-from lightning_dropreg.session.others import DropsLater, Watcher
+from lightning_dropreg.session.others import DropsLater, Search, Watcher, callbacks_of
 from lightning_dropreg.session.panel import is_wanted, panel, tell
 from lightning_dropreg.session.parameters import TrainedParameters
 from lightning_dropreg.session.position import Position
-from lightning_dropreg.session.problems import (
-    module_problems,
-    takes_iterator,
-)
-from lightning_dropreg.session.searches import Search
+from lightning_dropreg.session.problems import module_problems, takes_iterator
 from lightning_dropreg.session.stale import StaleGradients, acts_on_gradients
 from lightning_dropreg.session.values import Values, norm_of
 from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
@@ -65,22 +63,19 @@ class Session:
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         if trainer.world_size > 1:  # without seed_everything every process has a seed of its own, and one is saved
             self.seed = trainer.strategy.broadcast(self.seed)
-        scheduled = any(isinstance(callback, DropsLater) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        scheduled = any(isinstance(callback, DropsLater) for callback in callbacks_of(trainer))
         # a schedule may hold all probabilities at 0 for a while
         self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self.looks = Looks(trainer, module, plan, self._dormant)
-        self._compiling = ExitStack()
+        self._wrapped = ExitStack()
         self._acted = False  # in the last step
-        self._had_own_step = False
-        self._own_step: Any = None
         self._installed = False
         self._batch: Batch | None = None
         self._holders: Holders | None = None  # of the batch before
         self._late: list[tuple[Tensor, Tensor]] = []
         self._later: list[Tensor | None] | None = None
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._told_negative = False
-        self._detectors = [callback for callback in callbacks if isinstance(callback, Watcher)]
+        self._detectors = [callback for callback in callbacks_of(trainer) if isinstance(callback, Watcher)]
         self._gradient_norm: Tensor | None = None
         penalized = plan.strength_at(0) > 0
         self.values = Values(trainer, module, ["loss", "explicit_penalty"] if penalized else ["loss"])
@@ -95,23 +90,13 @@ class Session:
         return self.looks.plan
 
     def check(self) -> None:
-        """Refuse what makes it impossible to run the step; whatever else is wrong is told with the first step.
-
-        Raises:
-            error: If the module is set up in such a way.
-        """
+        """Refuse what makes it impossible to run the step; whatever else is wrong is told with the first step."""
         if takes_iterator(self.module):
-            error = all_at_once(
-                module_problems(self.trainer, self.module, self.plan), f"{type(self.module).__name__}{REFUSED}"
-            )
-            raise error
+            problems = module_problems(self.trainer, self.module, self.plan)
+            raise all_at_once(problems, f"{type(self.module).__name__}{REFUSED}")
 
     def install(self) -> None:
-        """Wrap ``training_step`` on the instance."""
-        if self._installed:
-            return
-        self._own_step = self.module.__dict__.get("training_step")
-        self._had_own_step = "training_step" in self.module.__dict__
+        """Wrap ``training_step`` on the instance, until `remove`."""
         # a plain function bound to the module: a deepcopy of the module binds it to the copy, as weight averaging needs
         original = _function_of(self.module.training_step)
         session = self
@@ -124,24 +109,19 @@ class Session:
             training = session.trainer.training and torch.is_grad_enabled()
             if self is not session.module or not session._installed or not training:
                 return original(self, *args, **kwargs)
-            return run(partial(original, self), args, kwargs)
+            return run(StepCall(partial(original, self), args, kwargs))
 
         training_step._dropreg_original = original  # type: ignore[attr-defined]
-        self.module.__dict__["training_step"] = types.MethodType(training_step, self.module)
+        bound = types.MethodType(training_step, self.module)
+        self._wrapped.enter_context(patched((self.module, "training_step", bound)))
+        if self.looks.compiled.parts:  # the norm of the noise takes another backward
+            self._wrapped.enter_context(keeping_donated_buffers())
         self._installed = True
-        if self.looks.compiled.parts:
-            self._compiling.enter_context(keeping_buffers())
 
     def remove(self) -> None:
         """Put back what was there."""
-        if not self._installed:
-            return
-        if self._had_own_step:
-            self.module.__dict__["training_step"] = self._own_step
-        else:
-            self.module.__dict__.pop("training_step", None)
         self._installed = False
-        self._compiling.close()
+        self._wrapped.close()
         self._batch = self._later = None
 
     def begin_batch(self) -> None:
@@ -149,40 +129,31 @@ class Session:
         self.stale.begin_batch()
         self.position.begin_batch()
 
-    def training_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the user's ``training_step`` as often as the plan asks and return one output.
-
-        Args:
-            original: The user's step.
-            args: Its arguments.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            The output of its first run, with the total loss in it; None if the user's step returned None.
-        """
+    def training_step(self, call: StepCall) -> Any:
+        """Run the user's ``training_step`` as often as the plan asks; return its first output, with the total in it."""
         self.search.join()
         stale = self.stale.take()
         if not self.looks.inspected:
-            self.looks.inspect(original, args, kwargs)
+            self.looks.inspect(call)
             self._tell()
             warn_of_kinks(self.module, self.plan, self.looks.kinks, self.looks.choice)
             warn_of_line_search(self.trainer, self.plan)
             warn_of_no_bound(self.plan, watched=bool(self._detectors))
         if self.plan.untouched:
-            return original(*args, **kwargs)
+            return call.run()
         if not self.module.automatic_optimization:
-            return self._manual_step(original, args, kwargs)
+            return self._manual_step(call)
         step = self.trainer.global_step
         if self.plan.only_drops_nothing(step):
-            return self._step_without_dropout(original, args, kwargs)
+            return self._step_without_dropout(call)
         try:
             while True:
                 try:
-                    return self._step_with_passes(original, args, kwargs, stale)
+                    return self._step_with_passes(call, stale)
                 except CompiledPartError as problem:  # what its graph gave does not count
                     self.looks.compiled.parts[problem.part].surprised()
         except NoDropoutSiteError:  # by chance there is nothing to regularize in this one (layer drop, another task)
-            return self._step_without_dropout(original, args, kwargs)
+            return self._step_without_dropout(call)
 
     def _tell(self) -> None:
         """Say what was found and chosen: in a panel where a summary of the model is wanted, else in the log."""
@@ -194,21 +165,15 @@ class Session:
         for choice in self.looks.choices:
             rank_zero_info(f"lightning_dropreg: {choice}.")
 
-    def _step_with_passes(
-        self,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        stale: Callable[[], None] | None,
-    ) -> Any:
+    def _step_with_passes(self, call: StepCall, stale: Callable[[], None] | None) -> Any:
         """Run the user's step as the plan has it; raises `NoDropoutSiteError`, having left no trace, if it has none."""
         step = self.trainer.global_step
-        self.looks.watch(step, original, args, kwargs)
+        self.looks.watch(step, call)
         if self.plan.noise_after_backward and acts_on_gradients(self.trainer, self.module):
             self.looks.plan = self.plan.with_noise_in_loss()  # the same gradient
-        kind, pairable = self.looks.pairable(original, args, kwargs)
+        kind, pairable = self.looks.pairable(call)
         key = self.position.key(self.seed)
-        batch = self._batch_of(original, args, kwargs, self.plan.k is None, key, pairable=pairable, stale=stale)
+        batch = self._batch_of(call, self.plan.k is None, key, pairable=pairable, stale=stale)
         batch.shares_body = self.looks.shares_body
         if self.plan.noise_after_backward:
             batch.logs.remember()
@@ -229,7 +194,7 @@ class Session:
             if not self.looks.may_go_its_own_way:
                 raise
             self.looks.take_whole_batches(problem)
-            return self._step_with_passes(original, args, kwargs, stale)
+            return self._step_with_passes(call, stale)
         batch.logs.replay(batch.corrected, batch.share)
         self._late = batch.late
         if pairable is not None and batch.pairable is None:
@@ -244,13 +209,9 @@ class Session:
             batch.stale = None  # then the gradients are those of this step
         return with_loss(batch.output, result.total)
 
-    def _batch_of(
-        self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], mean: bool, key: int, **own: Any
-    ) -> Batch:
+    def _batch_of(self, call: StepCall, mean: bool, key: int, **own: Any) -> Batch:
         return Batch(
-            original,
-            args,
-            kwargs,
+            *call,
             self.module,
             mean=mean,
             key=key,
@@ -263,13 +224,13 @@ class Session:
             **own,
         )
 
-    def _step_without_dropout(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _step_without_dropout(self, call: StepCall) -> Any:
         """Run the user's step once: a single run needs neither isolation nor anything put back."""
         output = None
 
         def closure() -> Tensor:
             nonlocal output
-            output = original(*args, **kwargs)
+            output = call.run()
             return loss_of(output)
 
         try:
@@ -281,12 +242,12 @@ class Session:
         self._acted = False
         return output
 
-    def _manual_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _manual_step(self, call: StepCall) -> Any:
         # optimizer steps are the user's to count here, so the penalty acts in every n-th batch
         number = self.trainer.fit_loop.total_batch_idx
-        self.looks.watch(number, original, args, kwargs)
+        self.looks.watch(number, call)
         key = fold_key(self.seed, self.trainer.global_rank, number, 0)
-        batch = self._batch_of(original, args, kwargs, False, key)
+        batch = self._batch_of(call, False, key)
         values: list[dict[str, Tensor]] = []
 
         def watch(runner: BatchRunner, result: StepResult) -> None:
@@ -307,13 +268,8 @@ class Session:
         gradients, self._later = self._later, None
         if batch is not None:
             context = self.trainer.precision_plugin.train_step_context()
-            with (
-                self.looks.compiled.running(),
-                self._dormant(),
-                batch.isolation.without_trace(),
-                context,
-                torch.enable_grad(),
-            ):
+            without_trace = batch.isolation.without_trace()
+            with self.looks.compiled.running(), self._dormant(), without_trace, context, torch.enable_grad():
                 scalar = self.plan.extra(batch, batch.key)
             gradients = self._trained.gradients(scalar)
         if gradients is None:
@@ -370,9 +326,8 @@ class Session:
             self._told_negative = warn_of_negative(self.plan, result, where)  # elsewhere reading would wait for a GPU
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # an overflow in half precision is the scaler's to skip
-        check_finite(
-            {"explicit penalty": result.penalty, "implicit noise": result.noise}, batch.run_without_trace, where
-        )
+        values = {"explicit penalty": result.penalty, "implicit noise": result.noise}
+        check_finite(values, batch.run_without_trace, where)
 
     def _values(self, result: StepResult) -> dict[str, Tensor]:
         values = {"loss": result.loss.detach()}

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_dropreg.numerics.torch_private import has_gradient_hooks, has_hooks_after_accumulation
 from lightning_dropreg.passes.structure import parameters_below
+from lightning_dropreg.session.others import callbacks_of
 from lightning_dropreg.session.twins import twins
 
 __all__ = ["StaleGradients", "acts_on_gradients", "is_changed"]
@@ -26,10 +27,6 @@ class StaleGradients:
     does not in the midst of an accumulation) and nobody may look at them before: no hook ``on_before_zero_grad``, no
     ``optimizer_zero_grad`` or ``Optimizer.zero_grad`` of the user's own. A ``training_step`` that somebody calls at
     any other time finds gradients that count.
-
-    Args:
-        trainer: The trainer.
-        module: The module that it fits.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
@@ -68,11 +65,10 @@ class StaleGradients:
         return self._module.automatic_optimization and first and not skipped
 
     def _are_watched(self, optimizer: Optimizer) -> bool:
-        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         hooks = [(self._module, LightningModule, name) for name in ("on_before_zero_grad", "optimizer_zero_grad")]
         return (
             any(is_changed(*hook) for hook in hooks)
-            or any(is_changed(callback, Callback, "on_before_zero_grad") for callback in callbacks)
+            or any(is_changed(callback, Callback, "on_before_zero_grad") for callback in callbacks_of(self._trainer))
             or is_changed(optimizer, Optimizer, "zero_grad")
         )
 
@@ -83,18 +79,13 @@ def acts_on_gradients(trainer: Trainer, module: LightningModule) -> bool:
     A clamp would act on the gradient and the noise each on its own, an optimizer step within the backward would miss
     the noise.
 
-    Args:
-        trainer: The trainer.
-        module: The module that it fits.
-
     Returns:
         Whether there are hooks on parameters, or in callbacks that come before those of this package.
     """
     trained = (p for p in parameters_below(module) if p.requires_grad)
     if any(has_gradient_hooks(p) or has_hooks_after_accumulation(p) for p in trained):
         return True
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    before = takewhile(lambda callback: getattr(callback, "acts_on_training", None) is not True, callbacks)
+    before = takewhile(lambda each: getattr(each, "acts_on_training", None) is not True, callbacks_of(trainer))
     return any(is_changed(callback, Callback, "on_after_backward") for callback in before)
 
 

@@ -17,9 +17,6 @@ _NAMES = ("lightning.pytorch", "pytorch_lightning")
 def twins(kind: type) -> tuple[type, ...]:
     """Return a class of ``lightning.pytorch`` and the class of that name in ``pytorch_lightning``, if that is in use.
 
-    Args:
-        kind: The class.
-
     Returns:
         One or two classes, for `isinstance`.
 
@@ -37,13 +34,5 @@ def twins(kind: type) -> tuple[type, ...]:
 
 
 def is_a(instance: Any, *kinds: type) -> bool:
-    """Tell whether something is an instance of a class of Lightning, whichever package it comes from.
-
-    Args:
-        instance: A strategy, a callback, a module, ….
-        kinds: Classes of ``lightning.pytorch``.
-
-    Returns:
-        Whether it is an instance of one of them.
-    """
+    """Tell whether something is an instance of a class of Lightning, whichever package it comes from."""
     return any(isinstance(instance, twins(kind)) for kind in kinds)

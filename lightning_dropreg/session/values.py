@@ -18,9 +18,6 @@ __all__ = ["EpochMeans", "Values", "norm_of"]
 class EpochMeans:
     """Means over an epoch, for a tensor addition per step and value; Lightning's own cost a call of ``log`` each.
 
-    Args:
-        names: What to sum up; other values are ignored.
-
     Example:
         >>> means = EpochMeans(["loss", "explicit_penalty"])
         >>> for loss in (1.0, 2.0):
@@ -36,11 +33,7 @@ class EpochMeans:
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add the values of one step.
-
-        Args:
-            values: Scalars by name, without graphs.
-        """
+        """Add the values of one step."""
         for name in self._names:
             if name in values:
                 total, count = self._sums.get(name, (None, 0))
@@ -73,12 +66,7 @@ class Values:
         self._plain = not is_changed(module, LightningModule, "log")
 
     def add(self, values: Mapping[str, Tensor], always: bool = False) -> None:
-        """Take the values of one step: for its log and for the means.
-
-        Args:
-            values: Scalars by name, without graphs.
-            always: See `log`.
-        """
+        """Take scalars of one step, without graphs, by name: for its log (see `log`) and for the means."""
         self.log(values, always)
         self._means.add(values)
 
@@ -88,10 +76,6 @@ class Values:
         Where a value was logged before in this epoch, it only takes the place of the one before.
 
         A value that is not made in every step (a penalty with ``every_n_steps``) is logged as it was last.
-
-        Args:
-            values: Scalars by name, without graphs.
-            always: Log them now, whether read or not.
         """
         self._latest.update(values)
         if not always and not self.are_read:
@@ -129,14 +113,7 @@ class Values:
 
 
 def norm_of(gradients: Iterable[Tensor | None]) -> Tensor:
-    """Return the norm of all gradients together, those that are None left out.
-
-    Args:
-        gradients: Of the parameters; sparse ones and those of FSDP2 too.
-
-    Returns:
-        A scalar.
-    """
+    """Return the norm of all gradients together, sparse ones and those of FSDP2 too; None has none."""
     tensors = [t.coalesce().values() if t.is_sparse else t for t in gradients if t is not None]
     if not tensors:
         return torch.zeros(())

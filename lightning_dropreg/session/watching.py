@@ -1,22 +1,27 @@
-"""What was measured before training is measured again while it goes on: at steps 1, 2, 4, 8, …."""
+"""What is measured of a step before training, and again while it goes on: at steps 1, 2, 4, 8, …."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_dropreg.errors import DropregError, NotRepeatableError
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, NotRepeatableError
+from lightning_dropreg.estimators.counts import Counting, Rows
+from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.assumptions import Measured
 from lightning_dropreg.inspection.first_step import all_at_once
 from lightning_dropreg.inspection.repeatable import Trace, compare_runs
+from lightning_dropreg.inspection.rows import batch_norms, measure_rows
 from lightning_dropreg.interception.sites import Rule
 from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
 from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.passes.run import recounted
 from lightning_dropreg.session.batch import Batch
+from lightning_dropreg.step.plan import Plan
 
-__all__ = ["OwnRun", "measure_repeatability", "measured_of", "problems_of"]
+__all__ = ["OwnRun", "measure_drawn_rows", "measure_repeatability", "measured_of", "problems_of"]
 
 
 class OwnRun:
@@ -104,6 +109,35 @@ def measure_repeatability(
     return found
 
 
+def measure_drawn_rows(batch: Batch, plan: Plan) -> tuple[Counting | None, list[Measured]]:
+    """Find out whether the rows on which a plan estimates something stand for all.
+
+    Returns:
+        How the elements of some rows find what they count in the whole batch, None if no rows are drawn; and what was
+        measured, up to the first problem.
+    """
+    counting: Counting | None = None
+    measured: list[Measured] = []
+    for dim, fraction in sorted(plan.on_rows):
+        try:
+            drawn, _ = draw_rows(batch.row_count(dim), fraction, dim, batch.key)
+        except InvalidArgumentError as problem:
+            return counting, [*measured, Measured("rows_found", outcome="error", problem=problem)]
+        found = measure_rows(
+            batch.run_without_trace,
+            partial(batch.on_rows, dim=dim),
+            Rows(drawn, batch.row_count(dim)),
+            noise=plan.noise is not None or not plan.needs_losses,
+            norms=batch_norms(batch.module),
+            draws=batch.isolation.drew_randomness,
+        )
+        counting = found.counting
+        measured += found.measured
+        if found.problem is not None:
+            break
+    return counting, measured
+
+
 def problems_of(found: Sequence[Measured]) -> list[DropregError]:
     """Say what is worth a warning, and return what must be raised."""
     for each in found:
@@ -113,16 +147,7 @@ def problems_of(found: Sequence[Measured]) -> list[DropregError]:
 
 
 def measured_of(seen: Pass, changed: Sequence[DropregError], logged: int) -> list[Measured]:
-    """Say what the look at the first step has shown by the way.
-
-    Args:
-        seen: Its pass, with its losses.
-        changed: What is wrong with parameters that the step changes, if it does.
-        logged: How many values it logs.
-
-    Returns:
-        What was found.
-    """
+    """Say what the look at the first step has shown by the way."""
     kinks = ", ".join(f"{name} ({count})" for name, count in seen.kinks.items())
     draws = "; ".join(seen.unknown)
     losses = ", ".join(loss.name for loss in seen.losses)

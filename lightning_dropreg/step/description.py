@@ -33,9 +33,6 @@ _CURVATURES = {
 def describe(plan: Plan) -> list[str]:
     """Say what a plan does with every batch.
 
-    Args:
-        plan: The plan.
-
     Returns:
         Sentences.
 
@@ -87,9 +84,6 @@ def describe(plan: Plan) -> list[str]:
 def name_method(plan: Plan) -> str:
     """Say what a plan is, in the paper's words.
 
-    Args:
-        plan: The plan.
-
     Returns:
         A few words.
 
@@ -114,9 +108,6 @@ def name_method(plan: Plan) -> str:
 
 def expected_cost(plan: Plan) -> str:
     """Say what a step will cost, by the number of its passes; in dropout steps, which are one forward and one backward.
-
-    Args:
-        plan: The plan, its estimator chosen.
 
     Returns:
         A few words.

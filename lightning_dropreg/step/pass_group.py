@@ -116,16 +116,7 @@ class PassGroup:
     has_loss: bool = False
 
     def run(self, runner: BatchRunner, key: int, measure_noise: bool) -> StepResult:
-        """Run the passes.
-
-        Args:
-            runner: Runs the user's step.
-            key: Seed of the batch's noise.
-            measure_noise: Whether the gradient of the noise alone is wanted, too.
-
-        Returns:
-            This share's part of the total, and the values in it.
-        """
+        """Run the passes; return this group's part of the total, and the values in it."""
         chosen = self.estimation
         if chosen.batch_fraction is None:
             closure = runner.whole if self.has_loss else runner.run_without_trace
@@ -187,11 +178,6 @@ class PassGroup:
         """Do the same together with the loss, in one pass over the batch with some rows twice; None if that is no way.
 
         It takes ``1 + f`` times what the loss alone takes, if ``f`` is the fraction of the rows.
-
-        Args:
-            runner: Runs the user's step.
-            key: Seed of the batch's noise.
-            measure_noise: Whether the gradient of the noise alone is wanted, too.
 
         Returns:
             The loss, this share's part of the total, and the values in it.
@@ -256,13 +242,6 @@ class PassGroup:
 
 
 def run_without_dropout(runner: BatchRunner) -> StepResult:
-    """Run the step once, without dropout and without estimating anything.
-
-    Args:
-        runner: Runs the user's step.
-
-    Returns:
-        The loss.
-    """
+    """Run the step once, without dropout and without estimating anything."""
     loss = run_pass(runner.whole, Off()).loss
     return StepResult(loss, loss)

@@ -272,10 +272,6 @@ class Plan:
     def extra(self, runner: BatchRunner, key: int) -> Tensor:
         """Run the passes of the noise that is added after the backward.
 
-        Args:
-            runner: Runs the user's step.
-            key: Seed of the batch's noise, the one given to `run`.
-
         Returns:
             The scaled scalar whose gradient is to be added.
         """

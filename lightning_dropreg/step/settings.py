@@ -74,21 +74,13 @@ class NoiseSettings:
 
 
 def check_curvature(curvature: str) -> None:
-    """Refuse an unknown name.
-
-    Raises:
-        InvalidArgumentError: If it is one.
-    """
+    """Refuse an unknown name."""
     if not is_one_of(curvature, CURVATURES):
         raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
 
 
 def check_estimation(estimator: str, step_size: float, mask: str) -> None:
-    """Refuse unknown names and impossible steps.
-
-    Raises:
-        InvalidArgumentError: If an argument is out of range or unknown.
-    """
+    """Refuse unknown names and impossible steps."""
     if not is_one_of(estimator, (AUTO, *ESTIMATORS)):
         names = ", ".join((AUTO, *ESTIMATORS))
         raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {names}.")
@@ -101,14 +93,7 @@ def check_estimation(estimator: str, step_size: float, mask: str) -> None:
 
 
 def check_fraction(batch_fraction: float | str | None) -> float | None:
-    """Refuse what is no fraction of a batch.
-
-    Returns:
-        The fraction; None for the whole batch, and for ``"auto"`` as long as nothing is chosen.
-
-    Raises:
-        InvalidArgumentError: If it is out of range.
-    """
+    """Refuse what is no fraction of a batch; None is the whole batch, and ``"auto"`` as long as nothing is chosen."""
     if batch_fraction is None or batch_fraction == AUTO:
         return None
     if is_number(batch_fraction) and 0 < float(batch_fraction) <= 1:
