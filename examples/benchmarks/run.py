@@ -3,10 +3,10 @@
 python -m examples.benchmarks.run [STUDY ...] [--report]
 
 Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative text labels r_drop
-remedies table_1 models r_drop_text wikitext step_costs. Run from the root of a clone; all of them take about two and a
-half hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a command that was stopped goes
-on. `--report` trains nothing and draws what is there; `--list` says what that is. What was measured before (bench
-time_to_quality paper_small) is drawn from the files that were kept of it.
+remedies table_1 models r_drop_text text_tuned wikitext step_costs. Run from the root of a clone; all of them take
+about two and a half hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a command that
+was stopped goes on. `--report` trains nothing and draws what is there; `--list` says what that is. What was measured
+before (bench time_to_quality paper_small) is drawn from the files that were kept of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from examples.benchmarks.style import plain_label
 
 HERE = Path(__file__).parent
 TUNED = {"tuned40": 0.4, "tuned10": 0.1, "tuned0": 0.0}
-LAST = ["table_1", "models", "r_drop_text", "wikitext", "step_costs"]
+LAST = ["table_1", "models", "r_drop_text", "text_tuned", "wikitext", "step_costs"]
 STUDIES = [
     "ablations",
     "claims",
@@ -63,6 +63,11 @@ STAGED: dict[str, list[Callable[[Records], Any]]] = {
         lambda made: [*studies.table_1(), *studies.table_1_tuning()],
         studies.table_1_chosen,
         text_reports.table_1,
+    ],
+    "text_tuned": [
+        lambda made: studies.text_tuned(),
+        lambda made: studies.chosen(studies.text_tuned(), made, studies.SEEDS["text_tuned"]),
+        text_reports.text_tuned,
     ],
 }
 """Studies in which some runs depend on others: the runs of each stage, and what makes tables of them."""

@@ -25,6 +25,7 @@ __all__ = [
     "table_1",
     "table_1_tuning",
     "text",
+    "text_tuned",
     "tuned",
     "wikitext",
 ]
@@ -43,6 +44,7 @@ SEEDS = {
     "table_1": list(range(9000, 9008)),
     "wikitext": list(range(9100, 9108)),
     "r_drop_text": list(range(9200, 9208)),
+    "text_tuned": list(range(9300, 9308)),
     "models": [1],
 }
 A = Setting()
@@ -188,7 +190,7 @@ def table_1_tuning() -> list[Run]:
     grids = {
         "l2": (0.0001, 0.0003, 0.001, 0.003),
         "loss Jacobian": (0.5, 2.0, 8.0),
-        "identity": (0.01, 0.1, 1.0),
+        "identity": (0.01, 0.1, 1.0, 10.0, 100.0),
     }
     return [
         Run(method, {"strength": s}, TABLE_1, SEEDS["text tuning"], "tuning")
@@ -219,6 +221,16 @@ def r_drop_text() -> list[Run]:
         arms = {"R-Drop": {"alpha": alpha}, "Algorithm 2": strength, "Algorithm 2, quarter": strength}
         runs += [Run(method, own, TABLE_1, SEEDS["r_drop_text"]) for method, own in arms.items()]
     return runs
+
+
+def text_tuned() -> list[Run]:
+    """Four configurations for dropout, R-Drop and Algorithm 2 in the setting of Table 1, on tuning seeds."""
+    grids: dict[str, list[dict[str, Any]]] = {
+        "dropout": [{"q": q} for q in (0.3, 0.4, 0.5, 0.6)],
+        "R-Drop": [{"alpha": a} for a in (0.25, 0.5, 1.0, 2.0)],
+        "Algorithm 2": [{"strength": s} for s in (1.0, 2.0, 3.0, 5.0)],
+    }
+    return [Run(m, own, TABLE_1, SEEDS["text tuning"], "tuning") for m, grid in grids.items() for own in grid]
 
 
 def labels() -> list[Run]:

@@ -201,8 +201,14 @@ def test_studies_in_the_setting_of_table_1_choose_and_report(tmp_path, monkeypat
     chosen = studies.table_1_chosen(made)
     assert [one.method for one in chosen] == ["l2", "loss Jacobian", "identity", "loss Jacobian + xi"]
     assert chosen[1].parameters == chosen[3].parameters
-    for one in [*chosen, *studies.r_drop_text()]:
+    tuned = studies.text_tuned()[::4]
+    monkeypatch.setattr(studies, "text_tuned", lambda: tuned)
+    for one in [*chosen, *studies.r_drop_text(), *tuned]:
         made.make(one)
+    for one in studies.chosen(tuned, made, [1, 2]):
+        made.make(one)
+    text_reports.text_tuned(made)
+    assert "| Algorithm 2 minus R-Drop |" in (tmp_path / "table_1" / "text_tuned.md").read_text()
     text_reports.table_1(made)
     text_reports.r_drop_text(made)
     table = (tmp_path / "table_1" / "table_1.md").read_text()
