@@ -152,8 +152,14 @@ TITLES = {
     "claims/claims": "The paper's findings, 32 seeds",
     "claims/dose": "How much noise",
     "map/map": "Where the noise helps",
-    "tuned/tuned40": "Tuned against tuned",
-    "tuned/tuned40_grid": "All configurations that were tried",
+    "labels/labels": "Which wrong labels are fitted",
+    "r_drop/r_drop": "R-Drop and the penalty",
+    "text/ptb": "The findings on text",
+    **{
+        f"tuned/tuned{percent}{part}": f"{title}, {percent} % random labels"
+        for percent in (0, 10, 40)
+        for part, title in (("", "Tuned against tuned"), ("_grid", "All configurations"), ("_time", "Time to tune"))
+    },
     "negative/negative": "Regression",
     "time_to_quality/table": "Perplexity against the clock",
     "paper_small/orderings": "The paper's orderings at small size",

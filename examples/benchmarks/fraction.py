@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 import warnings
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from examples.benchmarks.networks import ConvNet, Digits, ReLUNet
 from examples.claims import quiet
 from lightning_dropreg import ExplicitPenalty, ImplicitNoise
 from lightning_dropreg.cli.machine import describe_machine
-from lightning_dropreg.cli.measure import Stopwatch
+from lightning_dropreg.cli.measure import ProcessorTime
 from lightning_dropreg.cli.summary import FitSummary
 from lightning_dropreg.errors import DropregError
 
@@ -41,14 +40,6 @@ METHODS = {
     **{f"R, {name}": lambda how=how: [ExplicitPenalty(**how)] for name, how in HOW.items()},
     **{f"A2, {name}": lambda how=how: [ExplicitPenalty(**how), ImplicitNoise(**how)] for name, how in HOW.items()},
 }
-
-
-class ProcessorTime(Stopwatch):
-    """Does not count what else the machine does."""
-
-    @staticmethod
-    def _now(pl_module: L.LightningModule) -> float:
-        return time.process_time()
 
 
 def fit(network: str, method: str, seed: int, epochs: int) -> dict[str, float] | None:

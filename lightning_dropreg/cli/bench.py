@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.machine import describe_machine
-from lightning_dropreg.cli.measure import Cost, MemoryWatch, PassCounter, Stopwatch, without_dropout
+from lightning_dropreg.cli.measure import Cost, MemoryWatch, PassCounter, ProcessorTime, Stopwatch, without_dropout
 from lightning_dropreg.cli.methods import CONFIGURED, KEYS, METHODS, NO_DROPOUT, PAPER, REFERENCE, named
 from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights, placing
 from lightning_dropreg.errors import CompiledPartWarning, DropregError, InvalidArgumentError
@@ -55,6 +55,8 @@ def main(args: Sequence[str]) -> None:
         options["methods"] = named([options["methods"]] if isinstance(options["methods"], str) else options["methods"])
     if options["threads"] is not None and options["threads"] < 1:
         raise InvalidArgumentError(f"--threads {options['threads']}: at least 1 is needed.")
+    if options["processor_time"] and (options["threads"] != 1 or cli.model.device.type != "cpu"):
+        raise InvalidArgumentError("--processor_time counts all threads together: give --threads 1, on a CPU.")
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     load_weights(cli)
@@ -77,6 +79,11 @@ def _add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=12, help="Timed steps of each method in a round, at least 2.")
     parser.add_argument("--warmup", type=int, default=3, help="Steps before them that are not timed.")
     parser.add_argument("--threads", type=int | None, default=None, help="Threads of torch; its own choice by default.")
+    parser.add_argument(
+        "--processor_time",
+        action="store_true",
+        help="Time by the processor's clock, on a machine that has other things to do (no GPU; --threads 1).",
+    )
     parser.add_argument(
         "--methods",
         type=str | list[str] | None,
@@ -142,7 +149,7 @@ def measure(cli: DropregCLI, options: Any) -> list[Cost]:
                         if turn < 0 and one is cost:
                             nodes[cost.method] = _count_passes(cli, cost.method, batches)
                             continue
-                        watch = Stopwatch()
+                        watch = ProcessorTime() if options.get("processor_time") else Stopwatch()
                         with compiled(cli.model, how) if one is not cost else nullcontext():
                             _run(cli, one.method, batches, watch, 2 if turn < 0 else steps + warmup)
                         if turn < 0:

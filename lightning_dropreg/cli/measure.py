@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_dropreg.cli.fast_paths import find_fast_paths
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 
-__all__ = ["Cost", "MemoryWatch", "PassCounter", "Stopwatch", "without_dropout"]
+__all__ = ["Cost", "MemoryWatch", "PassCounter", "ProcessorTime", "Stopwatch", "without_dropout"]
 
 
 @dataclass
@@ -92,6 +92,14 @@ class Stopwatch(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         return time.perf_counter()
+
+
+class ProcessorTime(Stopwatch):
+    """Does not count what else the machine does; for one thread and no GPU."""
+
+    @staticmethod
+    def _now(pl_module: LightningModule) -> float:
+        return time.process_time()
 
 
 class MemoryWatch(Callback):

@@ -1,5 +1,6 @@
 """``dropreg bench`` on small models."""
 
+import itertools
 from itertools import islice
 from pathlib import Path
 
@@ -83,6 +84,16 @@ def test_bench_begins_again_where_the_data_ends(capsys, monkeypatch):
     brief = ["--repeats=1", "--steps=5", "--warmup=0", "--threads=1", *BRIEF, "--methods=none", "--json"]
     assert main(["bench", "--config", QUICKSTART, *brief]) == 0
     assert [len(cost["rounds"][0]) for cost in printed_json(capsys)["costs"]] == [5, 5]
+
+
+def test_bench_can_time_by_the_processors_clock(capsys, monkeypatch):
+    """Whatever else the machine does; each look at this clock finds it a second later."""
+    monkeypatch.setattr("lightning_dropreg.cli.measure.time.process_time", itertools.count().__next__)
+    brief = ["--repeats=1", "--steps=2", "--warmup=0", *BRIEF, "--methods=none", "--processor_time", "--json"]
+    assert main(["bench", "--config", QUICKSTART, *brief, "--threads=1"]) == 0
+    assert {ms for cost in printed_json(capsys)["costs"] for ms in cost["rounds"][0]} == {1000.0}
+    assert main(["bench", "--config", QUICKSTART, *brief]) == 1
+    assert "give --threads 1" in capsys.readouterr().err
 
 
 def test_bench_lists_its_keys_in_the_help(capsys, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from examples.benchmarks import older, run, studies
 pytest.importorskip("matplotlib")
 ROOT = run.HERE.parents[1]
 PAGES = [ROOT / "README.md"]
-PAGES += [ROOT / "docs" / f"{name}.md" for name in ("is-it-worth-it", "when-does-the-noise-help", "rdrop", "costs")]
+PAGES += [
+    ROOT / "docs" / f"{name}.md"
+    for name in ("is-it-worth-it", "when-does-the-noise-help", "rdrop", "costs", "start-here")
+]
 COSTS = [ROOT / "README.md"]
 COSTS += [ROOT / "docs" / f"{name}.md" for name in ("start-here", "costs", "faq", "estimators", "quickstart", "index")]
 FOLDERS = sorted({run.folder_of(study) for study in run.STUDIES})
@@ -68,6 +72,7 @@ def test_every_difference_that_a_page_tells_is_in_a_committed_table():
     ]
     ratios = json.loads((run.HERE / "r_drop_ratio.json").read_text())["ratios"]
     known += [(each["ratio"], each["error"]) for each in ratios]
+    known += [(mean, error) for mean, error, _, _ in _fraction().values()]
     for page in PAGES:
         for value, error in told.findall(page.read_text()):
             near = [10.0 ** -len(number.partition(".")[2]) / 2 + 1e-9 for number in (value, error)]
@@ -88,8 +93,64 @@ def test_every_range_of_costs_is_that_of_the_records():
         ]
         assert f"{min(ratios):.1f} to {max(ratios):.1f}" == row["range"], row["method"]
     for page in COSTS:
-        for told in re.findall(r"\b\d\.\d to \d\.\d\b", page.read_text()):
-            assert told in {row["range"] for row in rows}, f"{page.name}: {told} is in no record"
+        lines = page.read_text().splitlines()
+        for before, line in zip(["", *lines], lines, strict=False):
+            for told in re.findall(r"\b\d\.\d to \d\.\d\b", line):
+                words = [word for row in rows if row["range"] == told for word in row["words"].split("|")]
+                assert words, f"{page.name}: {told} is in no record"
+                beside = line if line.startswith("|") else f"{before} {line}"
+                assert any(word in beside for word in words), f"{page.name}: {told} is that of {words}: {line}"
+
+
+def test_the_costs_of_single_methods_are_those_of_the_records():
+    page = (ROOT / "docs" / "costs.md").read_text()
+    costs = {
+        name: {cost["method"]: cost for cost in json.loads((run.HERE / f"bench_{name}.json").read_text())["costs"]}
+        for name in ("lstm", "transformer")
+    }
+    names = {
+        "no dropout": "no dropout",
+        "Algorithm 2": "Algorithm 2 (default arguments)",
+        "Algorithm 2, economical": "Algorithm 2, both `batch_fraction=0.125`",
+        "Algorithm 2, after_backward": 'Algorithm 2, `injection="after_backward"`',
+        "Algorithm 2, after_backward, noise on 1/8": "the same, noise with `batch_fraction=0.125`",
+        "R_approx": "R_approx",
+        "R_approx, economical": "R_approx, `batch_fraction=0.125`",
+        "R_approx, every 4 steps": "R_approx, `every_n_steps=4`",
+        "noise only": "noise only",
+        "MiniBatchDropout(k=4)": "`MiniBatchDropout(k=4)`",
+        "Algorithm 2, double_backward": "Algorithm 2 the paper's way (`double_backward`)",
+    }
+    for method, name in names.items():
+        row = "".join(f" | {cost[method]['ratio_to_dropout']:.2f}" for cost in costs.values())
+        assert f"| {name}{row} |" in page, method
+    assert set(costs["lstm"]) - {"dropout", "no dropout, intercepted"} == set(names)
+
+
+def test_the_table_of_networks_with_kinks_is_that_of_its_record():
+    page = (ROOT / "docs" / "start-here.md").read_text()
+    found, names = _fraction(), {"R": "penalty", "A2": "penalty and noise"}
+    for method in dict.fromkeys(method for _, method in found):
+        short, how = method.split(", ", 1)
+        cells = []
+        for network in ("relu", "conv"):
+            mean, error, ratio, seeds = found[network, method]
+            cells.append(f"{mean:+.3f} ± {error:.3f}{' (2 seeds)' * (seeds == 2)} | {ratio:.1f}")
+        assert f"| {names[short]}, {how.replace('1/4', 'a quarter')} | {' | '.join(cells)} |" in page, method
+
+
+def _fraction():
+    """Mean difference to dropout, its error, the ratio of steps and the number of seeds, of networks with kinks."""
+    found = {}
+    for network, methods in json.loads((run.HERE / "fraction.json").read_text())["runs"].items():
+        for method, runs in methods.items():
+            pairs = [(a, b) for a, b in zip(runs, methods["dropout"], strict=True) if a and b]
+            less = [a["best"] - b["best"] for a, b in pairs]
+            if method != "dropout":
+                error = statistics.stdev(less) / len(less) ** 0.5
+                ratio = statistics.median(a["ms"] / b["ms"] for a, b in pairs)
+                found[network, method] = statistics.mean(less), error, ratio, len(less)
+    return found
 
 
 def test_what_pages_say_of_results_has_a_row_of_data():
