@@ -10,6 +10,7 @@ import pytest
 
 import lightning_dropreg
 from lightning_dropreg import errors
+from lightning_dropreg.losses import RECOGNIZED, REFUSED
 
 DOCS = Path(__file__).parent.parent / "docs"
 WITHIN = ("diagnostics.figures", "metrics.functional", "uncertainty.figures", "uncertainty.mode")
@@ -53,6 +54,23 @@ def test_every_page_is_in_a_table_of_contents():
     }
     pages = {page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md")} - {"README", "index"}
     assert pages - listed == set()
+
+
+def test_every_table_of_measurements_has_a_title():
+    conf, folder = (DOCS / "conf.py").read_text(), DOCS.parent / "examples" / "benchmarks"
+    tables = [page for page in folder.rglob("*.md") if not page.read_text().lstrip().startswith("# ")]
+    short = [page.relative_to(folder).with_suffix("").as_posix() for page in tables]
+    assert [name for name in short if f'"{name}": ' not in conf] == [], "to be named in TITLES of docs/conf.py"
+
+
+def test_the_losses_that_pages_list_are_those_of_the_code():
+    page = (DOCS / "constructs.md").read_text()
+    table = page[page.index("| loss | Hessian") :].partition("\n\n")[0]
+    cells = "".join(row.split("|")[1] for row in table.splitlines()[2:])
+    listed = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", cells)}
+    refused = {function.__name__ for function in REFUSED}
+    assert listed - refused - {"recognize"} == {function.__name__ for function in RECOGNIZED}
+    assert "[constructs](../constructs.md)" in (DOCS / "howto" / "own_loss.md").read_text()  # the only list
 
 
 def test_every_error_has_its_section():
