@@ -24,7 +24,6 @@ drops. The estimators take it from the loss, so no loss need be recognized, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from lightning_dropreg.errors import LossNotRecognizedError
 from lightning_dropreg.losses import Loss
 from lightning_dropreg.losses.base import midpoint_and_slope, root
 from lightning_dropreg.numerics.dtypes import noise_dtype
+from lightning_dropreg.numerics.graph import nodes_behind
 from lightning_dropreg.numerics.noise import random_signs
 
 __all__ = [
@@ -81,9 +81,8 @@ def element_weights(total: Tensor | Sequence[Tensor], losses: Sequence[Loss]) ->
     gradients = torch.autograd.grad(
         total, [loss.elements for loss in losses], retain_graph=True, create_graph=True, allow_unused=True
     )
-    if _reaches(
-        [g for g in gradients if g is not None and g.requires_grad], {loss.elements.grad_fn for loss in losses}
-    ):
+    curved = [gradient for gradient in gradients if gradient is not None and gradient.requires_grad]
+    if not {loss.elements.grad_fn for loss in losses}.isdisjoint(nodes_behind(*curved)):
         names = ", ".join(dict.fromkeys(loss.name for loss in losses))
         raise LossNotRecognizedError(
             f"The returned loss is not a weighted sum of the elements of {names} "
@@ -95,20 +94,6 @@ def element_weights(total: Tensor | Sequence[Tensor], losses: Sequence[Loss]) ->
         loss.per_element(torch.zeros_like(loss.elements) if gradient is None else gradient)
         for loss, gradient in zip(losses, gradients, strict=True)
     ]
-
-
-def _reaches(values: Sequence[Tensor], nodes: set[Any]) -> bool:
-    """Whether the autograd graph of `values` contains one of `nodes`."""
-    seen: set[Any] = set()
-    stack = [value.grad_fn for value in values]
-    while stack:
-        node = stack.pop()
-        if node in nodes and node is not None:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(next_node for next_node, _ in node.next_functions)
-    return False
 
 
 def quadratic_form(curvature: str, loss: Loss, z: Tensor, u: Tensor, slope: Tensor, weights: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.estimators.base import Estimate, inactive
 from lightning_dropreg.estimators.curvature import FULL, differentiated_outputs, element_weights, factor
+from lightning_dropreg.numerics.graph import nodes_behind
 from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
 from lightning_dropreg.passes import Closure, Directions, Pass, Tap, TappedTangent, run_pass
 
@@ -100,16 +100,16 @@ def check_twice_differentiable(gradients: Sequence[Tensor], values: Sequence[Ten
     Raises:
         UnsupportedOperationError: If an operation on the way from `values` cannot be differentiated twice.
     """
-    if not any(node.name().rpartition("::")[2] in _UNDIFFERENTIABLE for node in _nodes(gradients)):
+    if not any(node.name().rpartition("::")[2] in _UNDIFFERENTIABLE for node in nodes_behind(*gradients)):
         return
     reason = "it has no second derivative"
     try:
-        inputs = [node.variable for node in _nodes(values) if hasattr(node, "variable")]
+        inputs = [node.variable for node in nodes_behind(*values) if hasattr(node, "variable")]
         torch.autograd.grad([g.sum() for g in gradients if g.requires_grad], inputs, allow_unused=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
     kind = torch.autograd.function.BackwardCFunction
-    custom = {type(node).__name__ for node in _nodes(values) if isinstance(node, kind)}
+    custom = {type(node).__name__ for node in nodes_behind(*values) if isinstance(node, kind)}
     also = f" Custom autograd functions in the model: {', '.join(sorted(custom))}." if custom else ""
     raise UnsupportedOperationError(
         f"The model has an operation that cannot be differentiated twice, which this estimator needs: {reason}.{also} "
@@ -127,15 +127,3 @@ _UNDIFFERENTIABLE = {
     "PdistBackwardBackward0",
     "EmbeddingBagBackwardBackward0",
 }
-
-
-def _nodes(tensors: Sequence[Tensor]) -> set[Any]:
-    """All nodes of the autograd graph behind `tensors`."""
-    seen: set[Any] = set()
-    stack = [tensor.grad_fn for tensor in tensors]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(next_node for next_node, _ in node.next_functions)
-    return seen

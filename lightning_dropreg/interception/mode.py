@@ -8,7 +8,7 @@ losses were given; everything else runs as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,6 +26,7 @@ from lightning_dropreg.interception.sites import RepeatableRule, Rule, Site
 from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
 from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.losses.logits import FOLLOWED, LogitsTrail
+from lightning_dropreg.numerics.context import holding
 from lightning_dropreg.numerics.dtypes import is_in_bfloat16
 
 __all__ = ["Interception", "constants_marked", "marks_constants"]
@@ -34,18 +35,9 @@ __all__ = ["Interception", "constants_marked", "marks_constants"]
 _marking: ContextVar[bool] = ContextVar("marking", default=False)
 
 
-@contextmanager
-def constants_marked() -> Iterator[None]:
-    """Give sites on inputs that need no gradient a node in the autograd graph, so that every way from them is seen.
-
-    Yields:
-        Nothing.
-    """
-    token = _marking.set(True)
-    try:
-        yield
-    finally:
-        _marking.reset(token)
+def constants_marked() -> AbstractContextManager[None]:
+    """Give sites on inputs that need no gradient a node in the autograd graph, so that every way from them is seen."""
+    return holding(_marking, True)
 
 
 def marks_constants() -> bool:

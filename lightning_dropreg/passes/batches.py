@@ -88,9 +88,6 @@ def map_batch(exchange: Callable[[Any], Any], batch: Any) -> Any:
 def walk_batch(batch: Any) -> Iterator[tuple[str, Any]]:
     """Go through everything in a batch that is no container, each once, in order.
 
-    Args:
-        batch: Any batch; see `map_batch`.
-
     Yields:
         Where it is, as one would write it in code behind the name of the batch, and what is there.
 
@@ -118,9 +115,6 @@ def walk_batch(batch: Any) -> Iterator[tuple[str, Any]]:
 
 def batch_tensors(batch: Any) -> list[Tensor]:
     """Return the tensors in a batch, each once, in order.
-
-    Args:
-        batch: Any batch; see `map_batch`.
 
     Returns:
         The tensors.

@@ -66,9 +66,6 @@ class Directions:
     def meet(self, site: Site) -> int:
         """Go on to the next site, whose direction may be drawn elsewhere (in a compiled graph).
 
-        Args:
-            site: The site that was reached.
-
         Returns:
             Its number.
 
@@ -94,10 +91,6 @@ class Directions:
 
     def draw(self, site: Site, like: Tensor) -> Tensor:
         """Return the direction of the next site.
-
-        Args:
-            site: The site that was reached.
-            like: The tensor that is dropped from; gives device and dtype.
 
         Returns:
             Tensor of shape ``shape_of(site)``, entries ``±sqrt(c)``, float32 or float64.

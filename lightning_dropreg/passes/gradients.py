@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_dropreg.errors import UnsupportedOperationError
+from lightning_dropreg.numerics.graph import nodes_behind
 from lightning_dropreg.numerics.torch_private import has_gradient_hooks
 
 __all__ = [
@@ -35,9 +36,6 @@ Scaler = Callable[[Tensor], Tensor]
 def leaves_of(*values: Tensor) -> list[Tensor] | None:
     """Return the leaf tensors that `values` depend on.
 
-    Args:
-        values: Tensors with an autograd graph.
-
     Returns:
         The leaves; None if their gradients cannot be taken alone: a hook on a leaf would act twice, and a reentrant
         checkpoint can only be differentiated by a ``backward`` of the whole.
@@ -50,30 +48,20 @@ def leaves_of(*values: Tensor) -> list[Tensor] | None:
         True
     """
     leaves: dict[Tensor, None] = {}
-    seen: set[Any] = set()
-    stack: list[Any] = [value.grad_fn for value in reversed(values)]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_behind(*values):
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if has_gradient_hooks(leaf):
                 return None
             if leaf.requires_grad:  # toggle_optimizer may have frozen it since; a backward passes over it too
                 leaves[leaf] = None
-        elif node.name() in _NOT_ASIDE:
+        elif node.name() in _IN_ONE_BACKWARD:
             return None
-        stack.extend(next_node for next_node, _ in reversed(node.next_functions))
     return list(leaves)
 
 
 def leaves_below(*values: Tensor) -> list[Tensor]:
     """Return all leaf tensors that `values` depend on, whatever stands on the way to them.
-
-    Args:
-        values: Tensors.
 
     Returns:
         The leaves.
@@ -83,38 +71,18 @@ def leaves_below(*values: Tensor) -> list[Tensor]:
         >>> leaves_below((2 * w).sum())[0] is w
         True
     """
-    leaves: dict[Tensor, None] = {}
-    seen: set[Any] = set()
-    stack: list[Any] = [value.grad_fn for value in values]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            if hasattr(node, "variable"):
-                leaves[node.variable] = None
-            stack.extend(following for following, _ in node.next_functions)
-    return list(leaves)
+    return list(dict.fromkeys(node.variable for node in nodes_behind(*values) if hasattr(node, "variable")))
 
 
 _SMALL = 1 << 18
 """So many numbers of gradients may be there a second time."""
 
-_NOT_ASIDE = frozenset({"CheckpointFunctionBackward", "_ReentrantBackward"})
+_IN_ONE_BACKWARD = frozenset({"CheckpointFunctionBackward", "_ReentrantBackward"})
 
 
 def has_reentrant_checkpoint(value: Tensor) -> bool:
     """Whether `value` depends on a reentrant checkpoint: ``autograd.grad`` passes by its parameters without a word."""
-    seen: set[Any] = set()
-    stack: list[Any] = [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() in _NOT_ASIDE:
-            return True
-        seen.add(node)
-        stack.extend(next_node for next_node, _ in node.next_functions)
-    return False
+    return any(node.name() in _IN_ONE_BACKWARD for node in nodes_behind(value))
 
 
 class GradientSum:
@@ -149,13 +117,7 @@ class GradientSum:
         self._scale = scale
 
     def add_gradient(self, leaf: Tensor, gradient: Tensor, weight: float = 1.0) -> None:
-        """Add ``weight`` times the gradient in one leaf.
-
-        Args:
-            leaf: The leaf.
-            gradient: The gradient; not kept.
-            weight: The factor.
-        """
+        """Add ``weight`` times the gradient in one leaf."""
         held = self._by_leaf.get(leaf)
         if held is None:
             self._by_leaf[leaf] = gradient * weight  # a tensor of its own, to be added to in place
@@ -179,14 +141,7 @@ class GradientSum:
 def backpropagate(
     total: Tensor, leaves: Sequence[Tensor], into: Sequence[tuple[GradientSum, float]], scaler: Scaler | None = None
 ) -> None:
-    """Differentiate a scalar in `leaves` and free its graph.
-
-    Args:
-        total: The scalar.
-        leaves: See `leaves_of`.
-        into: The sums that it goes into, each with its factor there.
-        scaler: Multiplies a loss by the scale of a gradient scaler; None without one.
-    """
+    """Differentiate a scalar in `leaves`, each sum that it goes into with its factor there, and free its graph."""
     collect_gradients(total if scaler is None else scaler(total), leaves, into)
     scale = None if scaler is None else scaler(torch.ones((), device=total.device))
     for collected, weight in into:

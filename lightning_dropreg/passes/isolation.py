@@ -155,14 +155,7 @@ class Isolation:
         return [places[number - 4] for number in moved if 4 <= number < 4 + len(places)]
 
     def outcome(self, cuts: Sequence[Callable[[], None]] = ()) -> list[dict[str, Any]]:
-        """Return buffers and attributes of every module as the last run would leave them, had it counted.
-
-        Args:
-            cuts: See `run`.
-
-        Returns:
-            One dict for each module.
-        """
+        """Return what the last run would leave of every module, by name, had it counted; `cuts` as in `run`."""
         ends = self._cut(cuts) if cuts else [self.holders.now()]
         memo: dict[tuple[int, ...], Any] = {}
         states = ends[0] if len(ends) == 1 else [ModuleState.mean(e, memo) for e in zip(*ends, strict=True)]

@@ -15,7 +15,7 @@ earlier masks repeated, which is the definition.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_dropreg.errors import InconsistentPassesError
 from lightning_dropreg.interception.checkpointing import in_checkpointed_region
 from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.numerics.context import holding
 from lightning_dropreg.passes.randomness import RandomState
 from lightning_dropreg.passes.rules import Drop, draws_of_dropout
 from lightning_dropreg.passes.run import Closure, Pass, run_pass
@@ -75,14 +76,7 @@ def follow(step: Callable[..., T]) -> Callable[..., T]:
 
 
 def shares_body(closure: Closure) -> bool:
-    """Try whether a step gives the same with its body run once: the loss of a second draw, both ways.
-
-    Args:
-        closure: See `draws_at_last_site`.
-
-    Returns:
-        Whether it does.
-    """
+    """Try whether a step gives the same with its body run once: the loss of a second draw, both ways."""
     try:
         once, whole = (list(draws_at_last_site(closure, key=0, k=2, share=share))[1].loss for share in (True, False))
     except InconsistentPassesError:
@@ -104,15 +98,10 @@ class _Tape(TorchFunctionMode):
         self._recording = True
         self._position = 0
 
-    @contextmanager
-    def put(self, record: bool) -> Iterator[None]:
+    def put(self, record: bool) -> AbstractContextManager[None]:
         """Let what `follow` returns be written down, or else repeated."""
         self._recording, self._position = record, 0
-        token = _tape.set(self)
-        try:
-            yield
-        finally:
-            _tape.reset(token)
+        return holding(_tape, self)
 
     def around(self, step: Callable[..., T]) -> Callable[..., T]:
         """Return `step` under this mode."""

@@ -12,16 +12,13 @@ from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedErro
 from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.losses import RECOGNIZED, Loss
+from lightning_dropreg.numerics.graph import nodes_behind
 
 __all__ = ["check_loss", "check_losses", "site_past_losses", "used_losses"]
 
 
 def check_losses(loss: Tensor, interception: Interception) -> None:
-    """Refuse a pass in which no loss was recognized, or not all of the returned loss.
-
-    Raises:
-        LossNotRecognizedError: If that is so.
-    """
+    """Refuse a pass in which no loss was recognized, or not all of the returned loss."""
     if not interception.losses:
         raise LossNotRecognizedError(
             "The step returned a loss, but none of the loss functions that this package knows was called on the way "
@@ -30,15 +27,6 @@ def check_losses(loss: Tensor, interception: Interception) -> None:
             "Compute the loss with one of them, make your own known with lightning_dropreg.recognize, or use "
             "ImplicitNoise, which needs no curvature, or curvature='full', which takes that of any loss."
         )
-    _check_recognized(loss, interception)
-
-
-def _check_recognized(loss: Tensor, interception: Interception) -> None:
-    """Refuse a loss of which a part depends on dropout without being a recognized loss.
-
-    Raises:
-        LossNotRecognizedError: If there is such a part, or no recognized loss in it at all.
-    """
     names = ", ".join(recorded.name for recorded in interception.losses)
     site, found = site_past_losses(loss, interception.losses, interception.sites, interception.site_nodes)
     if site is not None:
@@ -75,18 +63,12 @@ def site_past_losses(
     """
     elements = {recorded.elements.grad_fn for recorded in losses}
     of_node = {node: site for node, site in zip(nodes, sites, strict=True) if node}
-    found, seen, stack = False, set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    found = False
+    for node in nodes_behind(loss, ends=elements):
         if node in elements:
             found = True
         elif node in of_node:
             return of_node[node], found
-        else:
-            stack.extend(next_node for next_node, _ in node.next_functions)
     return None, found
 
 
@@ -134,11 +116,7 @@ def used_losses(total: Tensor, losses: list[Loss]) -> list[Loss]:
 
 
 def check_loss(loss: object) -> None:
-    """Refuse what is not a differentiable scalar loss.
-
-    Raises:
-        InvalidArgumentError: If `loss` is not a tensor of one floating-point element that needs a gradient.
-    """
+    """Refuse what is not a differentiable scalar loss: a tensor of one floating-point element that needs a gradient."""
     if not isinstance(loss, Tensor):
         found = type(loss).__name__
     elif loss.numel() != 1 or not loss.is_floating_point():

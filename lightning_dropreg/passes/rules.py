@@ -7,8 +7,7 @@ numbers), `Tap` (a handle on each site for back-propagation) and `Drop` (dropout
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_dropreg.interception.sites import RepeatableRule, Rule, Site
+from lightning_dropreg.numerics.context import holding
 from lightning_dropreg.numerics.dtypes import noise_dtype
 from lightning_dropreg.numerics.dual import make_dual
 from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
@@ -246,18 +246,9 @@ class _RepeatableFocus(_Focus):
 _focus: ContextVar[int | None] = ContextVar("focus", default=None)
 
 
-@contextmanager
-def focus(index: int) -> Iterator[None]:
-    """Let only site number `index` be a dropout site in the passes run inside, to see what it needs by itself.
-
-    Yields:
-        Nothing.
-    """
-    token = _focus.set(index)
-    try:
-        yield
-    finally:
-        _focus.reset(token)
+def focus(index: int) -> AbstractContextManager[None]:
+    """Let only site number `index` be a dropout site in the passes run inside, to see what it needs by itself."""
+    return holding(_focus, index)
 
 
 def focused(rule: Rule) -> Rule:

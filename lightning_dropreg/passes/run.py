@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from lightning_dropreg.errors import DropregError, InvalidArgumentError, NoDropo
 from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.interception.sites import Rule, Site
 from lightning_dropreg.losses import Loss
+from lightning_dropreg.numerics.context import holding
 from lightning_dropreg.numerics.dual import REPLACEMENTS
 from lightning_dropreg.passes.recognition import check_loss, check_losses, used_losses
 from lightning_dropreg.passes.rules import Tangent, Tap, focused
@@ -25,21 +26,16 @@ Closure = Callable[[], Tensor]
 _dormant: ContextVar[bool] = ContextVar("dormant_sites", default=False)
 
 
-@contextmanager
-def dormant_sites() -> Iterator[None]:
+def dormant_sites() -> AbstractContextManager[None]:
     """Let passes reach no site at all: a schedule holds the probabilities of the model's dropouts at 0 for now.
 
     Dropout modules called with probability 0 are seen and need no telling; recurrent networks and attention are called
     with 0 where nobody ever wanted dropout, so only who set them to 0 knows better.
 
-    Yields:
-        Nothing.
+    Returns:
+        Does so for the length of a ``with``.
     """
-    token = _dormant.set(True)
-    try:
-        yield
-    finally:
-        _dormant.reset(token)
+    return holding(_dormant, True)
 
 
 def is_dormant() -> bool:
@@ -47,38 +43,28 @@ def is_dormant() -> bool:
     return _dormant.get()
 
 
-@contextmanager
-def recounted(recount: Recount | None) -> Iterator[None]:
+def recounted(recount: Recount | None) -> AbstractContextManager[None]:
     """Let `recount` see every pass that is run inside and say what its loss is; losses that are unknown are no error.
 
     Args:
         recount: Gets the pass and returns the loss that takes the place of its own; None lets it be.
 
-    Yields:
-        Nothing.
+    Returns:
+        Does so for the length of a ``with``.
     """
-    token = _recount.set(recount)
-    try:
-        yield
-    finally:
-        _recount.reset(token)
+    return holding(_recount, recount)
 
 
-@contextmanager
-def witnessed(witness: Witness) -> Iterator[None]:
+def witnessed(witness: Witness) -> AbstractContextManager[None]:
     """Let `witness` see every pass that is run inside, with its graph, before anything is made of it.
 
     Args:
         witness: Gets the closure, the rule and the pass; passes of its own it sees, too.
 
-    Yields:
-        Nothing.
+    Returns:
+        Does so for the length of a ``with``.
     """
-    token = _witness.set(witness)
-    try:
-        yield
-    finally:
-        _witness.reset(token)
+    return holding(_witness, witness)
 
 
 @dataclass

@@ -24,9 +24,6 @@ _TABLES = tuple(name for name, value in nn.Module().__dict__.items() if isinstan
 def modules_below(root: nn.Module) -> list[nn.Module]:
     """Return what ``root.modules()`` yields, in a fifth of its time: nobody asks for names.
 
-    Args:
-        root: A module.
-
     Returns:
         It and all modules below it, each once.
 
@@ -49,9 +46,6 @@ def modules_below(root: nn.Module) -> list[nn.Module]:
 def parameters_below(root: nn.Module) -> list[nn.Parameter]:
     """Return what ``root.parameters()`` yields, see `modules_below`.
 
-    Args:
-        root: A module.
-
     Returns:
         All parameters, each once.
 
@@ -69,9 +63,6 @@ _values_of = methodcaller("values")
 
 class Structure:
     """Hooks, submodules, parameters and classes of modules at the moment of creation.
-
-    Args:
-        modules: The modules.
 
     Example:
         >>> layer = nn.Linear(1, 1)

@@ -20,12 +20,6 @@ __all__ = ["Variables", "assigned", "in_cell", "in_class", "in_globals", "is_kep
 class Variables:
     """Some variables as an object that has them as attributes.
 
-    Args:
-        names: Their names.
-        get: Returns the value of a name; raises `LookupError` if it has none.
-        put: Sets it.
-        drop: Takes it away.
-
     Example:
         >>> space = {"count": 1}
         >>> held = in_globals(space, ["count"])
@@ -36,14 +30,8 @@ class Variables:
 
     __slots__ = ("_view",)
 
-    def __init__(
-        self,
-        names: Iterable[str],
-        get: Callable[[str], Any],
-        put: Callable[[str, Any], None],
-        drop: Callable[[str], None],
-    ) -> None:
-        self._view = _View(names, get, put, drop)
+    def __init__(self, view: _View) -> None:
+        self._view = view
 
     @property
     def __dict__(self) -> Any:  # type: ignore[override]
@@ -93,12 +81,13 @@ class _View(MutableMapping[str, Any]):
 
 def in_globals(space: dict[str, Any], names: Iterable[str]) -> Variables:
     """Return global variables of a module."""
-    return Variables(names, space.__getitem__, space.__setitem__, space.__delitem__)
+    return Variables(_View(names, space.__getitem__, space.__setitem__, space.__delitem__))
 
 
 def in_class(cls: type, names: Iterable[str]) -> Variables:
     """Return attributes of a class."""
-    return Variables(names, lambda n: vars(cls)[n], lambda n, value: setattr(cls, n, value), lambda n: delattr(cls, n))
+    put, drop = functools.partial(setattr, cls), functools.partial(delattr, cls)
+    return Variables(_View(names, lambda name: vars(cls)[name], put, drop))
 
 
 def in_cell(name: str, cell: types.CellType) -> Variables:
@@ -116,7 +105,7 @@ def in_cell(name: str, cell: types.CellType) -> Variables:
     def drop(_: str) -> None:
         del cell.cell_contents
 
-    return Variables([name], get, put, drop)
+    return Variables(_View([name], get, put, drop))
 
 
 def is_kept(value: Any) -> bool:
@@ -134,9 +123,6 @@ _STORES = frozenset({"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DER
 @functools.lru_cache(maxsize=4096)
 def assigned(code: types.CodeType) -> frozenset[str]:
     """Return the names outside of its own scope that code assigns, functions within it included.
-
-    Args:
-        code: Of a function.
 
     Returns:
         Names of globals, and of variables of functions around it.

@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.estimators import AUTO
+from lightning_dropreg.numerics.graph import nodes_behind
 from lightning_dropreg.passes.compiled import CompiledParts
 from lightning_dropreg.session.ranks import unsupported_strategy
 from lightning_dropreg.session.twins import is_a
@@ -154,18 +155,10 @@ def loss_problems(trainer: Trainer, module: nn.Module, loss: Tensor) -> list[Dro
 
 def _leads_to(loss: Tensor, parameters: set[nn.Parameter]) -> bool:
     """Whether a parameter is in the graph, as far as that can be seen: not into functions of one's own."""
-    seen: set[object] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        leaf = getattr(node, "variable", None)
-        if isinstance(node, BackwardCFunction) or (leaf is not None and leaf in parameters):
-            return True
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
-    return False
+    return any(
+        isinstance(node, BackwardCFunction) or getattr(node, "variable", None) in parameters
+        for node in nodes_behind(loss)
+    )
 
 
 def _has_values(parameter: nn.Parameter) -> bool:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.interception.handlers.composite import open_up
 from lightning_dropreg.interception.sites import Mode
 from lightning_dropreg.numerics import dual
+from lightning_dropreg.numerics.context import holding
 
 __all__ = ["ATTENTION", "HANDLERS", "attention_dropout", "attention_is_ignored", "check_attention"]
 
@@ -27,8 +28,7 @@ ATTENTION = ("site", "ignore")
 _ignored: ContextVar[bool] = ContextVar("attention_ignored", default=False)
 
 
-@contextmanager
-def attention_dropout(treatment: str) -> Iterator[None]:
+def attention_dropout(treatment: str) -> AbstractContextManager[None]:
     """Choose what becomes of dropout on attention probabilities in the passes run inside.
 
     Args:
@@ -38,18 +38,14 @@ def attention_dropout(treatment: str) -> Iterator[None]:
             `torch.nn.functional.multi_head_attention_forward` (`nn.MultiheadAttention` and the layers built of it);
             attention that calls `torch.nn.functional.dropout` itself is an ordinary site.
 
-    Yields:
-        Nothing.
+    Returns:
+        Does so for the length of a ``with``.
 
     Raises:
         InvalidArgumentError: If `treatment` is neither.
     """
     check_attention(treatment)
-    token = _ignored.set(treatment == "ignore")
-    try:
-        yield
-    finally:
-        _ignored.reset(token)
+    return holding(_ignored, treatment == "ignore")
 
 
 def attention_is_ignored() -> bool:
