@@ -52,15 +52,7 @@ def _term(a: float, b: float) -> float:
 
 
 def log_agreement(p: float, entries: int) -> float:
-    """Return the log of the probability that two independent masks agree in so many entries.
-
-    Args:
-        p: Drop probability, in ``(0, 1)``.
-        entries: Number of entries.
-
-    Returns:
-        ``entries * log(p^2 + (1-p)^2)``.
-    """
+    """Return the log of the probability that two independent masks agree in so many entries."""
     return entries * math.log(p**2 + (1 - p) ** 2)
 
 

@@ -45,12 +45,7 @@ class Coverage:
 
 
 class Findings(list[Finding]):
-    """The findings of an audit, a list, with what was looked at.
-
-    Args:
-        found: The findings.
-        coverage: What was looked at.
-    """
+    """The findings of an audit, a list, with what was looked at."""
 
     def __init__(self, found: Iterable[Finding], coverage: Coverage) -> None:
         super().__init__(found)
@@ -58,14 +53,7 @@ class Findings(list[Finding]):
 
 
 def coverage_of(record: Record) -> Coverage:
-    """Say what could be looked at in a record.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        The coverage.
-    """
+    """Say what could be looked at in a record."""
     calls = [tally.call for tally in record.training if not tally.call.inner]
     dropping = [tally for tally in record.training if tally.call.drops]
     positive = any(attribute.p > 0 for attribute in record.attributes)

@@ -46,11 +46,6 @@ class OutputDropout(NamedTuple):
 def other_masks(watch: Recorder, module: nn.Module, loss: Tensor | None) -> tuple[list[tuple[Call, str]], str]:
     """Compare the gradient at each dropout, and what checkpoints compute again, with the masks of the forward.
 
-    Args:
-        watch: What saw the forward, and still watches.
-        module: What was run.
-        loss: What it returned.
-
     Returns:
         The calls that have another mask in the backward, and by how much; and why there is no backward, or "".
     """

@@ -46,10 +46,6 @@ class Mask:
 def read_mask(h: Tensor, output: object) -> Mask | None:
     """Read the mask of a call.
 
-    Args:
-        h: What went in.
-        output: What came out.
-
     Returns:
         The mask; None if what came out is not what went in, times 0 or one common factor.
     """
@@ -72,9 +68,6 @@ def read_mask(h: Tensor, output: object) -> Mask | None:
 
 def collapse(mask: Mask) -> tuple[Mask, dict[int, int], float]:
     """Reduce a mask to one entry where entries along a dimension are all alike.
-
-    Args:
-        mask: The mask.
 
     Returns:
         The reduced mask; the number of entries that are alike along each dimension that was reduced; and the log of the

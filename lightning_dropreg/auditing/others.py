@@ -23,11 +23,7 @@ _SHIFT = 1.25
 
 
 def check_random(record: Record) -> Iterator[Finding]:
-    """Tell what draws random numbers and is no dropout that this package knows.
-
-    Yields:
-        Findings ``hand-made``.
-    """
+    """Tell what draws random numbers and is no dropout that this package knows: ``hand-made``."""
     masks = {mask.place: mask for mask in record.hand_masks.get("training", ())}
     for place, mask in masks.items():
         yield Finding(
@@ -139,11 +135,7 @@ def check_output(record: Record) -> Iterator[Finding]:
 
 
 def check_optimizers(record: Record) -> Iterator[Finding]:
-    """Find optimizers that compare losses of several evaluations, which have different masks.
-
-    Yields:
-        Findings ``noise-on-line-search``.
-    """
+    """Find optimizers that compare losses of several evaluations, with different masks: ``noise-on-line-search``."""
     if record.subject.configure_optimizers is None or not any(tally.call.drops for tally in record.training):
         return
     try:

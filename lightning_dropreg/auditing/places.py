@@ -41,11 +41,7 @@ class Place(NamedTuple):
 
 
 class Paths:
-    """The paths of all modules below some roots.
-
-    Args:
-        roots: The outermost modules.
-    """
+    """The paths of all modules below some roots."""
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
         self.roots = list(roots)

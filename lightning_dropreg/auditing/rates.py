@@ -17,11 +17,7 @@ _LEAST = 0.002  # a smaller difference of rates does no harm, and fused kernels 
 
 
 def check_rates(record: Record) -> Iterator[Finding]:
-    """Compare the share of kept entries with ``1 - p``, and the mean of the mask with 1.
-
-    Yields:
-        Findings ``wrong-rate`` and ``wrong-scale``.
-    """
+    """Compare the share of kept entries with ``1 - p``: ``wrong-rate``, and the mask's mean with 1: ``wrong-scale``."""
     for tally in record.training:
         frozen = _is_frozen(record, tally)
         if not tally.readable or not tally.entries or frozen:
@@ -58,11 +54,7 @@ def check_rates(record: Record) -> Iterator[Finding]:
 
 
 def check_frozen(record: Record) -> Iterator[Finding]:
-    """Find masks that are the same in all draws, or shared along a dimension along which they should not be.
-
-    Yields:
-        Findings ``frozen-mask``.
-    """
+    """Find masks that are alike in all draws, or along a dimension where they should not be: ``frozen-mask``."""
     level = math.log(record.level)
     for tally in record.training:
         if _is_frozen(record, tally):
@@ -104,11 +96,7 @@ def _log(chance: float) -> float:
 
 
 def check_evaluation(record: Record) -> Iterator[Finding]:
-    """Find dropout that drops in evaluation mode.
-
-    Yields:
-        Findings ``active-in-eval``.
-    """
+    """Find dropout that drops in evaluation mode: ``active-in-eval``."""
     for stage, tallies in record.evaluation.items():
         for tally in tallies:
             call = tally.call
@@ -144,11 +132,7 @@ def _steps(record: Record) -> list[object]:
 
 
 def check_certain(record: Record) -> Iterator[Finding]:
-    """Find dropouts that drop everything.
-
-    Yields:
-        Findings ``drops-everything``.
-    """
+    """Find dropouts that drop everything: ``drops-everything``."""
     for tally in record.training:
         if tally.readable and tally.entries and tally.kept == 0 and tally.p == 1.0:
             yield Finding(
@@ -161,11 +145,7 @@ def check_certain(record: Record) -> Iterator[Finding]:
 
 
 def check_backward(record: Record) -> Iterator[Finding]:
-    """Find dropouts through which the gradient flows where the forward dropped, or does not where it kept.
-
-    Yields:
-        Findings ``backward-mask``.
-    """
+    """Find dropouts whose gradient flows where the forward dropped, or not where it kept: ``backward-mask``."""
     for call, evidence in record.mismatches:
         yield Finding(
             "backward-mask",
@@ -177,11 +157,7 @@ def check_backward(record: Record) -> Iterator[Finding]:
 
 
 def check_ranks(record: Record) -> Iterator[Finding]:
-    """Compare the masks of the first draw over the ranks of the default process group, if there is one.
-
-    Yields:
-        A finding ``ranks-share-masks``, where masks of equal shape are equal.
-    """
+    """Compare the masks of the first draw over the ranks, if there are several: ``ranks-share-masks``."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() < 2:
         return

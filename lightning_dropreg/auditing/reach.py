@@ -95,11 +95,7 @@ def _repair(layer: nn.Module) -> str:
 
 
 def check_modes(record: Record) -> Iterator[Finding]:
-    """Find what is in evaluation mode while it trains.
-
-    Yields:
-        Findings ``eval-in-train``, one for the topmost module of each such part.
-    """
+    """Find what is in evaluation mode while it trains, the topmost module of each part: ``eval-in-train``."""
     silent = [one for one in record.attributes if one.p > 0 and record.ran.get(one.module) is False]
     silent += [
         one for one in record.attributes if one.p > 0 and one.module not in record.ran and not one.module.training
@@ -127,11 +123,7 @@ def check_modes(record: Record) -> Iterator[Finding]:
 
 
 def check_restored(record: Record) -> Iterator[Finding]:
-    """Find drop probabilities that an evaluation leaves changed.
-
-    Yields:
-        Findings ``stuck-at-zero``.
-    """
+    """Find drop probabilities that an evaluation leaves changed: ``stuck-at-zero``."""
     for attribute, value, stage in record.changed:
         yield Finding(
             "stuck-at-zero",

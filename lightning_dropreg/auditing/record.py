@@ -180,16 +180,7 @@ class Record:
 
 
 def measure(subject: Subject, draws: int, alpha: float) -> Record:
-    """Run everything that an audit needs, and leave no trace.
-
-    Args:
-        subject: What is audited.
-        draws: Draws of the training step.
-        alpha: Probability of finding a fault where there is none.
-
-    Returns:
-        What was measured.
-    """
+    """Run everything that an audit needs, and leave no trace; `alpha` is the probability of a false finding."""
     attributes = [
         Attribute(paths.of(layer), layer, name, float(getattr(layer, name)))
         for paths in [Paths(subject.roots)]
@@ -208,11 +199,7 @@ def measure(subject: Subject, draws: int, alpha: float) -> Record:
 
 @contextmanager
 def isolated(subject: Subject) -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Let steps run one after the other, as in training, and undo all that they did to modules and random states.
-
-    Yields:
-        What runs them.
-    """
+    """Yield what runs steps one after the other, as in training; undo what they did to modules and random states."""
     with subject.modes_kept(), Isolation(subject.holder) as isolation:
         yield lambda steps: isolation.run(steps, trace=False)
 

@@ -51,11 +51,7 @@ class Subject:
 
     @contextmanager
     def in_evaluation(self) -> Iterator[None]:
-        """Put the modules in evaluation mode, without gradients, and back.
-
-        Yields:
-            Nothing.
-        """
+        """Put the modules in evaluation mode, without gradients, and back."""
         with self.modes_kept(), torch.no_grad():
             for root in self.roots:
                 root.eval()
@@ -63,11 +59,7 @@ class Subject:
 
     @contextmanager
     def modes_kept(self) -> Iterator[None]:
-        """Put back the mode of every module.
-
-        Yields:
-            Nothing.
-        """
+        """Put back the mode of every module."""
         modes = [(module, module.training) for root in self.roots for module in root.modules()]
         try:
             yield
@@ -91,19 +83,7 @@ def loss_in(output: Any) -> Tensor | None:
 
 
 def subject_of(module: Any, batch: Any, validation_batch: Any) -> Subject:
-    """Find out what is to be audited.
-
-    Args:
-        module: A LightningModule, another `nn.Module`, or a closure.
-        batch: What it is called with.
-        validation_batch: What its evaluation is called with.
-
-    Returns:
-        The subject.
-
-    Raises:
-        InvalidArgumentError: If it cannot be called.
-    """
+    """Find out what is to be audited."""
     if hasattr(module, "training_step") and isinstance(module, nn.Module):
         return _of_lightning_module(module, batch, validation_batch)
     if isinstance(module, nn.Module):
@@ -173,11 +153,7 @@ def _is_own(module: Any, name: str) -> bool:
 
 @contextmanager
 def _muted(module: nn.Module) -> Iterator[None]:
-    """Log nothing.
-
-    Yields:
-        Nothing.
-    """
+    """Log nothing."""
     names = [name for name in ("log", "log_dict") if hasattr(type(module), name)]
     before = {name: module.__dict__[name] for name in names if name in module.__dict__}
     module.__dict__.update(dict.fromkeys(names, _nothing))

@@ -156,17 +156,7 @@ class Watch(TorchFunctionMode):
         return self._stack[-1].module if self._stack else None
 
     def record(self, kind: str, p: float | None, drops: bool, **known: Any) -> Call:
-        """Note a call of a function that drops.
-
-        Args:
-            kind: Its name.
-            p: Its drop probability.
-            drops: Whether it was asked to drop.
-            **known: What else is known of it, see `Call`.
-
-        Returns:
-            The note.
-        """
+        """Note a call of a function that drops, and what else is `known` of it (see `Call`)."""
         layer = self.layer()
         call = Call(
             self.place(),
@@ -196,11 +186,7 @@ class Watch(TorchFunctionMode):
         return any(is_dropout(frame.module) for frame in self._stack)
 
     def enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Note that a module begins to run.
-
-        Returns:
-            Its arguments, where one had to be replaced; else None.
-        """
+        """Note that a module begins to run; return its arguments where one had to be replaced."""
         self._note("drawn by Python code")
         self.seen[module] = self.seen.get(module, False) or module.training
         frame = _Frame(module, calls=len(self.calls))
@@ -269,11 +255,7 @@ def _note_statistics(into: dict[nn.Module, list[tuple[Tensor, Tensor]]], norm: n
 
 @contextmanager
 def watching(watch: Watch) -> Iterator[Watch]:
-    """Let `watch` see what runs inside.
-
-    Yields:
-        The watch.
-    """
+    """Let `watch` see what runs inside."""
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> Any:
         with hidden_from_modes():

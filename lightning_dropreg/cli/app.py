@@ -68,14 +68,7 @@ class DropregCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser whose configuration files may build on one another.
-
-        Args:
-            **kwargs: Arguments of the parser.
-
-        Returns:
-            The parser.
-        """
+        """Make a parser whose configuration files may build on one another."""
         if kwargs.get("prog") != "dropreg":  # of which the names of the commands' own parsers are made
             kwargs.setdefault("usage", f"dropreg {self._command} --config FILE [--config FILE ...] [--KEY VALUE ...]")
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is a mistake, not max_epochs
@@ -89,11 +82,7 @@ class DropregCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options that Lightning does not have.
-
-        Args:
-            parser: The parser of a command.
-        """
+        """Add the options that Lightning does not have."""
         parser.add_argument(
             "--base",
             type=str | list[str] | None,
@@ -120,24 +109,12 @@ class DropregCLI(LightningCLI):
             groups.insert(1, groups.pop(groups.index(group)))  # before the options that every command has
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the arguments; Lightning's own method would warn that the process has some too.
-
-        Args:
-            parser: The parser.
-            args: The arguments.
-        """
+        """Parse the arguments; Lightning's own method would warn that the process has some too."""
         self.config = parser.parse_args(cast(list[str], args))
         check_checkpoint(self.config.get(f"{self.config.get('subcommand')}.ckpt_path"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make a trainer from the configuration.
-
-        Args:
-            **kwargs: Arguments that replace those of the configuration.
-
-        Returns:
-            The trainer, with our progress bar unless it has another or none.
-        """
+        """Make a trainer from the configuration, with our progress bar unless it has another or none."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         given = config.get("callbacks") or []
         callbacks: list[Callback] = [given] if isinstance(given, Callback) else list(given)
@@ -160,12 +137,7 @@ class DropregCLI(LightningCLI):
         return resolved
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Fit as the trainer does.
-
-        Args:
-            model: The model.
-            **kwargs: As of `Trainer.fit`.
-        """
+        """Fit as the trainer does."""
         for name, options in self._mixin.items():
             setattr(model, name, {**getattr(model, name), **options})
         with without_mixins(model) if self._plain else nullcontext():

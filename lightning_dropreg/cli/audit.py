@@ -19,14 +19,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "blue"}
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command.
-
-    Args:
-        args: Its arguments.
-
-    Returns:
-        1 if there is an error among the findings, else 0.
-    """
+    """Run the command; 1 if there is an error among the findings, else 0."""
     cli = DropregCLI(
         ["audit", *args],
         description="Measure on the first batch whether dropout does what it should: reached, off in evaluation, with "
@@ -62,12 +55,7 @@ def _validation_batch(first: FirstStep, cli: DropregCLI) -> Any:
 
 
 def show_findings(found: Sequence[Finding], name: str) -> None:
-    """Print findings as a table, and below it what was looked at.
-
-    Args:
-        found: The findings.
-        name: What was audited.
-    """
+    """Print findings as a table, and below it what was looked at."""
     console = get_console()
     counts = ", ".join(
         f"{n} {severity}{'s' * (n != 1)}"

@@ -37,14 +37,7 @@ __all__ = ["main", "measure"]
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: Its arguments.
-
-    Raises:
-        InvalidArgumentError: If there are too few steps or rounds, or an unknown method.
-    """
+    """Run the command."""
     cli = DropregCLI(["bench", *args], description=(__doc__ or "").replace("``", "`"), add_options=_add_options)
     options = cli.config
     if options["repeats"] < 1 or options["steps"] < 2 or options["warmup"] < 0:
@@ -164,15 +157,7 @@ def measure(cli: DropregCLI, options: Any) -> list[Cost]:
 
 @contextmanager
 def compiled(model: LightningModule, how: str) -> Iterator[None]:
-    """Compile a module in place for the length of a ``with``; a part that runs uncompiled is an error.
-
-    Args:
-        model: The module.
-        how: A mode of `torch.compile`, or a backend.
-
-    Yields:
-        Nothing.
-    """
+    """Compile a module in place for the length of a ``with``; a part that runs uncompiled is an error."""
     modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
     model.compile(**{"mode" if how in modes else "backend": how})
     try:

@@ -27,14 +27,7 @@ _NAME = 24
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: Its arguments.
-
-    Raises:
-        InvalidArgumentError: If every run fails, a file is named twice, or there is no such baseline or option.
-    """
+    """Run the command."""
     cut = list(args).index("--") if "--" in args else len(args)
     options, shared = _parser().parse_args(args[:cut]), args[cut + 1 :]
     if options.plain and not options.vary:

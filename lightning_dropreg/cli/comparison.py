@@ -81,17 +81,7 @@ class Comparison:
 
     @classmethod
     def read(cls, folder: Path) -> "Comparison":
-        """Read what `write` wrote: ``runs.csv`` and ``history.csv``.
-
-        Args:
-            folder: Where they are.
-
-        Returns:
-            The comparison.
-
-        Raises:
-            InvalidArgumentError: If they are not there, or are not of this form.
-        """
+        """Read ``runs.csv`` and ``history.csv``, as `write` wrote them."""
         runs: dict[tuple[str, int], Run] = {}
         try:
             for row in _read_csv(folder / "runs.csv"):
@@ -160,10 +150,6 @@ class Comparison:
     def paired(self, config: str, metric: str) -> Spread | None:
         """Return the differences to the reference over the seeds that both have: what seeds share drops out of them.
 
-        Args:
-            config: Which configuration.
-            metric: One of `metrics`.
-
         Returns:
             Their mean and spread; None if there is no such pair, or `config` is the reference.
         """
@@ -217,11 +203,7 @@ class Comparison:
         return [(title, columns) for title, columns in found if columns]
 
     def write(self, folder: Path) -> None:
-        """Write the tables as ``table.md``, and numbers as ``table.csv``, ``runs.csv`` and ``history.csv``.
-
-        Args:
-            folder: Where to; it exists.
-        """
+        """Write the tables as ``table.md``, and numbers as ``table.csv``, ``runs.csv`` and ``history.csv``."""
         lines = []
         for title, columns in self.tables():
             rows = [["configuration", *(c.title for c in columns)], ["---"] * (1 + len(columns))]

@@ -75,14 +75,7 @@ class LayeredConfigFile(ActionConfigFile):
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Apply the file's bases, then the file.
-
-        Args:
-            parser: The parser.
-            cfg: Where the values go.
-            values: Path of the file, or the configuration itself as a string.
-            option_string: The option as given.
-        """
+        """Apply the file's bases, then the file."""
         files = layers(values)
         readable = [file for file in files if Path(file).is_file()]
         check_keys([(file, read_file(file)) for file in readable], parser, cfg.as_dict())
@@ -94,17 +87,7 @@ class LayeredConfigFile(ActionConfigFile):
 
 
 def read_file(file: str) -> dict[str, Any]:
-    """Read a configuration file.
-
-    Args:
-        file: Its path.
-
-    Returns:
-        What is in it.
-
-    Raises:
-        InvalidArgumentError: If it is no YAML, or holds something else than keys with values.
-    """
+    """Read a configuration file; refuse what is no YAML, or holds something else than keys with values."""
     try:
         content = safe_load(Path(file).read_text(encoding="utf-8"))
     except YAMLError as error:
@@ -153,12 +136,7 @@ class ConfigParser(LightningArgumentParser):
     """Lightning's parser, except that an error is not buried under a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with status 2 (an inner parser raises).
-
-        Args:
-            message: What is wrong.
-            ex: The cause.
-        """
+        """Print the message and exit with status 2 (an inner parser raises)."""
         if not self.exit_on_error:  # the parser of a class within: the outer one says where, and exits
             super().error(message, ex)
         prog = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")

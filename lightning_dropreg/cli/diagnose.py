@@ -53,14 +53,7 @@ ROUNDS = {"repeats": 3, "steps": 4, "warmup": 1}
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: Its arguments.
-
-    Raises:
-        InvalidArgumentError: If an option is out of range, or two of them contradict each other.
-    """
+    """Run the command."""
     cli = DropregCLI(["diagnose", *args], description=(__doc__ or "").replace("``", "`"), add_options=_add_options)
     options = cli.config
     check_count("draws", options["draws"], MIN_DRAWS)
@@ -201,11 +194,7 @@ def _true_noise(trained: Configured) -> list[str]:
 
 
 def _measure_costs(cli: DropregCLI, trained: Configured) -> Costs | str:
-    """Time the methods on the model, each a few times.
-
-    Returns:
-        What they cost, or why that cannot be measured.
-    """
+    """Time the methods on the model, each a few times; or say why that cannot be measured."""
     methods = [*CLOSING, CONFIGURED] if trained.penalty or trained.source else CLOSING
     try:
         costs = measure(cli, {**ROUNDS, "methods": methods})
@@ -244,14 +233,7 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[], object]]:
 
 
 def _read_costs(path: str, model: LightningModule) -> Costs:
-    """Read the costs of ``dropreg bench --json``.
-
-    Returns:
-        The costs.
-
-    Raises:
-        InvalidArgumentError: If the file is not there, is something else, or is of another model.
-    """
+    """Read the costs of ``dropreg bench --json``; refuse what is something else, or of another model."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         measured = report["machine"]["parameters"]

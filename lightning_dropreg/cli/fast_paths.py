@@ -21,9 +21,6 @@ _KERNELS = {
 def find_fast_paths(operations: Iterable[str]) -> list[str]:
     """Name the fused kernels among the operations of a step.
 
-    Args:
-        operations: Names of operations as torch's profiler has them.
-
     Returns:
         What was found, each once, in alphabetical order.
 

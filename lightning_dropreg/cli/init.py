@@ -32,14 +32,7 @@ trainer:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: Its arguments.
-
-    Raises:
-        InvalidArgumentError: If the file is there already, or cannot be written.
-    """
+    """Run the command."""
     options, more = _parser().parse_known_args(args)
     if more and not options.model:
         raise InvalidArgumentError(f"{more[0]} is unknown without --model (`dropreg init --help`).")

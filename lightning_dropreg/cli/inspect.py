@@ -55,11 +55,7 @@ class Findings:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: Its arguments.
-    """
+    """Run the command."""
     cli = DropregCLI(
         ["inspect", *args],
         description="List the dropout sites and losses of a configuration's first training step, which estimators "

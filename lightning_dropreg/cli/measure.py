@@ -56,9 +56,6 @@ class Cost:
 
         The mean, because not all steps of a method need cost the same (``every_n_steps``).
 
-        Args:
-            reference: What to compare with.
-
         Returns:
             The ratio.
         """
@@ -206,14 +203,7 @@ class PassCounter(Callback):
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every drop probability of the model's modules to 0 for the length of a ``with``.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
+    """Set every drop probability of the model's modules to 0 for the length of a ``with``."""
     changed: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         name = "p" if isinstance(module, DROPOUT_LAYERS) else "dropout"

@@ -21,9 +21,6 @@ _READING = ("torch/serialization.py", "lightning/fabric/utilities/cloud_io.py")
 def message_of(error: BaseException) -> str | None:
     """Say what is wrong if the command line or a file named on it is.
 
-    Args:
-        error: What was raised.
-
     Returns:
         The message; None if the error is not of that kind.
 

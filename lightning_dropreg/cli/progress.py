@@ -51,14 +51,7 @@ class FitProgress(RichProgressBar):
         self._read_at = 0.0
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """Keep the columns before the metrics short, so that all fits into a terminal of 80 characters.
-
-        Args:
-            trainer: The trainer.
-
-        Returns:
-            The columns before the metrics.
-        """
+        """Keep the columns before the metrics short, so that all fits into a terminal of 80 characters."""
         kept = [c for c in super().configure_columns(trainer) if not isinstance(c, _WIDE)]
         for column in kept:
             if isinstance(column, BarColumn):
@@ -69,10 +62,6 @@ class FitProgress(RichProgressBar):
         """Return what the bar shows, read anew only as often as the bar is drawn.
 
         Reading a metric makes a GPU wait for its queue; doing so at every step would slow training down.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
 
         Returns:
             Values by short name.
@@ -88,22 +77,12 @@ class FitProgress(RichProgressBar):
         return f"Epoch {_of(current_epoch + 1, self.trainer)}"
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the epoch's clock.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
-        """
+        """Start the epoch's clock."""
         self._epoch_start = time.monotonic()
         super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch's line.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
-        """
+        """Print the epoch's line."""
         super().on_train_epoch_end(trainer, pl_module)
         if not trainer.is_global_zero:
             return
@@ -121,15 +100,7 @@ def _of(epoch: int, trainer: Trainer) -> str:
 
 
 def shown_metrics(trainer: Trainer, shown: Mapping[str, Sequence[str]] = SHOWN) -> dict[str, float]:
-    """Read the metrics of `shown` that have been logged.
-
-    Args:
-        trainer: The trainer.
-        shown: Names to look for, by short name.
-
-    Returns:
-        Values by short name.
-    """
+    """Read the metrics of `shown`, names by short name, that have been logged."""
     logged = trainer.callback_metrics
     found = {short: next((n for n in names if n in logged), None) for short, names in shown.items()}
     if found.get("val ppl"):

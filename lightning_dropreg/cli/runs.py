@@ -46,15 +46,7 @@ class Setting:
     mixin: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def fingerprint(self, seed: int, shared: Sequence[str]) -> str:
-        """Return what tells a run from those of other files, options and seeds.
-
-        Args:
-            seed: The seed.
-            shared: Options of all settings.
-
-        Returns:
-            A digest.
-        """
+        """Return what tells a run from those of other files, options and seeds."""
         files = [_without_display(read_file(file)) if Path(file).is_file() else file for file in layers(self.file)]
         more = [self.plain, self.monitor, self.mode, self.mixin]
         made_of = [files, seed, _that_count([*self.options, *shared]), more]

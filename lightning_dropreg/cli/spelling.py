@@ -23,15 +23,7 @@ _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 
 def nearest(message: str, parser: Any) -> str | None:
-    """Find the known key that is nearest to the one that a parser's message complains about.
-
-    Args:
-        message: What the parser says.
-        parser: The parser: one of jsonargparse.
-
-    Returns:
-        The nearest key or class, or None if nothing is near.
-    """
+    """Find the key or class of a parser that is nearest to the one its message complains about; None if none is."""
     if found := ATTRIBUTE.search(message):
         module, name = found.groups()
         close = _close(name, getattr(import_module(module), "__all__", dir(import_module(module))))
@@ -54,10 +46,6 @@ def nearest(message: str, parser: Any) -> str | None:
 
 def owner(message: str, key: re.Match[str]) -> str | None:
     """Find the class whose argument a parser's message complains about.
-
-    Args:
-        message: What the parser says.
-        key: Where the argument is in it.
 
     Returns:
         The class with the value that was given, or named last before the key; None if it is no argument of a class.
@@ -82,14 +70,7 @@ def _destinations(parser: Any) -> set[str]:
 
 
 def parameters(path: str) -> set[str]:
-    """Find what a class takes, its bases' arguments included where it passes them on.
-
-    Args:
-        path: Dotted path of the class.
-
-    Returns:
-        Names; none if that cannot be said.
-    """
+    """Name what the class of a dotted path takes, its bases' arguments included where it passes them on."""
     module, _, name = path.rpartition(".")
     try:
         kind = getattr(import_module(module), name, None)

@@ -18,14 +18,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread | None":
-        """Summarize `values`, those that are no number left out.
-
-        Args:
-            values: One for every seed.
-
-        Returns:
-            The spread; None if there is no number.
-        """
+        """Summarize `values`, those that are no number left out; None if there is none."""
         numbers = [v for v in values if math.isfinite(v)]
         if not numbers:
             return None

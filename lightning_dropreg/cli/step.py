@@ -59,14 +59,7 @@ class FirstStep:
     callbacks: list[RegularizerCallback]
 
     def loss(self) -> Tensor:
-        """Run the step.
-
-        Returns:
-            Its loss.
-
-        Raises:
-            InvalidArgumentError: If it returns none.
-        """
+        """Run the step and return its loss."""
         output = self.step(*self.args)
         loss = output["loss"] if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
@@ -99,18 +92,7 @@ class _Look(Callback):
 
 
 def look_at_first_batch(cli: DropregCLI, look: Callable[[FirstStep], T]) -> T:
-    """Bring the model to its first training batch as ``fit`` would, and look at all that is there.
-
-    Args:
-        cli: The configured command.
-        look: Called with what is there.
-
-    Returns:
-        What ``look`` returned.
-
-    Raises:
-        InvalidArgumentError: If there is no training batch.
-    """
+    """Bring the model to its first training batch as ``fit`` would, and call `look` with all that is there."""
     load_weights(cli)
     watcher = _Look(look)
     trainer = cli.instantiate_trainer(callbacks=[*placing(cli), watcher], **{**QUIET_TRAINER, "limit_train_batches": 1})
@@ -127,14 +109,7 @@ def placing(cli: DropregCLI) -> list[Callback]:
 
 
 def load_weights(cli: DropregCLI) -> None:
-    """Load the weights of the checkpoint that the configuration names, if it names one.
-
-    Args:
-        cli: The configured command.
-
-    Raises:
-        InvalidArgumentError: If the file is not there, or its weights do not fit the model.
-    """
+    """Load the weights of the checkpoint that the configuration names, if it names one."""
     path = cli.config.get("ckpt_path")
     if not path:
         return

@@ -72,12 +72,7 @@ class FitSummary(Callback):
         self._resumed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
-        """
+        """Start the clock."""
         if not self._resumed:
             self.result, self._step_seconds = FitResult(), []
         self._resumed = False
@@ -85,37 +80,17 @@ class FitSummary(Callback):
         self._fit_start = time.monotonic() - self.result.seconds  # a resumed fit goes on
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the step's clock.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
-            batch: Unused.
-            batch_idx: Unused.
-        """
+        """Start the step's clock."""
         self._step_start = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the step's time.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
-            outputs: Unused.
-            batch: Unused.
-            batch_idx: Unused.
-        """
+        """Add the step's time."""
         self._step_seconds.append(time.monotonic() - self._step_start)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best value of the validation metric.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
-        """
+        """Keep the best value of the validation metric."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self.result.metric, self.result.mode = self._metric(trainer)
@@ -132,12 +107,7 @@ class FitSummary(Callback):
         self.result.history.append((epoch, value, self.result.seconds))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what is needed to go on from here.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
-        """
+        """Keep what is needed to go on from here."""
         if self.resume_file is not None:
             unfinished = self.resume_file.with_suffix(".part")
             trainer.save_checkpoint(unfinished)
@@ -155,11 +125,7 @@ class FitSummary(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the beginning of a resumed fit.
-
-        Args:
-            state_dict: What `state_dict` returned.
-        """
+        """Take over the beginning of a resumed fit."""
         self.result = FitResult(**state_dict["result"])
         self._step_seconds = list(state_dict["step_seconds"])
         self._resumed = True
@@ -168,12 +134,7 @@ class FitSummary(Callback):
             _set_random_state(state_dict["random_state"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete the result.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
-        """
+        """Complete the result."""
         result = self.result
         result.seconds = time.monotonic() - self._fit_start
         result.epochs = trainer.current_epoch
@@ -227,12 +188,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def print_result(result: FitResult, console: Console) -> None:
-    """Print a result as a table, and below it the paths, unbroken so that they can be copied.
-
-    Args:
-        result: The result.
-        console: Where to.
-    """
+    """Print a result as a table, and below it the paths, unbroken so that they can be copied."""
     table = Table(title="Result", title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()

@@ -114,11 +114,6 @@ def _the_one(key: str, callbacks: Sequence[dict[str, Any]], file: str) -> int:
 def choice(comparison: Comparison, spec: str, plain: bool = False) -> list[str]:
     """Say which value is best in validation, and how that one does in the test against plain dropout.
 
-    Args:
-        comparison: The runs.
-        spec: As for `varied`.
-        plain: As for `varied`.
-
     Returns:
         Sentences.
     """
@@ -170,10 +165,6 @@ def _against_reference(comparison: Comparison, best: str) -> Iterator[str]:
 
 def verdict(comparison: Comparison, config: str) -> Iterator[str]:
     """Say whether a configuration differs from the reference by more than chance, by Student's t.
-
-    Args:
-        comparison: The runs.
-        config: The configuration.
 
     Yields:
         One sentence, about the test's loss, or about the best validation where there is no test; none without a pair.

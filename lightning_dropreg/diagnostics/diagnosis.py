@@ -168,11 +168,7 @@ def trusted(effect: EffectReport, tolerance: float = TOLERANCE, site: int | None
 
 
 def check_tolerance(tolerance: object) -> None:
-    """Refuse what is no fraction.
-
-    Raises:
-        InvalidArgumentError: If it is not a number above 0.
-    """
+    """Refuse what is no number above 0."""
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < float("inf"):
         raise InvalidArgumentError(f"tolerance={tolerance!r} must be a number above 0, for example {TOLERANCE}.")
 
@@ -195,26 +191,12 @@ def _plain(interval: Interval) -> dict[str, float] | None:
 
 
 def to_plain(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Take a diagnosis apart into plain data, for checkpoints that load with ``weights_only=True``.
-
-    Args:
-        diagnosis: What was measured.
-
-    Returns:
-        What `from_plain` takes.
-    """
+    """Take a diagnosis apart into plain data, for checkpoints that load with ``weights_only=True``."""
     return asdict(diagnosis)
 
 
 def from_plain(state: Mapping[str, Any]) -> Diagnosis:
-    """Put together what `to_plain` took apart.
-
-    Args:
-        state: The plain data.
-
-    Returns:
-        The diagnosis.
-    """
+    """Put together what `to_plain` took apart."""
     noise, penalty = state["noise"], state["penalty"]
     return Diagnosis(
         **{

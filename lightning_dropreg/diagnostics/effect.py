@@ -241,14 +241,7 @@ class EffectProbe(Probe):
         self.rows.append(self.measure(DropoutDirections(key, self._drop_prob)))
 
     def measure(self, directions: Directions) -> Tensor:
-        """Go along the paths of one draw.
-
-        Args:
-            directions: The noise of the draw.
-
-        Returns:
-            One row of `EffectReport.samples`, of shape ``(1 + sites, 2 + curvatures)``.
-        """
+        """Go along the paths of one draw; return one row of `EffectReport.samples`, ``(1 + sites, 2 + curvatures)``."""
         return torch.tensor([self._follow(directions, only) for only in self._paths], dtype=torch.float64)
 
     def _look(self, record_losses: bool) -> tuple[_Look, Pass]:

@@ -46,11 +46,7 @@ LINES = 6
 
 
 def need_matplotlib() -> None:
-    """Refuse to go on without matplotlib.
-
-    Raises:
-        MissingDependencyError: If it is not installed.
-    """
+    """Refuse to go on without matplotlib."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -93,9 +89,6 @@ def draw(history: Sequence[Diagnosis], folder: Path) -> list[Path]:
 
 def effect_by_site(diagnosis: Diagnosis) -> Figure:
     """Draw truth and approximations for every site alone and for all together.
-
-    Args:
-        diagnosis: What was measured.
 
     Returns:
         The figure: truth and ``R_approx`` on the left, the ablations on the right, both on one scale.
@@ -141,9 +134,6 @@ def effect_by_site(diagnosis: Diagnosis) -> Figure:
 
 def noise_by_layer(noise: NoiseReport) -> Figure:
     """Draw how much gradient noise each layer has, and how alike the directions of truth and approximation are.
-
-    Args:
-        noise: What was measured.
 
     Returns:
         The figure: traces of the covariances on the left, the cosine between them on the right.

@@ -27,11 +27,7 @@ class Probe:
     """Measures something on a batch, once for every draw of noise. Subclasses say what."""
 
     def draw(self, key: int) -> None:
-        """Measure once and keep what was found.
-
-        Args:
-            key: Seed of the draw's noise.
-        """
+        """Measure once and keep what was found."""
         raise NotImplementedError
 
 

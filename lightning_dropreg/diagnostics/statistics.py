@@ -121,10 +121,6 @@ def student_quantile(confidence: float, degrees: int) -> float:
 
 
 def check_confidence(confidence: object) -> None:
-    """Refuse what is no probability.
-
-    Raises:
-        InvalidArgumentError: If it is not a number in ``(0, 1)``.
-    """
+    """Refuse what is no number in ``(0, 1)``."""
     if not isinstance(confidence, float) or not 0 < confidence < 1:
         raise InvalidArgumentError(f"confidence={confidence!r} must be a number between 0 and 1, for example 0.95.")

@@ -27,14 +27,7 @@ COLORS = {"yes": "green", "no": "red", "unclear": "yellow"}
 
 
 def tables(diagnosis: Diagnosis) -> list[Table]:
-    """Make the tables of a diagnosis.
-
-    Args:
-        diagnosis: What was measured.
-
-    Returns:
-        The explicit effect, its ablations, the sweep over drop probabilities and the noise, as far as measured.
-    """
+    """Make the tables of a diagnosis: the effect, its ablations, the sweep over drop probabilities, the noise."""
     effect = diagnosis.effect
     made = [_effect(effect, diagnosis.tolerance)]
     if not effect.problem:
