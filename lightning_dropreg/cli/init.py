@@ -15,9 +15,12 @@ __all__ = ["QUICKSTART", "main"]
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 """The configuration that the package brings along."""
 _OWN = """\
-# What will be done, on the first batch:  dropreg inspect --config {file}
-# Train:                                  dropreg fit --config {file}
-# Which strength, and was it worth it?    dropreg compare {file} --vary strength=0.5,1,2
+# What will be done, on the first batch:
+#   dropreg inspect --config {file}
+# Train:
+#   dropreg fit --config {file}
+# Which strength, and was it worth it?
+#   dropreg compare {file} --vary strength=0.5,1,2
 trainer:
   max_epochs: 20
   callbacks:
@@ -25,7 +28,8 @@ trainer:
     - class_path: lightning_dropreg.ExplicitPenalty
       init_args:
         strength: 1.0
-    # If validation_step logs val_loss, let fit keep the best epoch (compare does by itself):
+    # If validation_step logs val_loss, let fit keep the best epoch
+    # (compare does so by itself):
     # - class_path: lightning.pytorch.callbacks.ModelCheckpoint
     #   init_args: {{monitor: val_loss}}
 {parts}"""

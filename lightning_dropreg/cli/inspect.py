@@ -193,8 +193,12 @@ def _print(found: Findings, model: LightningModule) -> None:
 def _print_outlook(outlook: Outlook, problems: Sequence[str]) -> None:
     console = get_console()
     console.print(f"\n[bold]{' and '.join(outlook.callbacks)}[/]")
-    if any(row["outcome"] != "not measured" for row in outlook.assumptions):
-        console.print(_assumption_table(outlook.assumptions))
+    measured = [row for row in outlook.assumptions if row["outcome"] != "not measured"]
+    if measured:
+        console.print(_assumption_table(measured))
+        others = [str(row["name"]) for row in outlook.assumptions if row not in measured]
+        if others:
+            console.print(f"Not measured on this batch: {', '.join(others)}.", highlight=False)
     if outlook.refused:  # and so the plan will not be carried out
         known = [str(number) for number, problem in enumerate(problems, 1) if problem in outlook.refused]
         reason = f"see {', '.join(known)} above." if known else escape(_short(outlook.refused))
@@ -233,12 +237,12 @@ def _loss_table(losses: Sequence[LossSupport], untried: Mapping[str, str], step:
 def _assumption_table(rows: Sequence[Mapping[str, object]]) -> Table:
     """What is assumed of the step; the whole of it is in docs/guarantees.md."""
     table = Table(title="Assumed of this step, and measured on its first batch", title_justify="left")
-    for heading in ("assumption", "figure", "outcome", "what was found"):
-        table.add_column(heading, justify="right" if heading == "figure" else "left", overflow="fold")
+    for heading in ("assumption", "outcome", "what was found"):
+        table.add_column(heading, no_wrap=heading == "assumption", overflow="fold")
     for row in rows:
         value, limit = row["value"], row["tolerance"]
-        figure = "" if value is None else f"{value:.2g}" + ("" if limit is None else f" (at most {limit:.2g})")
-        table.add_row(str(row["name"]), figure, str(row["outcome"]), escape(_short(str(row["note"]))))
+        figure = "" if value is None else f"{value:.2g}{'' if limit is None else f' (at most {limit:.2g})'}: "
+        table.add_row(str(row["name"]), str(row["outcome"]), escape(_short(f"{figure}{row['note']}")))
     return table
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_dropreg.errors import DropregError
+from lightning_dropreg.inspection.assumptions import Measured
 from lightning_dropreg.inspection.derivatives import compare_derivatives
 from lightning_dropreg.inspection.first_step import inspect_step
 from lightning_dropreg.inspection.kinks import noise_excess
@@ -37,11 +38,13 @@ class Choice:
         reason: Half a sentence.
         excess: Where there are kinks and it is ``"antithetic"`` all the same: how many times as large as ``xi_approx``
             its noise is; None if that was not asked for or cannot be measured.
+        compared: What the comparison of forward mode with finite steps gave, where it is taken.
     """
 
     estimator: str
     reason: str
     excess: float | None = None
+    compared: Measured | None = None
 
     def __str__(self) -> str:
         """Return both as people read it."""
@@ -129,9 +132,10 @@ def choose_estimator(
         return Choice("antithetic", "the network is smooth behind its dropout")
     found = f"there are kinks behind the dropout ({', '.join(kinks)})"
     against = next(map(str, refused("forward")), "") or failure(closure, "forward")
-    against = against or str(compare_derivatives(closure, "forward", curvature=curvature).measured.problem or "")
-    if not against:
-        return Choice("forward", found)
+    compared = None if against else compare_derivatives(closure, "forward", curvature=curvature).measured
+    if compared is not None and compared.problem is None:
+        return Choice("forward", found, compared=compared)
+    against = against or str(compared and compared.problem)
     excess = noise_excess(closure, noise_of, step_size=step_size, mask=mask) if noise_of else None
     return Choice("antithetic", f"{found}, but forward mode is not possible: {short(against)}", excess)
 

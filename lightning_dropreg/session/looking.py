@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -229,7 +229,8 @@ class Looks:
         if _CHOSEN not in self.found:
             with self._leaving_no_trace(batch):
                 choice = choose(self.trainer, self.module, self.plan, batch.run_without_trace, seen)
-            self.found[_CHOSEN] = asdict(choice)
+            self.measured += [choice.compared] if choice.compared else []
+            self.found[_CHOSEN] = asdict(replace(choice, compared=None))
         self.plan = self.plan.choosing(self.found[_CHOSEN]["estimator"])
 
     def _choose_fraction(self, batch: Batch, seen: Pass) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import CONFIGS, OWN_MODEL
+from rich.console import Console
 
 from lightning_dropreg.cli import main
 
@@ -60,3 +61,22 @@ def test_what_a_model_needs_is_asked_for(own, capsys):
     assert yaml.safe_load(Path("needy.yaml").read_text())["model"]["init_args"]["classes"] == 3
     assert main(["init", "other.yaml", "--drop_prob", "0.3"]) == 1
     assert "--drop_prob is unknown without --model" in capsys.readouterr().err
+
+
+def test_inspect_shows_what_was_measured_in_80_columns(monkeypatch, capsys):
+    """Names stay whole, and the comparison that chose forward mode is told."""
+    Path("kinked_model.py").write_text(
+        OWN_MODEL + "class Kinked(Net):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.net.insert(2, torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()))\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.setattr("lightning_dropreg.cli.inspect.get_console", lambda: Console(width=80))
+    assert main(["init", "--model=kinked_model.Kinked", "--data=kinked_model.Data"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    assert max(map(len, Path("mine.yaml").read_text().splitlines())) <= 80
+    assert main(["inspect", "--config=mine.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "│ derivative_is_of_the_function │ holds   │" in out
+    assert "forward against" in out
+    assert "estimator forward" in out.lower()
