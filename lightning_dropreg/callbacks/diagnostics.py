@@ -339,7 +339,7 @@ def _averaging(trainer: Trainer) -> Callable[[list[Tensor]], list[Tensor]] | Non
 def _size(batch: Any) -> float:
     """Bytes of a batch that a checkpoint can keep and load with ``weights_only=True``; infinite if it cannot."""
     if type(batch) is Tensor:
-        return batch.nbytes
+        return batch.nbytes if batch.layout is torch.strided else float("inf")
     if type(batch) in (list, tuple, dict):
         return sum(map(_size, batch.values() if isinstance(batch, dict) else batch))
     return 0 if batch is None or type(batch) in (bool, int, float, str) else float("inf")

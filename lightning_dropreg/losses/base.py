@@ -220,7 +220,8 @@ def midpoint_and_slope(plus: Tensor, minus: Tensor, step: float) -> tuple[Tensor
     """Mean and central difference of the outputs of an antithetic pair, in float32 at least."""
     dtype = noise_dtype(plus.dtype)  # a difference of half-precision numbers needs more digits than they have
     plus, minus = plus.to(dtype), minus.to(dtype)
-    return (plus + minus) / 2, (plus - minus) / (2 * step)
+    masked = plus.isinf() & (plus == minus)  # classes that are masked out with -inf do not change
+    return (plus + minus) / 2, (plus - minus).masked_fill(masked, 0.0) / (2 * step)
 
 
 def differ(a: Tensor, b: Tensor) -> bool:

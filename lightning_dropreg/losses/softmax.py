@@ -70,6 +70,8 @@ def symmetric_divergence(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
     """
     dtype = noise_dtype(one.dtype)
     log_p, log_q = one.to(dtype).log_softmax(-1), other.to(dtype).log_softmax(-1)
+    masked = log_p.isneginf() & log_q.isneginf()  # classes of which nobody asks
+    log_p, log_q = log_p.masked_fill(masked, 0.0), log_q.masked_fill(masked, 0.0)
     return (scale * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)).sum() / 2
 
 
@@ -103,7 +105,8 @@ def _variances(a: Tensor, b: Tensor, scale: Tensor, step: float | None) -> tuple
     z, u = a.to(dtype), b.to(dtype)
     if step is not None:
         z, u = (z + u).mul_(0.5), (z - u).mul_(0.5 / step)
-    p = z.softmax(-1)
+    # a class that is masked out with -inf has no change; what is no number in z is none in p
+    p, u = z.softmax(-1), torch.nan_to_num(u, nan=0.0, out=None if step is None else u)
     d = u - (p * u).sum(-1, keepdim=True)
     pd = p * d
     v = (pd * d).sum(-1, keepdim=True)

@@ -11,6 +11,7 @@ import copy
 import enum
 import functools
 import io
+import itertools
 import sys
 import types
 from collections import Counter, OrderedDict, UserString, defaultdict, deque
@@ -20,7 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["batch_tensors", "fresh_batch", "is_array", "map_batch", "walk_batch"]
+from lightning_dropreg.passes.copies import ITERATORS
+from lightning_dropreg.passes.variables import slots_of
+
+__all__ = ["batch_tensors", "fresh_batch", "is_array", "map_batch", "rereadable", "walk_batch"]
 
 _DEEPEST = 32
 """What lies deeper is shared and not looked at."""
@@ -51,6 +55,7 @@ _OPEN_MODULES = frozenset(
 _CLOSED_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "pandas", "lightning"}
 """What is made of their classes is no container of a batch (a thread, a data set), but for these modules."""
 
+_TEE: Any = type(itertools.tee(())[0])
 _PLAIN = frozenset({list, tuple, dict})
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size})
 
@@ -123,7 +128,12 @@ def batch_tensors(batch: Any) -> list[Tensor]:
         >>> len(batch_tensors([torch.zeros(1), {"x": torch.ones(2)}, "text"]))
         2
     """
-    found: list[Tensor] = []  # as `walk_batch` has them, without the names of their places
+    return _found(batch, lambda value: isinstance(value, Tensor))
+
+
+def _found(batch: Any, wanted: Callable[[Any], bool]) -> list[Any]:
+    """What in a batch is wanted, as `walk_batch` has it, without the names of the places."""
+    found: list[Any] = []
     seen: dict[int, Any] = {}
     stack = [(batch, 0)]
     while stack:
@@ -131,7 +141,7 @@ def batch_tensors(batch: Any) -> list[Tensor]:
         if type(value) in _ATOMS or id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, Tensor):
+        if wanted(value):
             found.append(value)
         elif depth <= _DEEPEST:
             stack.extend((child, depth + 1) for child in reversed(_held(value, _kind_of(value))))
@@ -153,17 +163,46 @@ def fresh_batch(batch: Any, tensors: bool) -> Any:
         >>> fresh_batch(batch, tensors=False).pop("x") is batch["x"]
         True
     """
+    bases: dict[int, Tensor] = {}
 
     def exchange(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return _clone(value) if tensors else value
+            return _clone(value, bases) if tensors else value
         if type(value) in _PLAIN:
             return NotImplemented
+        if type(value) is _TEE or type(value) in ITERATORS:
+            return copy.copy(value)
         if is_array(value) or type(value).__module__.partition(".")[0] == "pandas":
             return value.copy()
         return bytearray(value) if type(value) is bytearray else NotImplemented
 
     return map_batch(exchange, batch)
+
+
+def rereadable(batch: Any) -> Any:
+    """Return a batch whose iterators can be gone through again, in copies (`fresh_batch`); itself, if it has none.
+
+    Args:
+        batch: Any batch; see `map_batch`.
+
+    Returns:
+        A batch in which generators, ``map``, ``zip`` and the like remember what they gave.
+
+    Example:
+        >>> batch = rereadable([(x for x in "ab")])
+        >>> [list(fresh_batch(batch, tensors=False)[0]) for _ in range(2)]
+        [['a', 'b'], ['a', 'b']]
+    """
+    if not _found(batch, _is_read_once):
+        return batch
+    return map_batch(lambda value: itertools.tee(value, 1)[0] if _is_read_once(value) else NotImplemented, batch)
+
+
+def _is_read_once(value: Any) -> bool:
+    kind = type(value)
+    if kind.__module__ not in {"builtins", "itertools"} or kind in ITERATORS or kind is _TEE:
+        return False
+    return hasattr(kind, "__next__")
 
 
 def is_array(value: Any) -> bool:
@@ -172,8 +211,17 @@ def is_array(value: Any) -> bool:
     return numpy is not None and isinstance(value, numpy.ndarray) and not isinstance(value, numpy.memmap)
 
 
-def _clone(tensor: Tensor) -> Tensor:
-    copied = tensor.detach().clone()
+def _clone(tensor: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    base = tensor._base
+    if base is None or base.layout is not torch.strided or base.numel() > 4 * tensor.numel():
+        base = tensor  # a row of a data set
+    if id(base) not in bases:
+        bases[id(base)] = base.detach().clone()
+    copied = bases[id(base)]
+    if base is not tensor and copied.stride() == base.stride():  # what shares memory does so in the copy
+        copied = copied.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset())
+    elif base is not tensor:
+        copied = tensor.detach().clone()
     return copied.requires_grad_() if tensor.requires_grad and tensor.is_leaf else copied
 
 
@@ -201,12 +249,7 @@ def _kind(cls: Any) -> _Kind:
     base = next((known for known in _BASES if issubclass(cls, known)), None)
     if any(map(_is_closed, cls.__mro__)):
         return _Kind(base, False) if base is not None else _LEAF
-    slots = tuple(
-        name if not name.startswith("__") or name.endswith("__") else f"_{owner.__name__.lstrip('_')}{name}"
-        for owner in cls.__mro__
-        for name in _names(owner.__dict__.get("__slots__", ()))
-        if name not in {"__dict__", "__weakref__"}
-    )
+    slots = slots_of(cls)
     attributes = any("__dict__" in owner.__dict__ for owner in cls.__mro__) or bool(slots)
     if base is None and not attributes:
         return _LEAF
@@ -216,10 +259,6 @@ def _kind(cls: Any) -> _Kind:
 def _is_closed(cls: Any) -> bool:
     module: str = cls.__module__
     return module not in _OPEN_MODULES and module.partition(".")[0] in _CLOSED_LIBRARIES
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _attributes(value: Any, kind: _Kind) -> Iterator[tuple[str, Any]]:

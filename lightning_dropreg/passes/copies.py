@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def copy_of(value: Any, memo: dict[int, Any]) -> Any:
     copied = value
     if isinstance(value, Tensor):
         # parameters and other leaves that are trained are not state of a batch
-        copied = value if value.is_leaf and value.requires_grad else value.clone()
+        copied = value if value.is_leaf and value.requires_grad else _of_same_memory(value, memo)
     elif isinstance(value, (list, set, deque)) or _is_dict(value):
         copied = value.copy() if type(value).__module__ in {"builtins", "collections"} else value
         memo[id(value)] = (value, copied)  # before its contents, where it holds itself
@@ -61,21 +62,43 @@ def copy_of(value: Any, memo: dict[int, Any]) -> Any:
     return copied
 
 
-def mean_of(values: list[Any], memo: dict[tuple[int, ...], Any]) -> Any:
-    """The mean of tensors within equal containers; the first value where that makes no sense."""
+def _of_same_memory(value: Tensor, memo: dict[int, Any]) -> Tensor:
+    """A copy of a tensor; of a view of what was copied before, the same view of that copy."""
+    base = value._base
+    known = None if base is None or base.layout is not torch.strided else memo.get(id(base))
+    if known is None or base is None or known[1] is base or known[1].stride() != base.stride():
+        return value.clone()
+    offset = value.storage_offset() - base.storage_offset()
+    view: Tensor = known[1].as_strided(value.shape, value.stride(), offset + known[1].storage_offset())
+    return view
+
+
+def mean_of(values: list[Any], memo: dict[tuple[int, ...], Any], buffers: Collection[int] = ()) -> Any:
+    """The mean of tensors within equal containers; the first value where that makes no sense.
+
+    Args:
+        values: One for each run.
+        memo: Keeps what is in several places one thing.
+        buffers: The ids of tensors that stay what they are, and views of them.
+
+    Returns:
+        The mean.
+    """
     first = values[0]
     key = tuple(map(id, values))
     if type(first) in ATOMS or any(type(v) is not type(first) or v is first for v in values[1:]):
         return first
     if key not in memo:
         memo[key] = (values, first)  # where a container holds itself
-        memo[key] = (values, _mean_of_distinct(values, memo))
+        memo[key] = (values, _mean_of_distinct(values, memo, buffers))
     return memo[key][1]
 
 
-def _mean_of_distinct(values: list[Any], memo: dict[tuple[int, ...], Any]) -> Any:
+def _mean_of_distinct(values: list[Any], memo: dict[tuple[int, ...], Any], buffers: Collection[int]) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
+        if id(first) in buffers or id(first._base) in buffers:
+            return first
         same = first.is_floating_point() and all(v.shape == first.shape for v in values)
         trained = first.is_leaf and first.requires_grad
         return sum(values[1:], first) / len(values) if same and not trained else first
@@ -88,9 +111,9 @@ def _mean_of_distinct(values: list[Any], memo: dict[tuple[int, ...], Any]) -> An
         if any(v.keys() != first.keys() for v in values):
             return first
         for k in first:
-            first[k] = mean_of([v[k] for v in values], memo)
+            first[k] = mean_of([v[k] for v in values], memo, buffers)
         return first
-    items = [mean_of(list(column), memo) for column in zip(*values, strict=True)]
+    items = [mean_of(list(column), memo, buffers) for column in zip(*values, strict=True)]
     if isinstance(first, list):
         first[:] = items
         return first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from operator import is_, methodcaller
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_dropreg.passes.copies import SMALL, copy_of, is_copied, mean_of
 from lightning_dropreg.passes.reach import Reach
@@ -69,6 +70,7 @@ class Holders:
         self._values = list(chain.from_iterable(map(_values_of, attributes)))
         self._sizes = list(map(len, attributes))
         self._inside = self._modules_inside()
+        self._lazy = [number for number, module in enumerate(self.modules) if isinstance(module, LazyModuleMixin)]
         # FSDP2 exchanges parameters in every forward, and the structure leaves them alone
         self._is_sharded = any(isinstance(module, FSDPModule) for module in self.modules)
 
@@ -104,15 +106,29 @@ class Holders:
         return states
 
     def copies(self, states: Sequence[ModuleState]) -> list[ModuleState]:
-        """Return copies that changes in place do not reach."""
+        """Return copies that changes in place do not reach; what shares memory with a parameter moves with it."""
         memo: dict[int, Any] = {}
-        return [state if state.is_plain else state.fresh(memo) for state in states]
+        for state in states:
+            for tensor in state.tensors:
+                if _storage(tensor) in self._of_parameters:
+                    memo[id(tensor)] = tensor, tensor
+        buffers = [{k: copy_of(v, memo) for k, v in state.buffers.items()} for state in states]  # first: views follow
+        pairs = zip(states, buffers, strict=True)
+        return [state if state.is_plain else state.fresh(memo, own) for state, own in pairs]
+
+    @functools.cached_property
+    def _of_parameters(self) -> frozenset[int]:
+        """Where the parameters lie in memory."""
+        return frozenset(_storage(p) for module in self.modules for p in module._parameters.values() if p is not None)
 
     def install(self, states: Sequence[ModuleState]) -> None:
         """Make these the states that they are in."""
+        grown = {n: vars(self.all[n]).copy() for n in self._lazy if not isinstance(self.all[n], LazyModuleMixin)}
         kept = self._are_as_before() and all(states[n] is self.states[n] for n in self._plain)
         for number in self.others if kept else range(len(self.all)):
             states[number].install(self.all[number])
+        for number, found in grown.items():  # into what they are, for which there is no way back
+            ModuleState({}, found).install(self.all[number], buffers=False)
 
     def _modules_inside(self) -> list[nn.Module]:
         """The modules that lie in containers, which only those have that are copied."""
@@ -204,18 +220,39 @@ class ModuleState:
         """Whether this, with nothing to copy in it, is the state of `holder`."""
         return _same(holder.__dict__, self.attributes) and not getattr(holder, "_buffers", None)
 
-    def fresh(self, memo: dict[int, Any]) -> ModuleState:
-        """A copy that changes in place do not reach; `memo` keeps what is shared between modules shared."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The attributes that are tensors."""
+        values = (self.attributes[name] for name in self._copied)
+        return [value for value in values if isinstance(value, Tensor)]
+
+    def fresh(self, memo: dict[int, Any], buffers: dict[str, Tensor | None]) -> ModuleState:
+        """A copy that changes in place do not reach, given that of the buffers.
+
+        Args:
+            memo: Keeps what is shared between modules shared.
+            buffers: The copies.
+
+        Returns:
+            The copy.
+        """
         attributes = self.attributes.copy()
         for name in self._copied:
             attributes[name] = copy_of(attributes[name], memo)
-        return ModuleState({k: copy_of(v, memo) for k, v in self.buffers.items()}, attributes)
+        return ModuleState(buffers, attributes)
 
     @classmethod
-    def mean(cls, states: Sequence[ModuleState], memo: dict[tuple[int, ...], Any]) -> ModuleState:
+    def mean(
+        cls, states: Sequence[ModuleState], memo: dict[tuple[int, ...], Any], buffers: Collection[int] = ()
+    ) -> ModuleState:
         """The mean of attributes that are floating-point tensors, the first state for the rest.
 
-        Buffers stay those of the first run, the very objects; see `Isolation._average_buffers`.
+        Buffers stay those of the first run, the very objects, and views of them too; see `Isolation._average_buffers`.
+
+        Args:
+            states: Of the runs.
+            memo: Keeps what is shared between modules shared.
+            buffers: The ids of all buffers of the first run.
 
         Returns:
             The state to leave.
@@ -223,12 +260,12 @@ class ModuleState:
         first, *others = states
         if all(first is other or _same(first.attributes, other.attributes) for other in others):
             return first
-        means = {name: mean_of([state.attributes.get(name) for state in states], memo) for name in first._copied}
+        means = {n: mean_of([state.attributes.get(n) for state in states], memo, buffers) for n in first._copied}
         return cls(first.buffers, {**first.attributes, **means})
 
-    def install(self, holder: Any) -> None:
+    def install(self, holder: Any, buffers: bool = True) -> None:
         """Make this the state of `holder`; nothing is written in place, so autograd graphs stay valid."""
-        if isinstance(holder, nn.Module) and (self.buffers or holder._buffers):
+        if buffers and isinstance(holder, nn.Module) and (self.buffers or holder._buffers):
             holder._buffers.clear()
             holder._buffers.update(self.buffers)
         current = holder.__dict__
@@ -237,6 +274,13 @@ class ModuleState:
         for name in [k for k in current if k not in self.attributes and k not in STRUCTURE]:
             del current[name]
         current.update({k: v for k, v in self.attributes.items() if k not in STRUCTURE})
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)  # what is empty lies nowhere
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse tensors have none
+        return id(tensor)
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

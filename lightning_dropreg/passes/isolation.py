@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
+from lightning_dropreg.errors import UnsupportedModuleError
 from lightning_dropreg.passes.holders import STRUCTURE, Holders, ModuleState
 from lightning_dropreg.passes.randomness import RandomState
 from lightning_dropreg.passes.reach import Reach
@@ -39,8 +41,8 @@ class Isolation:
             them, or metrics, and what it is made of (`lightning_dropreg.passes.structure`). None keeps only the random
             state.
         mean: Whether floating-point state is averaged over the runs.
-        late: Collects buffers, other than those of norms, with the means to write into them when no autograd graph
-            holds them any more. None writes at once, and torch says so in the backward if a graph does.
+        late: Collects buffers, other than those of norms, with what makes means of them, to be added when no autograd
+            graph holds them any more. None writes at once, and torch says so in the backward if a graph does.
         reach: What else is put back: generators and plain objects; by default those that `module` holds.
         before: The holders of the state in the batch before, of the same module; None if there was none.
 
@@ -92,7 +94,7 @@ class Isolation:
             id(buffer): buffer._version
             for number in self.holders.others
             for buffer in self._original[number].buffers.values()
-            if buffer is not None and buffer.numel() > _LARGE and not buffer.is_inference()
+            if buffer is not None and _numel(self.holders.all[number], buffer) > _LARGE and not buffer.is_inference()
         }
         self._start = self.holders.copies(self._original)
         self._start_random = RandomState([found for _, found in self._reach.generators()])
@@ -182,7 +184,8 @@ class Isolation:
             memo: dict[tuple[int, ...], Any] = {}
             if self._mean and len(self._ends) > 1:
                 columns = list(zip(*self._ends, strict=True))
-                self._ends = [[ModuleState.mean(ends, memo) for ends in columns]]
+                buffers = {id(buffer) for state in self._ends[0] for buffer in state.buffers.values()}
+                self._ends = [[ModuleState.mean(ends, memo, buffers) for ends in columns]]
                 for module, ends in zip(self.holders.modules, columns, strict=False):
                     self._average_buffers(module, ends)
             self.holders.install(self._ends[0])
@@ -220,10 +223,19 @@ class Isolation:
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
                 first.data.copy_(mean)  # in training no backward reads it
             elif self._late is not None:
-                self._late.append((first, mean))
+                self._late.append((first, (mean - first.detach()).nan_to_num(0.0, 0.0, 0.0)))  # masks hold infinities
             elif not torch.equal(mean, first):
                 first.detach().copy_(mean)
 
     def _structure_now(self) -> Structure:
         before = self.holders.structure
         return before if before.is_current() else Structure(self.holders.modules)
+
+
+def _numel(module: nn.Module, buffer: Tensor) -> int:
+    if isinstance(buffer, UninitializedBuffer):
+        raise UnsupportedModuleError(
+            f"{type(module).__name__} makes its buffers in its first forward, and the first step runs several times. "
+            "Run one batch through the model before training."
+        )
+    return buffer.numel()

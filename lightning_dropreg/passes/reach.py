@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.passes.copies import ATOMS
-from lightning_dropreg.passes.variables import assigned, in_cell, in_class, in_globals, is_kept
+from lightning_dropreg.passes.variables import assigned, in_cell, in_class, in_globals, in_slots, is_kept, slots_of
 
 __all__ = ["Reach", "is_generator"]
 
@@ -126,7 +126,7 @@ class Reach:
             yield from self._of_object(place, value)
 
     def _of_object(self, place: str, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
-        kind = type(value)
+        kind: Any = type(value)
         own = self._is_own(kind)
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict and (own or not _is_closed(kind) or isinstance(value, nn.Module)):
@@ -136,6 +136,10 @@ class Reach:
             if isinstance(value, nn.Module):
                 modules = value._modules
                 yield from ((f"{place}.{name}", child, modules, name) for name, child in list(modules.items()))
+        if own and slots_of(kind):
+            held = in_slots(value)
+            self.objects[f"{place} {id(value)}"] = held
+            yield from ((f"{place}.{name}", child, vars(held), name) for name, child in vars(held).copy().items())
         for cls in kind.__mro__ if own or isinstance(value, nn.Module) else ():
             if self._is_own(cls):
                 yield from self._of_class(place, cls)

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_dropreg.passes.copies import ATOMS, CONTAINERS, ITERATORS, SMALL
 
-__all__ = ["Variables", "assigned", "in_cell", "in_class", "in_globals", "is_kept"]
+__all__ = ["Variables", "assigned", "in_cell", "in_class", "in_globals", "in_slots", "is_kept", "slots_of"]
 
 
 class Variables:
@@ -106,6 +106,52 @@ def in_cell(name: str, cell: types.CellType) -> Variables:
         del cell.cell_contents
 
     return Variables(_View([name], get, put, drop))
+
+
+@functools.lru_cache(maxsize=4096)
+def slots_of(cls: Any) -> tuple[str, ...]:
+    """Return the names of what objects of a class hold in ``__slots__``, as they are called from outside of it.
+
+    Args:
+        cls: The class.
+
+    Returns:
+        The names, those of its bases included.
+
+    Example:
+        >>> class Count:
+        ...     __slots__ = ("calls", "__last", "__weakref__")
+        >>> slots_of(Count)
+        ('calls', '_Count__last')
+    """
+    return tuple(
+        name if not name.startswith("__") or name.endswith("__") else f"_{owner.__name__.lstrip('_')}{name}"
+        for owner in cls.__mro__
+        for name in _names(owner.__dict__.get("__slots__", ()))
+        if name not in {"__dict__", "__weakref__"}
+    )
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def in_slots(value: Any) -> Variables:
+    """Return what an object holds in ``__slots__``."""
+
+    def get(name: str) -> Any:
+        try:
+            return object.__getattribute__(value, name)
+        except AttributeError:  # not set
+            raise LookupError(name) from None
+
+    cls: Any = type(value)
+    return Variables(
+        slots_of(cls),
+        get,
+        lambda name, child: object.__setattr__(value, name, child),
+        lambda name: object.__delattr__(value, name),
+    )
 
 
 def is_kept(value: Any) -> bool:

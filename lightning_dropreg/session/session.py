@@ -28,6 +28,7 @@ from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.numerics.torch_private import keeping_donated_buffers
 from lightning_dropreg.passes import Off, dormant_sites, run_pass
+from lightning_dropreg.passes.batches import rereadable
 from lightning_dropreg.passes.holders import Holders
 from lightning_dropreg.session.arguments import StepCall
 from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_loss
@@ -133,6 +134,7 @@ class Session:
         """Run the user's ``training_step`` as often as the plan asks; return its first output, with the total in it."""
         self.search.join()
         stale = self.stale.take()
+        args, kwargs = rereadable((args, kwargs))
         if not self.looks.inspected:
             self.looks.inspect(call)
             self._tell()
@@ -279,8 +281,8 @@ class Session:
 
     def end_batch(self) -> None:
         """Write what had to wait until no graph of the batch was left."""
-        for buffer, mean in self._late:
-            buffer.detach().copy_(mean)
+        for buffer, change in self._late:
+            buffer.detach().add_(change)  # others may have written to it since
         self._late = []
 
     def _due(self) -> list[Watcher]:
