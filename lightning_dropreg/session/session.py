@@ -110,7 +110,7 @@ class Session:
             training = session.trainer.training and torch.is_grad_enabled()
             if self is not session.module or not session._installed or not training:
                 return original(self, *args, **kwargs)
-            return run(StepCall(partial(original, self), args, kwargs))
+            return run(StepCall(partial(original, self), *rereadable((args, kwargs))))
 
         training_step._dropreg_original = original  # type: ignore[attr-defined]
         bound = types.MethodType(training_step, self.module)
@@ -134,7 +134,6 @@ class Session:
         """Run the user's ``training_step`` as often as the plan asks; return its first output, with the total in it."""
         self.search.join()
         stale = self.stale.take()
-        args, kwargs = rereadable((args, kwargs))
         if not self.looks.inspected:
             self.looks.inspect(call)
             self._tell()
