@@ -146,12 +146,8 @@ def in_slots(value: Any) -> Variables:
             raise LookupError(name) from None
 
     cls: Any = type(value)
-    return Variables(
-        slots_of(cls),
-        get,
-        lambda name, child: object.__setattr__(value, name, child),
-        lambda name: object.__delattr__(value, name),
-    )
+    put, drop = functools.partial(object.__setattr__, value), functools.partial(object.__delattr__, value)
+    return Variables(_View(slots_of(cls), get, put, drop))
 
 
 def is_kept(value: Any) -> bool:
