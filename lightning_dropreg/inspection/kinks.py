@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lightning_dropreg.errors import DropregError
 from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.passes import Closure
 
-__all__ = ["EXCESS", "OF_CURVATURE", "REMEDY", "WIDE_STEP", "find_kinks", "noise_excess"]
+__all__ = ["EXCESS", "OF_CURVATURE", "REMEDY", "WIDE_STEP", "find_kinks", "noise_excess", "told"]
 
 EXCESS = 1.1
 """From here on the noise is called larger than ``xi_approx``."""
@@ -71,6 +71,11 @@ _SOMETIMES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Elu": ("elu", lambda node: node._saved_alpha != 1),  # selu
     "ScatterReduce": ("scatter_reduce", lambda node: node._saved_reduce in {"amax", "amin"}),
 }
+
+
+def told(kinks: Mapping[str, int]) -> str:
+    """Name what was found, with how often."""
+    return ", ".join(f"{name} ({count})" for name, count in kinks.items())
 
 
 def find_kinks(loss: Tensor, taps: Collection[Tensor]) -> dict[str, int]:

@@ -32,6 +32,7 @@ from lightning_dropreg.passes.last_site import follow
 from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.session.arguments import Arguments
 from lightning_dropreg.session.logs import LogCollector
+from lightning_dropreg.step.pass_group import BatchRunner
 
 __all__ = ["Batch", "Pairable", "SkippedError", "loss_of", "structure", "with_loss"]
 
@@ -64,8 +65,8 @@ class Pairable:
         return cls(Layout.of(plain["layout"]), tuple(plain["logged"]), plain["returned"])
 
 
-class Batch:
-    """One batch: runs the user's step on it (a `lightning_dropreg.step.pass_group.BatchRunner`)."""
+class Batch(BatchRunner):
+    """One batch: runs the user's step on it."""
 
     looked_at = True  # by the session, before the first; where its own passes are to show something, not
 
@@ -96,7 +97,6 @@ class Batch:
         self.pairable = pairable
         self.stale = stale
         self.modified: list[str] = []
-        self.shares_body = False
         self.lasting = True
         self.late: list[tuple[Tensor, Tensor]] = []
         self.isolation = Isolation(module, mean=mean, late=self.late, reach=reach, before=before)
@@ -107,11 +107,11 @@ class Batch:
         self.share = 1.0
 
     def whole(self) -> Tensor:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         return self._run(self.original, trace=self.lasting)
 
     def run_without_trace(self) -> Tensor:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         return self._run(self.original, trace=False)
 
     def beside(self) -> Tensor:
@@ -120,13 +120,13 @@ class Batch:
             return self.run_without_trace()
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         count = self.row_count(dim)
         rows, _ = draw_rows(count, fraction, dim, key)
         return self._on_rows(rows, dim, count), Rows(rows, count)
 
     def paired(self, fraction: float, dim: int, key: int, clean: bool = False) -> tuple[Closure, Layout, Pairs] | None:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         found = self.pairable
         if found is None:
             return None
@@ -176,21 +176,15 @@ class Batch:
         return self._on_rows(torch.cat([single, rows, rows]), dim, count, trace, cuts), pairs, cuts
 
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         self.corrected[returned] = loss
 
     def forget(self) -> None:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         self.isolation.restart()
         self.logs.forget()
         self.output = self.pairable = None
         self.counts.known = None
-
-    def drop_stale_gradients(self) -> None:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
-        if self.stale is not None:
-            stale, self.stale = self.stale, None
-            stale()
 
     def with_loss(self, loss: Tensor) -> Any:
         """Return what the last run returned, with another loss in it."""

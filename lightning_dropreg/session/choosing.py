@@ -12,7 +12,7 @@ from lightning_dropreg.errors import DropregError, KinkedNetworkWarning, NoisySe
 from lightning_dropreg.estimators import AUTO
 from lightning_dropreg.estimators.curvature import FULL, UNBOUNDED
 from lightning_dropreg.inspection.choice import Choice, FractionChoice, choose_estimator, short, too_small
-from lightning_dropreg.inspection.kinks import EXCESS, OF_CURVATURE, REMEDY, WIDE_STEP
+from lightning_dropreg.inspection.kinks import EXCESS, OF_CURVATURE, REMEDY, WIDE_STEP, told
 from lightning_dropreg.passes import Closure, Pass
 from lightning_dropreg.session.batch import Batch
 from lightning_dropreg.session.problems import compiled_problems, is_line_search, module_problems
@@ -107,14 +107,12 @@ def _not_one_pass(plan: Plan) -> str:
 
 def warn_of_kinks(module: nn.Module, plan: Plan, kinks: Mapping[str, int], choice: Choice | None) -> None:
     """Warn where the noise of a finite step is larger than ``xi_approx``, unless it was measured not to be."""
+    found = f"{type(module).__name__} has kinks behind its dropout: {told(kinks)}."
     if kinks and plan.curvature_of_finite_steps is not None:
-        found = ", ".join(f"{name} ({count})" for name, count in kinks.items())
-        text = f"{type(module).__name__} has kinks behind its dropout: {found}. {OF_CURVATURE}"
-        rank_zero_warn(text, category=KinkedNetworkWarning)
+        rank_zero_warn(f"{found} {OF_CURVATURE}", category=KinkedNetworkWarning)
     estimation = plan.noise_of_finite_steps
     if not kinks or estimation is None or estimation.step_size >= WIDE_STEP:
         return
-    found = ", ".join(f"{name} ({count})" for name, count in kinks.items())
     excess = None if choice is None else choice.excess
     if excess is not None and excess <= EXCESS:
         return
@@ -125,7 +123,7 @@ def warn_of_kinks(module: nn.Module, plan: Plan, kinks: Mapping[str, int], choic
     )
     remedy = REMEDY if choice is None else f"({choice}.) A larger step_size (0.5 or 1) makes it smaller."
     rank_zero_warn(
-        f"{type(module).__name__} has kinks behind its dropout: {found}. There the noise of "
+        f"{found} There the noise of "
         f"ImplicitNoise(estimator='antithetic', step_size={estimation.step_size:g}) {size}. "
         f"{remedy} `dropreg inspect` measures it on your model.",
         category=KinkedNetworkWarning,

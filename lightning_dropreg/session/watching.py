@@ -12,6 +12,7 @@ from lightning_dropreg.estimators.counts import Counting, Rows
 from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.assumptions import Measured
 from lightning_dropreg.inspection.first_step import all_at_once
+from lightning_dropreg.inspection.kinks import told
 from lightning_dropreg.inspection.repeatable import Trace, compare_runs
 from lightning_dropreg.inspection.rows import batch_norms, measure_rows
 from lightning_dropreg.interception.sites import Rule
@@ -148,7 +149,7 @@ def problems_of(found: Sequence[Measured]) -> list[DropregError]:
 
 def measured_of(seen: Pass, changed: Sequence[DropregError], logged: int) -> list[Measured]:
     """Say what the look at the first step has shown by the way."""
-    kinks = ", ".join(f"{name} ({count})" for name, count in seen.kinks.items())
+    kinks = told(seen.kinks)
     draws = "; ".join(seen.unknown)
     losses = ", ".join(loss.name for loss in seen.losses)
     found = [Measured("recognized_loss", float(len(seen.losses)), note=f"losses: {losses}")] if losses else []

@@ -9,19 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.checks import check_instance
-from lightning_dropreg.estimators import Pairs
-from lightning_dropreg.estimators.counts import Counting, Counts, Rows
-from lightning_dropreg.estimators.layout import Layout
+from lightning_dropreg.estimators.counts import Counts, Rows
 from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.choice import chosen_estimator
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.numerics.noise import draw_key, of_this_rank
 from lightning_dropreg.passes import Closure
-from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.passes.last_site import follow
 from lightning_dropreg.step.first_time import check_first_time
-from lightning_dropreg.step.pass_group import StepResult
+from lightning_dropreg.step.pass_group import BatchRunner, StepResult
 from lightning_dropreg.step.plan import Plan
 
 __all__ = ["ClosureRunner", "OnRows", "run_plan"]
@@ -30,8 +27,8 @@ OnRows = Callable[[Tensor], Tensor]
 """Runs forward and loss on the rows of the batch with these numbers, and returns the scalar loss."""
 
 
-class ClosureRunner:
-    """A closure that runs forward and loss of one batch (a `lightning_dropreg.step.pass_group.BatchRunner`).
+class ClosureRunner(BatchRunner):
+    """A closure that runs forward and loss of one batch.
 
     Args:
         closure: Runs on the whole batch.
@@ -41,10 +38,7 @@ class ClosureRunner:
         mean: Whether floating-point state becomes the mean of all runs'.
     """
 
-    releases = False
     shares_body = True
-    looked_at = False
-    scaler: Scaler | None = None
 
     def __init__(
         self, closure: Closure, module: nn.Module | None, rows: OnRows | None = None, count: int = 0, mean: bool = True
@@ -54,18 +48,17 @@ class ClosureRunner:
         self._rows = rows
         self._count = count
         self.counts = Counts()
-        self.counting: Counting | None = None
 
     def whole(self) -> Tensor:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         return self.isolation.run(follow(self._closure))
 
     def run_without_trace(self) -> Tensor:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         return self.isolation.run(self._closure, trace=False)
 
     def rows(self, fraction: float, dim: int, key: int) -> tuple[Closure, Rows]:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         drawn, _ = draw_rows(self._count, fraction, 0, key)
         return self.on(drawn), Rows(drawn, self._count)
 
@@ -75,19 +68,9 @@ class ClosureRunner:
         assert on_rows is not None
         return lambda: self.isolation.run(lambda: on_rows(numbers), trace=False)
 
-    def paired(self, fraction: float, dim: int, key: int, clean: bool = False) -> tuple[Closure, Layout, Pairs] | None:
-        """None: where the rows lie is not looked for in every batch anew."""
-        return None
-
-    def counts_as(self, returned: Tensor, loss: Tensor) -> None:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
-
     def forget(self) -> None:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
+        """See `BatchRunner`."""
         self.isolation.restart()
-
-    def drop_stale_gradients(self) -> None:
-        """See `lightning_dropreg.step.pass_group.BatchRunner`."""
 
 
 def run_plan(

@@ -16,7 +16,7 @@ from lightning_dropreg.estimators.counts import Counting, Rows
 from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.derivatives import measure
 from lightning_dropreg.inspection.first_step import check_masks_of_rows, inspect_step
-from lightning_dropreg.inspection.kinks import OF_CURVATURE
+from lightning_dropreg.inspection.kinks import OF_CURVATURE, told
 from lightning_dropreg.inspection.rows import batch_norms, measure_rows
 from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.isolation import Isolation
@@ -103,8 +103,7 @@ def _check_kinks(plan: Plan, known: set[object], run: Closure) -> None:
     known.add("kinks")
     kinks = inspect_step(run, need_losses=False, quiet=True)[0].kinks
     if kinks:
-        found = ", ".join(f"{name} ({count})" for name, count in kinks.items())
-        text = f"There are kinks behind the dropout: {found}. {OF_CURVATURE}"
+        text = f"There are kinks behind the dropout: {told(kinks)}. {OF_CURVATURE}"
         warnings.warn(text, KinkedNetworkWarning, stacklevel=5)
 
 

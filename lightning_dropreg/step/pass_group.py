@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -63,14 +64,16 @@ class BatchRunner(Protocol):
         scaler: Multiplies a loss by the scale of a gradient scaler; None without one.
         counts: What the elements of the losses count in the whole batch, once a pass has been made over it.
         counting: How those of some rows find it, as was found out before; None if nobody looked.
+        stale: Lets go of the gradients of the step before; None if they may be wanted.
     """
 
-    releases: bool
-    shares_body: bool
-    looked_at: bool
-    scaler: Scaler | None
+    releases: bool = False
+    shares_body: bool = False
+    looked_at: bool = False
+    scaler: Scaler | None = None
     counts: Counts
-    counting: Counting | None
+    counting: Counting | None = None
+    stale: Callable[[], None] | None = None
 
     def whole(self) -> Tensor:
         """Run on the whole batch; the run counts for module state and logs."""
@@ -89,15 +92,20 @@ class BatchRunner(Protocol):
         None if the rows cannot be told apart in the step. What the closure raises as `RowsNotFoundError` can be
         followed by `forget` and another way.
         """
+        return None
 
     def counts_as(self, returned: Tensor, loss: Tensor) -> None:
-        """Let `loss` be logged where the step logged the loss that it `returned`."""
+        """Let `loss` be logged where the step logged the loss that it `returned`, with rows in it twice."""
+        raise AssertionError("nothing was paired")
 
     def forget(self) -> None:
         """Let no run so far count."""
 
     def drop_stale_gradients(self) -> None:
         """Let go of the gradients of the step before, if they are cleared before the backward without being read."""
+        if self.stale is not None:
+            stale, self.stale = self.stale, None
+            stale()
 
 
 def _nothing() -> None:

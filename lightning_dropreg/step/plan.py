@@ -87,8 +87,8 @@ class Plan:
         found: set[tuple[str, str | None, str]] = set()
         if self.penalty is not None and self.penalty.strength:
             found.add((self.penalty.estimation.estimator, self.penalty.curvature, self.penalty.estimation.mask))
-        if self.noise is not None and self.noise_scale and self.noise.source == "taylor":
-            found.add((self.noise.estimation.estimator, None, self.noise.estimation.mask))
+        if self._estimated_noise is not None:
+            found.add((self._estimated_noise.estimator, None, self._estimated_noise.mask))
         return {each for each in found if each[0] not in {"antithetic", AUTO}}
 
     @cached_property
@@ -124,9 +124,8 @@ class Plan:
     @property
     def noise_of_finite_steps(self) -> Estimation | None:
         """How the noise is estimated, if that is by a finite step, which kinks of the network disturb."""
-        if self.noise is None or not self.noise_scale or self.noise.source != "taylor":
-            return None
-        return self.noise.estimation if self.noise.estimation.estimator == "antithetic" else None
+        chosen = self._estimated_noise
+        return chosen if chosen is not None and chosen.estimator == "antithetic" else None
 
     @property
     def curvature_of_finite_steps(self) -> Estimation | None:
@@ -228,9 +227,13 @@ class Plan:
 
     def _estimations(self) -> list[Estimation]:
         found = [self.penalty.estimation] if self.penalty is not None and self.penalizes else []
-        if self.noise is not None and self.noise_scale and self.noise.source == "taylor":
-            found.append(self.noise.estimation)
-        return found
+        return found if self._estimated_noise is None else [*found, self._estimated_noise]
+
+    @cached_property
+    def _estimated_noise(self) -> Estimation | None:
+        """How ``xi_approx`` is estimated; None where there is none, or noise of dropout itself."""
+        taylor = self.noise is not None and self.noise_scale and self.noise.source == "taylor"
+        return self.noise.estimation if self.noise is not None and taylor else None
 
     def run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool = False) -> StepResult:
         """Run the passes of one batch up to the backward.
@@ -282,34 +285,30 @@ class Plan:
             return PassGroup(self.noise.estimation, noise=self.noise_scale).run(runner, key, False).total
 
     def _groups(self, step: int) -> list[PassGroup]:
-        return self._groups_without_penalty if self.penalty_at(step) is None else self._groups_with_penalty
+        without, with_penalty = self._both_groups
+        return without if self.penalty_at(step) is None else with_penalty
 
     @cached_property
-    def _groups_with_penalty(self) -> list[PassGroup]:
-        return self._grouped(self.penalty)
-
-    @cached_property
-    def _groups_without_penalty(self) -> list[PassGroup]:
-        return self._grouped(None)
+    def _both_groups(self) -> tuple[list[PassGroup], list[PassGroup]]:
+        """The groups of steps without and with the penalty."""
+        return self._grouped(None), self._grouped(self.penalty)
 
     def _grouped(self, penalty: PenaltySettings | None) -> list[PassGroup]:
         """Sort out which passes bring what; penalty and noise with equal settings come from the same ones."""
         groups: list[PassGroup] = []
-        noise = self.noise
-        if noise is not None and (noise.source == "dropout" or not self.noise_scale):
-            noise = None
+        noise = self._estimated_noise
         if penalty is not None:
             strength = penalty.strength * penalty.every_n_steps
             group = PassGroup(penalty.estimation, penalty.curvature, penalty=strength)
-            if noise is not None and noise.estimation == penalty.estimation:
+            if noise == penalty.estimation:
                 if self.noise_in_loss:
                     group = replace(group, noise=self.noise_scale)
-                elif not noise.estimation.low_memory:
+                elif not noise.low_memory:
                     group = replace(group, later=self.noise_scale)
                 noise = None
             groups.append(group)
         if noise is not None and self.noise_in_loss:
-            groups.append(PassGroup(noise.estimation, noise=self.noise_scale))
+            groups.append(PassGroup(noise, noise=self.noise_scale))
         # the first estimate on the whole batch gives the loss as well
         groups.sort(key=lambda group: group.estimation.batch_fraction is not None)
         if groups and groups[0].estimation.batch_fraction is None:
