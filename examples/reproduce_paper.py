@@ -148,7 +148,8 @@ def rows_of(part: str) -> list[str]:
 
 
 def table_1(comparison: Comparison) -> list[str]:
-    lines = ["| best validation perplexity | paper, full size | here, small size | seeds |", "|---|---|---|---|"]
+    titles = ["best validation perplexity", "paper, full size", "here, small size (± standard deviation)", "seeds"]
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---|---|"]
     for row, paper in TABLE_1.items():
         ours = comparison.best(f"ptb_{row}")
         lines.append(f"| {row} | {paper} | {ours or ''} | {ours.count if ours else ''} |")

@@ -125,7 +125,8 @@ def choice(comparison: Comparison, spec: str, plain: bool = False) -> list[str]:
     ranked = sorted(means, key=lambda config: means[config], reverse=comparison.mode == "max")
     best = ranked[0]
     seeds = len(comparison.of(best))
-    told = [f"Chosen by {comparison.metric}: {best} ({in_digits(means[best])}, mean of {_seeds(seeds)}"]
+    count = f"mean of {_seeds(seeds)}" if seeds > 1 else _seeds(seeds)
+    told = [f"Chosen by {comparison.metric}: {best} ({in_digits(means[best])}, {count}"]
     told[0] += f"; next {ranked[1]}: {in_digits(means[ranked[1]])})." if len(ranked) > 1 else ")."
     try:
         numbers = sorted(float(config.partition("=")[2]) for config in means)
