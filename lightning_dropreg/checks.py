@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_dropreg.errors import InvalidArgumentError, UnknownArgumentError
+from lightning_dropreg.errors import InvalidArgumentError, MissingDependencyError, UnknownArgumentError
 
 __all__ = [
     "SpellsArguments",
@@ -29,6 +29,7 @@ __all__ = [
     "is_one_of",
     "is_probability",
     "make_directory",
+    "need_matplotlib",
 ]
 
 T = TypeVar("T")
@@ -249,3 +250,14 @@ def check_drop_prob(p: float, kind: str) -> None:
             f"{kind} was called with drop probability {p}; the variance p/(1-p) of its noise is finite only for "
             "0 <= p < 1. Lower the probability."
         )
+
+
+def need_matplotlib() -> None:
+    """Refuse to go on without matplotlib."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Figures need matplotlib, which is not installed. Install the extra `plot`: "
+            "pip install 'lightning-dropreg[plot]'."
+        ) from error

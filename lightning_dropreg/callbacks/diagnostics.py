@@ -15,7 +15,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from rich import get_console
 from torch import Tensor
 
-from lightning_dropreg.checks import SpellsArguments, check_count, check_flags, check_path, make_directory
+from lightning_dropreg.checks import (
+    SpellsArguments,
+    check_count,
+    check_flags,
+    check_path,
+    make_directory,
+    need_matplotlib,
+)
 from lightning_dropreg.diagnostics import (
     Diagnosis,
     measure_effect,
@@ -26,7 +33,7 @@ from lightning_dropreg.diagnostics import (
     trusted,
 )
 from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance, from_plain, to_plain
-from lightning_dropreg.diagnostics.figures import draw, need_matplotlib
+from lightning_dropreg.diagnostics.figures import draw
 from lightning_dropreg.diagnostics.numbers import with_margin
 from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
 from lightning_dropreg.diagnostics.statistics import check_confidence

@@ -11,13 +11,12 @@ from typing import Any
 from rich import get_console
 from rich.table import Table
 
-from lightning_dropreg.checks import make_directory
+from lightning_dropreg.checks import make_directory, need_matplotlib
 from lightning_dropreg.cli.comparison import Column, Comparison, Run
 from lightning_dropreg.cli.curves import draw_curves
 from lightning_dropreg.cli.runs import Setting, data_of, finished, kept
 from lightning_dropreg.cli.summary import FitResult
 from lightning_dropreg.cli.vary import choice, varied, verdict
-from lightning_dropreg.diagnostics.figures import need_matplotlib
 from lightning_dropreg.errors import CorpusNotFoundError, InvalidArgumentError
 
 __all__ = ["main"]

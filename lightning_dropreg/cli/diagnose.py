@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lightning_dropreg.checks import check_count, make_directory
+from lightning_dropreg.checks import check_count, make_directory, need_matplotlib
 from lightning_dropreg.cli.app import DropregCLI
 from lightning_dropreg.cli.bench import measure
 from lightning_dropreg.cli.measure import Cost
@@ -66,8 +66,6 @@ def main(args: Sequence[str]) -> None:
         raise InvalidArgumentError("--bench FILE shows costs and --no-costs leaves them out: give one of them.")
     costs = _read_costs(options["bench"], cli.model) if options["bench"] else None
     if options["figures"]:
-        from lightning_dropreg.diagnostics.figures import need_matplotlib
-
         need_matplotlib()  # before minutes of measuring
         make_directory("figures", options["figures"])
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]

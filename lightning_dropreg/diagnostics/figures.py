@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_dropreg.checks import need_matplotlib
 from lightning_dropreg.diagnostics.diagnosis import Diagnosis
 from lightning_dropreg.diagnostics.noise import NoiseReport
 from lightning_dropreg.diagnostics.statistics import Interval
-from lightning_dropreg.errors import MissingDependencyError
 from lightning_dropreg.estimators.curvature import OF_OUTPUTS
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ __all__ = [
     "draw",
     "effect_by_site",
     "effect_over_training",
-    "need_matplotlib",
     "noise_by_layer",
 ]
 
@@ -43,17 +42,6 @@ LABELLED = 12
 """Sites that have their names beside them in a cloud of points."""
 LINES = 6
 """Sites with a line of their own over training; the largest ones."""
-
-
-def need_matplotlib() -> None:
-    """Refuse to go on without matplotlib."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Figures need matplotlib, which is not installed. Install the extra `plot`: "
-            "pip install 'lightning-dropreg[plot]'."
-        ) from error
 
 
 def draw(history: Sequence[Diagnosis], folder: Path) -> list[Path]:

@@ -186,10 +186,6 @@ class Batch(BatchRunner):
         self.output = self.pairable = None
         self.counts.known = None
 
-    def with_loss(self, loss: Tensor) -> Any:
-        """Return what the last run returned, with another loss in it."""
-        return with_loss(self.returned, loss)
-
     def on_rows(self, rows: Tensor, dim: int) -> Closure:
         """Return what runs on the rows of these numbers, leaving no trace."""
         return self._on_rows(rows, dim, self.row_count(dim))
@@ -230,14 +226,10 @@ class Batch(BatchRunner):
         other.counts = Counts()
         return other
 
-    def call(self, step: Callable[..., Any], trace: bool) -> Any:
-        """Run `step` in the place of the user's and return its whole output."""
-        return self._output(step, trace)
-
     def _run(
         self, step: Callable[..., Any], trace: bool, cuts: Sequence[Callable[[], None]] = (), batch: Any = None
     ) -> Tensor:
-        output = self._output(step, trace, cuts, batch)
+        output = self.call(step, trace, cuts, batch)
         loss = loss_of(output)
         self.loss = loss.detach()
         # as Lightning would after the backward; a graph in it would live as long as the batch
@@ -247,9 +239,11 @@ class Batch(BatchRunner):
             self.output = detached
         return loss
 
-    def _output(
+    def call(
         self, step: Callable[..., Any], trace: bool, cuts: Sequence[Callable[[], None]] = (), batch: Any = None
     ) -> Any:
+        """Run `step` in the place of the user's and return its whole output."""
+
         def collecting() -> Any:
             # inside the isolation, which would otherwise keep the collector as the module's attribute
             with self.logs.run(keep=trace):

@@ -114,24 +114,13 @@ class _Reading:
         """All else is the connector's own."""
         return getattr(self._connector, name)
 
-    @property
-    def callback_metrics(self) -> dict[str, Any]:
-        """See Lightning."""
-        return {**self._earlier("callback_metrics"), **self._now("callback")}
+    callback_metrics = property(lambda self: self._read("callback_metrics", "callback"))
+    logged_metrics = property(lambda self: self._read("logged_metrics", "log"))
+    progress_bar_metrics = property(lambda self: self._read("progress_bar_metrics", "pbar"))
 
-    @property
-    def logged_metrics(self) -> dict[str, Any]:
-        """See Lightning."""
-        return {**self._earlier("logged_metrics"), **self._now("log")}
-
-    @property
-    def progress_bar_metrics(self) -> dict[str, Any]:
-        """See Lightning."""
-        return {**self._earlier("progress_bar_metrics"), **self._now("pbar")}
-
-    def _earlier(self, name: str) -> dict[str, Any]:
-        earlier: dict[str, Any] = getattr(self._connector, name) if self._before is None else self._before[name]
-        return earlier
+    def _read(self, name: str, kind: str) -> dict[str, Any]:
+        earlier = getattr(self._connector, name) if self._before is None else self._before[name]
+        return {**earlier, **self._now(kind)}
 
     def _now(self, kind: str) -> dict[str, Any]:
         """Log for real what this run has logged so far, into results of its own, and read them."""

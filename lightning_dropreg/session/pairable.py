@@ -15,7 +15,7 @@ from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError, find_
 from lightning_dropreg.estimators.one_pass import without_pairs
 from lightning_dropreg.passes import Off, run_pass
 from lightning_dropreg.passes.structure import modules_below
-from lightning_dropreg.session.batch import Batch, Pairable, structure
+from lightning_dropreg.session.batch import Batch, Pairable, structure, with_loss
 
 __all__ = ["find_pairable", "signature"]
 
@@ -62,7 +62,7 @@ def find_pairable(
     except RowsNotFoundError:
         return None
     logged = batch.logs.last({batch.loss: paired}, pairs.share)
-    found = (paired, batch.isolation.outcome(cuts), logged, batch.with_loss(paired))
+    found = (paired, batch.isolation.outcome(cuts), logged, with_loss(batch.returned, paired))
     if not _alike(usual, found):
         return None
     return Pairable(layout, tuple(batch.logs.names()), structure(batch.returned))

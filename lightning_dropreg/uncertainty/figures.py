@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from lightning_dropreg.errors import InvalidArgumentError, MissingDependencyError
+from lightning_dropreg.checks import need_matplotlib
+from lightning_dropreg.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,13 +88,9 @@ def uncertainty_figure(
         InvalidArgumentError: If there are more than four names, or the shapes of the variances differ.
         MissingDependencyError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Figures need matplotlib, which is not installed. Install the extra `plot`: "
-            "pip install 'lightning-dropreg[plot]'."
-        ) from error
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
     if len(probabilities) > len(_STYLES):
         raise InvalidArgumentError(f"At most {len(_STYLES)} predictions can be told apart; found {len(probabilities)}.")
     both = variance is not None and first_order_variance is not None
