@@ -146,6 +146,16 @@ def test_times_to_a_metric_of_which_higher_is_better():
     assert choice(comparison, "strength=1,2")[0].startswith("Chosen by val_acc: strength=1 (0.9")
 
 
+def test_what_is_reached_in_the_time_of_dropout_is_told():
+    """The better one at equal epochs takes twice as long, and is the worse one at equal time."""
+    fit = lambda values, pace: FitResult(
+        "val_loss", min(values), 2, 2, 2, 2 * pace, history=[(n, v, n * pace) for n, v in enumerate(values, 1)]
+    )
+    found = [Run("dropout", 1, fit([0.9, 0.5], 1.0)), Run("strength=1", 1, fit([0.7, 0.4], 2.0))]
+    told = choice(Comparison(found, ["dropout", "strength=1"]), "strength=1,2")
+    assert "A fit took 2 times as long; in the time of dropout's it reached val_loss 0.7, dropout 0.5." in told
+
+
 def test_what_is_only_shown_makes_no_other_run(folder):
     plain, half, _ = varied(write("one.yaml", PENALTY), "strength=0.5,1")
     marks = lambda *shared: [each.fingerprint(1, shared) for each in (plain, half)]
