@@ -12,39 +12,7 @@ from torch.distributed.tensor import DTensor
 from lightning_dropreg.numerics.torch_private import norms_of
 from lightning_dropreg.session.stale import is_changed
 
-__all__ = ["EpochMeans", "Values", "norm_of"]
-
-
-class EpochMeans:
-    """Means over an epoch, for a tensor addition per step and value; Lightning's own cost a call of ``log`` each.
-
-    Example:
-        >>> means = EpochMeans(["loss", "explicit_penalty"])
-        >>> for loss in (1.0, 2.0):
-        ...     means.add({"loss": torch.tensor(loss)})
-        >>> means.take()
-        {'loss': tensor(1.5000), 'explicit_penalty': tensor(nan)}
-        >>> means.take()
-        {}
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._sums: dict[str, tuple[Tensor, int]] = {}
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add the values of one step."""
-        for name in self._names:
-            if name in values:
-                total, count = self._sums.get(name, (None, 0))
-                self._sums[name] = values[name] if total is None else total + values[name], count + 1
-
-    def take(self) -> dict[str, Tensor]:
-        """Return the means and start again; nan where there was no value, and nothing where there was none at all."""
-        sums, self._sums = self._sums, {}
-        if not sums:
-            return {}
-        return {n: sums[n][0] / sums[n][1] if n in sums else torch.tensor(torch.nan) for n in self._names}
+__all__ = ["Values", "norm_of"]
 
 
 class Values:
@@ -61,14 +29,18 @@ class Values:
     def __init__(self, trainer: Trainer, module: LightningModule, means: Iterable[str]) -> None:
         self.trainer = trainer
         self.module = module
-        self._means = EpochMeans(means)
+        self._averaged = list(means)
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._latest: dict[str, Tensor] = {}
         self._plain = not is_changed(module, LightningModule, "log")
 
     def add(self, values: Mapping[str, Tensor], always: bool = False) -> None:
         """Take scalars of one step, without graphs, by name: for its log (see `log`) and for the means."""
         self.log(values, always)
-        self._means.add(values)
+        for name in self._averaged:
+            if name in values:
+                total, count = self._sums.get(name, (None, 0))
+                self._sums[name] = values[name] if total is None else total + values[name], count + 1
 
     def log(self, values: Mapping[str, Tensor], always: bool = False) -> None:
         """Log the latest values where somebody reads them; one call of Lightning's ``log`` is a thousand of Python's.
@@ -90,12 +62,20 @@ class Values:
         self._latest.clear()
 
     def log_means(self) -> None:
-        """Log the means of loss and penalty since the last call, whatever ``log_every_n_steps`` is."""
-        together = self.trainer.world_size > 1
-        for name, mean in self._means.take().items():
-            value = mean.to(self.module.device)
+        """Log the means since the last call, whatever ``log_every_n_steps`` is: nan where there was no value.
+
+        Lightning's own means would cost a call of ``log`` in every step.
+        """
+        sums, self._sums = self._sums, {}
+        for name in self._averaged if sums else ():
+            total, count = sums.get(name, (torch.tensor(torch.nan), 1))
             self.module.log(
-                f"dropreg/{name}_epoch", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=together
+                f"dropreg/{name}_epoch",
+                (total / count).to(self.module.device),
+                on_step=False,
+                on_epoch=True,
+                batch_size=1,
+                sync_dist=self.trainer.world_size > 1,
             )
 
     @property
