@@ -233,9 +233,9 @@ MUTATIONS: dict[str, Row] = {
         "session/test_rows_measured.py -k 'do_not_stand'",
     ),
     "one pass": (
-        "estimators/one_pass.py",
-        "for half, step in ((plus, -self.step), (minus, self.step))",
-        "for half, step in ((plus, -self.step), (minus, -self.step))",
+        "estimators/pairs.py",
+        "for step in (-self.step, self.step)]",
+        "for step in (-self.step, -self.step)]",
         "estimators/test_one_pass.py -k chosen_ones",
     ),
     "nothing happens": (

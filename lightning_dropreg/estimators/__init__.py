@@ -17,7 +17,8 @@ from lightning_dropreg.estimators.double_backward import double_backward
 from lightning_dropreg.estimators.exact import exact
 from lightning_dropreg.estimators.forward import forward
 from lightning_dropreg.estimators.in_turn import antithetic_in_turn
-from lightning_dropreg.estimators.one_pass import Pairs, one_pass
+from lightning_dropreg.estimators.one_pass import one_pass
+from lightning_dropreg.estimators.pairs import Pairs
 from lightning_dropreg.estimators.r_drop import TwoDraws, two_draws
 
 __all__ = [

@@ -11,7 +11,6 @@ weights that its elements have in it; that of the chosen rows is the mean of the
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,108 +20,11 @@ from lightning_dropreg.estimators.antithetic import second_difference
 from lightning_dropreg.estimators.base import Estimate
 from lightning_dropreg.estimators.curvature import FULL, element_weights, pair_quadratic_form
 from lightning_dropreg.estimators.layout import Layout, RowAxis, RowsNotFoundError
-from lightning_dropreg.interception.sites import Site
+from lightning_dropreg.estimators.pairs import Pairs, PerturbPairs
 from lightning_dropreg.losses import Loss
-from lightning_dropreg.numerics.torch_private import assert_on_device
 from lightning_dropreg.passes import Closure, Directions, Pass, run_pass
 
-__all__ = ["Pairs", "one_pass", "without_pairs"]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The rows of a pass: those that stand alone, then ``count`` of one sign, then the same of the other.
-
-    Attributes:
-        single: Number of rows that stand alone.
-        count: Number of pairs.
-        clean: Whether the rows of the pairs stand alone as well, as the last of those: three times altogether.
-    """
-
-    single: int
-    count: int
-    clean: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Number of rows in the pass."""
-        return self.single + 2 * self.count
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """Number of the rows of each kind."""
-        return self.single, self.count, self.count
-
-    @property
-    def share(self) -> float:
-        """How many rows the batch has, as a fraction of those of the pass."""
-        return self._batch / self.rows
-
-    @property
-    def fraction(self) -> float:
-        """Fraction of the batch's rows that are in pairs."""
-        return self.count / self._batch
-
-    @property
-    def _batch(self) -> int:
-        return self.single if self.clean else self.single + self.count
-
-
-class PerturbPairs:
-    """``h (1 + step r)`` and ``h (1 - step r)`` for the two of every pair, ``h`` for the rows that stand alone."""
-
-    def __init__(self, directions: Directions, step: float, axes: tuple[RowAxis, ...], pairs: Pairs) -> None:
-        self.directions = directions
-        self.step = step
-        self.axes = axes
-        self.pairs = pairs
-        self._met = 0
-
-    def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.sites.Rule`."""
-        position, self._met = self._met, self._met + 1
-        axis = self._axis(position)
-        if position == 0:
-            self._check_pairs(axis, h)
-        shapes = []
-        for shape in (site.shape, site.mask_shape):
-            unfolded, dim = axis.unfold(shape, self.pairs.rows)
-            shapes.append((*unfolded[:dim], self.pairs.count, *unfolded[dim + 1 :]))
-        of_pairs = replace(site, shape=shapes[0], mask_shape=shapes[1])
-        return self._perturbed(axis, h, self.directions.draw(of_pairs, h))
-
-    def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
-        return self._perturbed(self._axis(index), h, self.directions.at(index))
-
-    def _check_pairs(self, axis: RowAxis, h: Tensor) -> None:
-        """Refuse a pass in which the two of a pair differ before anything is perturbed: rows depend on one another."""
-        _, plus, minus = axis.split(h.detach(), self.pairs.counts)
-        if h.device.type == "cpu" and torch.equal(plus, minus):
-            return
-        alike = ((plus - minus).abs() <= 1e-4 * plus.abs().amax()).all()
-        why = "The two of a pair differ where nothing is perturbed yet."
-        if h.device.type != "cpu":
-            assert_on_device(alike, why)  # reading it would stall the device
-        elif not alike:
-            raise RowsNotFoundError(why)
-
-    def _axis(self, position: int) -> RowAxis:
-        if position >= len(self.axes):
-            raise RowsNotFoundError(f"The step reaches more than the {len(self.axes)} dropout sites it had at first.")
-        return self.axes[position]
-
-    def _perturbed(self, axis: RowAxis, h: Tensor, direction: Tensor) -> Tensor:
-        pairs = self.pairs
-        shape, dim = axis.unfold(h.shape, pairs.rows)
-        if axis.size == 1:
-            shape, dim, direction = tuple(h.shape), axis.dim, direction.flatten(axis.dim, axis.dim + 1)
-        single, plus, minus = h.reshape(shape).split_with_sizes(pairs.counts, dim)
-        plus, minus = (  # 1 + step r and 1 - step r, each in one operation
-            (half * torch.rsub(direction, 1, alpha=step)).to(h.dtype)
-            for half, step in ((plus, -self.step), (minus, self.step))
-        )
-        return torch.cat([single, plus, minus], dim).reshape(h.shape)
+__all__ = ["one_pass", "without_pairs"]
 
 
 def one_pass(
@@ -156,21 +58,20 @@ def one_pass(
     """
     done = run_pass(closure, PerturbPairs(Directions(key, mask), step_size, layout.sites, pairs), record_losses=True)
     loss, weights = _balanced(done, layout, pairs)
-    penalty = None if curvature is None else loss.new_zeros(())
-    slope = loss.new_zeros(()) if noise else None
+    penalties, slopes = [], []
     for recorded, w, axis in zip(done.losses, weights, layout.losses, strict=True):
         chosen = w / pairs.fraction  # in the mean over the chosen rows alone
-        values = chosen * recorded.per_element(recorded.elements)
-        if penalty is not None and curvature == FULL:
+        if curvature == FULL:
+            values = chosen * recorded.per_element(recorded.elements)
             counts = (pairs.single - pairs.count, pairs.count, pairs.count, pairs.count)
             _, clean, plus, minus = axis.split(values, counts)
-            penalty = penalty + second_difference(plus, minus, clean, step_size).sum()
-        elif penalty is not None and curvature is not None:
-            penalty = penalty + _penalty(curvature, recorded, chosen, axis, pairs, step_size) / 2
-        if slope is not None:
-            _, plus, minus = axis.split(values, pairs.counts)
-            slope = slope + (plus.sum() - minus.sum()) / (2 * step_size)
-    return Estimate(loss, penalty, slope)
+            penalties.append(second_difference(plus, minus, clean, step_size).sum())
+        elif curvature is not None:
+            penalties.append(_penalty(curvature, recorded, chosen, axis, pairs, step_size) / 2)
+        if noise:
+            signs = _by_kind(len(w), axis, pairs, (0.0, 0.5 / step_size, -0.5 / step_size), w.dtype, w.device)
+            slopes.append(_sum(recorded, chosen * _beside(signs, w)))
+    return Estimate(loss, *(sum(each[1:], each[0]) if each else None for each in (penalties, slopes)))
 
 
 def without_pairs(closure: Closure, layout: Layout, pairs: Pairs) -> Tensor:
@@ -203,23 +104,34 @@ def _balanced(done: Pass, layout: Layout, pairs: Pairs) -> tuple[Tensor, list[Te
     for recorded, w, axis in zip(done.losses, weights, layout.losses, strict=True):
         if not recorded.is_mean:
             raise RowsNotFoundError(f"What the elements of {recorded.name} count is known for these rows only.")
-        share = _share(recorded.outputs.shape[0], axis, pairs, w.dtype, w.device).view(-1, *[1] * (w.ndim - 1))
+        paired = 0.0 if pairs.clean else 0.5
+        share = _beside(_by_kind(len(w), axis, pairs, (1.0, paired, paired), w.dtype, w.device), w)
         # a mean is over fewer rows without the second ones: what they weigh together stays
         mass = w if recorded.mass is None else w * recorded.mass
         once = (mass * share).sum()
         right = w * (mass.sum() / once.masked_fill(once == 0, 1.0))
-        loss = loss + ((right * share - w) * recorded.per_element(recorded.elements)).sum()
+        loss = loss + _sum(recorded, right * share - w)
         balanced.append(right)
     return loss, balanced
 
 
-@functools.lru_cache(maxsize=8)  # the same in every step
-def _share(count: int, axis: RowAxis, pairs: Pairs, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """How much each of so many examples is of one of the batch."""
-    share = torch.ones(count, dtype=dtype, device=device)
-    shape, dim = axis.unfold(share.shape, pairs.rows)
-    share.view(shape).narrow(dim, pairs.single, 2 * pairs.count).fill_(0.0 if pairs.clean else 0.5)
-    return share
+def _sum(loss: Loss, weights: Tensor) -> Tensor:
+    return loss.per_element(loss.elements).flatten().dot(weights.flatten())
+
+
+def _beside(of_examples: Tensor, weights: Tensor) -> Tensor:
+    """Numbers of examples, to be multiplied with what has one for every element."""
+    return of_examples if weights.ndim == 1 else of_examples.view(-1, *[1] * (weights.ndim - 1))
+
+
+@functools.lru_cache(maxsize=16)  # the same in every step
+def _by_kind(
+    count: int, axis: RowAxis, pairs: Pairs, values: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One number for each of so many examples: that of the kind that its row is of."""
+    rows = torch.repeat_interleave(torch.tensor(values, dtype=dtype), torch.tensor(pairs.counts))
+    shape, dim = axis.unfold((count,), pairs.rows)
+    return rows.unsqueeze(1 - dim).expand(shape).reshape(count).to(device)
 
 
 def _penalty(curvature: str, loss: Loss, weights: Tensor, axis: RowAxis, pairs: Pairs, step: float) -> Tensor:
@@ -227,9 +139,9 @@ def _penalty(curvature: str, loss: Loss, weights: Tensor, axis: RowAxis, pairs: 
     if curvature != "loss_hessian":  # which asks for no weight of an example
         of_batch = axis.split(weights.detach() * pairs.fraction, pairs.counts)[:2]
         loss.as_sum = loss.counts_as_sum(torch.cat(list(of_batch)))
-    parts = loss.parts(lambda values: axis.split(values, pairs.counts))
+    parts = loss.parts(lambda values: axis.split(values, pairs.counts)[1:])
     if parts is not None:
-        return pair_quadratic_form(curvature, parts[1], parts[2], axis.split(weights, pairs.counts)[1], step)
+        return pair_quadratic_form(curvature, *parts, axis.split(weights, pairs.counts)[1], step)
     # a loss that knows its examples only all together: the second of each pair in the place of the first, and no weight
     # for all others
     numbers = torch.arange(len(weights), device=weights.device)

@@ -39,7 +39,10 @@ def draw_rows(count: int, fraction: float, dim: int, key: int) -> tuple[Tensor, 
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(key))
     drawn = max(1, round(fraction * count))
-    return order[:drawn].sort().values, order[drawn:].sort().values
+    parts = order[:drawn], order[drawn:]
+    for part in parts:
+        part.numpy().sort()  # in place, in a fraction of the time of a small tensor's
+    return parts
 
 
 def select_rows(batch: Any, rows: Tensor, dim: int, count: int) -> Any:

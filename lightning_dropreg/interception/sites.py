@@ -59,22 +59,28 @@ class RepeatableRule(Rule, Protocol):
 class TracedRule(Protocol):
     """A rule as it stands in a compiled graph: what it keeps is tensors, and it takes note of nothing."""
 
-    def __call__(self, h: Tensor, p: float, mask_shape: tuple[int, ...], position: Tensor) -> Tensor:
-        """Return what takes the place of ``dropout(h)`` at the site number `position` (a scalar) of the pass."""
+    def __call__(self, h: Tensor, p: float, mask_shape: tuple[int, ...], position: Tensor, number: int) -> Tensor:
+        """Return what takes the place of ``dropout(h)``.
+
+        The site is number `position` (a scalar) of the pass, and `number` of the call of the compiled part.
+        """
 
 
 @runtime_checkable
 class TraceableRule(Rule, Protocol):
     """A rule that a compiled part of a model can follow inside its graph."""
 
-    def traced(self) -> TracedRule | None:
-        """Return what does in a graph what the rule does now; None if nothing does."""
+    def traced(self, first: int, count: int) -> TracedRule | None:
+        """Return what does in a graph, at `count` sites from number `first` on, what the rule does; None if nothing."""
 
     def meet(self, site: Site) -> None:
         """Take note of a site that a graph has reached, in order."""
 
-    def strong(self) -> TraceableRule:
-        """Return a rule of the same kind with noise of a key of its own, large enough to be seen in every value."""
+    def strong(self, first: int) -> TraceableRule:
+        """Return a rule of the same kind, for a pass that begins with site number `first` of this one.
+
+        Its noise has a key of its own and is large enough to be seen in every value.
+        """
 
 
 class Mode(Protocol):

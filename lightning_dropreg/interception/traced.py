@@ -75,6 +75,8 @@ class Traced(TorchFunctionMode):
         self.asks_callers = asks_callers
         self.written_out = False
         self.next = torch.tensor(first)
+        self._first = first
+        self._number = 0
         self.sites: list[Met] = []
         self.losses: list[Loss] = []
         self.resting: list[tuple[float, str]] = []
@@ -112,7 +114,8 @@ class Traced(TorchFunctionMode):
             return h
         self.sites.append(Met(p, tuple(h.shape), tuple(mask_shape), self._kind or kind, is_in_bfloat16(h)))
         position, self.next = self.next, self.next + 1
-        dropped = self.rule(h.clone() if inplace else h, p, mask_shape, position)
+        number, self._number = self._number, self._number + 1
+        dropped = self.rule(h.clone() if inplace else h, p, mask_shape, position, number)
         return h.copy_(dropped) if inplace else dropped
 
     def at_rest(self, p: float, kind: str) -> None:
@@ -148,6 +151,7 @@ class Traced(TorchFunctionMode):
     def replaying(self, start: int) -> Traced:
         """Return what does again what this did from site number `start` on."""
         replay = Traced(self.rule, start, self.record_losses, self.ignores_attention, self.asks_callers)
+        replay._number = start - self._first
         replay.checkpoints = 1
         return replay
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,11 +53,15 @@ class Loss(ABC):
         value: The same as `function`, of losses whose `function` refuses because its Hessian says nothing.
         as_sum: Whether an example's loss is the sum of its elements, as the whole batch has shown; None where these are
             the elements of a whole batch, which show it themselves (`counts_as_sum`).
+        end: The node of the autograd graph at which the loss function ended in a sum or mean; None if elsewhere.
+        denominator: What it divided the sum by.
     """
 
     is_mean = False
     as_sum: Tensor | None = None
     mass: Tensor | None = None
+    end: Any = None
+    denominator: Tensor | float = 1.0
     logits: Tensor | None
 
     def __init__(self, name: str, outputs: Tensor, elements: Tensor, function: Callable[[Tensor], Tensor]) -> None:
@@ -241,11 +246,15 @@ def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str)
     return "sum" if size_average is False else "mean"
 
 
-def reduced(elements: Tensor, reduction: str, denominator: Tensor | float) -> Tensor:
-    """Reduce as torch does, with `denominator` for the mean."""
+def reduced(loss: Loss, reduction: str, denominator: Tensor | float) -> Tensor:
+    """Reduce the elements of `loss` as torch does, with `denominator` for the mean."""
     if reduction == "none":
-        return elements.clone()  # the user may go on in place, and ours must stay what they are
-    return elements.sum() if reduction == "sum" else divided(elements.sum(), denominator)
+        return loss.elements.clone()  # the user may go on in place, and ours must stay what they are
+    value = loss.elements.sum()
+    if reduction != "sum":
+        value, loss.denominator = divided(value, denominator), denominator
+    loss.end = value.grad_fn
+    return value
 
 
 def classes_last(values: Tensor, classes: int) -> Tensor:

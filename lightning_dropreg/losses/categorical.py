@@ -5,7 +5,6 @@ All have the Hessian ``s (diag(p) - p p^T)`` with ``p = softmax(z)``, one exampl
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -120,7 +119,8 @@ class CategoricalLoss(Loss):
         logits = None if behind is None else split(behind)
         parts: list[Loss] = []
         for number, (outputs, elements, scale, counted) in enumerate(zip(*map(split, tensors), strict=True)):
-            part = copy.copy(self)
+            part = object.__new__(type(self))  # copy.copy takes ten times as long
+            part.__dict__.update(self.__dict__)
             part.outputs, part.elements, part.scale, part.counted = outputs, elements, scale, counted
             if self.logits is not None:
                 part.logits = outputs if logits is None else logits[number]
@@ -248,7 +248,7 @@ def _categorical(
     loss.labels_are_given = not soft and weight is None
     if log_probabilities:
         loss.logits = None
-    return reduced(elements, reduction, denominator), loss
+    return reduced(loss, reduction, denominator), loss
 
 
 def cross_entropy(
@@ -312,4 +312,4 @@ def kl_div(
         loss.check()
     if reduction == "batchmean":
         return elements.sum() / input.shape[0], loss
-    return reduced(elements, reduction, float(max(elements.numel(), 1))), loss
+    return reduced(loss, reduction, float(max(elements.numel(), 1))), loss

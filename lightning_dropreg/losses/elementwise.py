@@ -112,7 +112,7 @@ def _loss(
     loss = kind(name, outputs, elements, function, second_derivative, of_means(reduction))
     loss.mass, loss.is_mean = (mass if reduction == "mean" else None), reduction == "mean"
     count = float(max(elements.numel(), 1)) if mass is None else mass.sum()
-    return reduced(elements, reduction, count), loss
+    return reduced(loss, reduction, count), loss
 
 
 def _residual(input: Tensor, target: Tensor) -> tuple[Tensor, torch.Size]:
@@ -218,7 +218,7 @@ def l1_loss(
     loss.value = distance
     loss.mass, loss.is_mean = (weights if reduction == "mean" else None), reduction == "mean"
     count = float(max(elements.numel(), 1)) if weights is None else weights.sum()
-    return reduced(elements, reduction, count), loss
+    return reduced(loss, reduction, count), loss
 
 
 def binary_cross_entropy_with_logits(
@@ -384,7 +384,7 @@ def gaussian_nll_loss(
     elements = function(outputs).reshape(checked.shape)
     name = "gaussian_nll_loss with a trained variance"
     loss = MeanAndVarianceLoss(name, outputs, elements, function, of_means(reduction))
-    return reduced(elements, reduction, float(max(elements.numel(), 1))), loss
+    return reduced(loss, reduction, float(max(elements.numel(), 1))), loss
 
 
 def _detached(value: Tensor | float) -> Tensor | float:

@@ -89,31 +89,31 @@ class _Variance(torch.autograd.Function):
             for start in range(0, len(a), rows):
                 part = slice(start, start + rows)
                 values[part], grad_a[part], grad_b[part] = _variances(a[part], b[part], scale[part], step)
-        ctx.save_for_backward(grad_a, grad_b, values)
+        ctx.save_for_backward(grad_a, grad_b, values if ctx.needs_input_grad[2] else None)
         return (values * scale).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_a, grad_b, values = ctx.saved_tensors
-        return grad_a * grad, grad_b * grad, values * grad, None
+        return grad_a * grad, grad_b * grad, None if values is None else values * grad, None
 
 
 def _variances(a: Tensor, b: Tensor, scale: Tensor, step: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """The variances of some rows, and the gradients of their sum in `a` and `b`."""
     dtype = noise_dtype(a.dtype)
     z, u = a.to(dtype), b.to(dtype)
-    if step is not None:
-        z, u = (z + u).mul_(0.5), (z - u).mul_(0.5 / step)
+    size = 1.0
+    if step is not None:  # the difference is left as it is, and its variance divided
+        z, u, size = (z + u).mul_(0.5), z - u, 0.25 / step**2
     # a class that is masked out with -inf has no change; what is no number in z is none in p
     p, u = z.softmax(-1), torch.nan_to_num(u, nan=0.0, out=None if step is None else u)
     d = u - (p * u).sum(-1, keepdim=True)
     pd = p * d
     v = (pd * d).sum(-1, keepdim=True)
-    weight = scale.to(dtype).unsqueeze(-1)
-    by_z = d.mul_(pd).sub_(p.mul_(v)).mul_(weight)
+    weight = scale.to(dtype).unsqueeze(-1) * size
+    by_z = d.mul_(pd).addcmul_(p, v, value=-1).mul_(weight)
     by_u = pd.mul_(2 * weight)
     if step is not None:
-        by_z, by_u = by_z.mul_(0.5), by_u.mul_(0.5 / step)
-        by_z, by_u = torch.add(by_z, by_u, out=p), by_z.sub_(by_u)
-    return v.squeeze(-1), by_z.to(a.dtype), by_u.to(b.dtype)
+        by_z, by_u = torch.add(by_u, by_z, alpha=0.5, out=p), by_z.mul_(0.5).sub_(by_u)
+    return v.squeeze(-1) * size, by_z.to(a.dtype), by_u.to(b.dtype)

@@ -108,13 +108,15 @@ class Holders:
     def copies(self, states: Sequence[ModuleState]) -> list[ModuleState]:
         """Return copies that changes in place do not reach; what shares memory with a parameter moves with it."""
         memo: dict[int, Any] = {}
-        for state in states:
+        plain = {id(self.states[number]) for number in self._plain}  # most, and known to be
+        copied = {id(state): state for state in states if id(state) not in plain and not state.is_plain}
+        for state in copied.values():
             for tensor in state.tensors:
                 if _storage(tensor) in self._of_parameters:
                     memo[id(tensor)] = tensor, tensor
-        buffers = [{k: copy_of(v, memo) for k, v in state.buffers.items()} for state in states]  # first: views follow
-        pairs = zip(states, buffers, strict=True)
-        return [state if state.is_plain else state.fresh(memo, own) for state, own in pairs]
+        # buffers first: views follow
+        buffers = {key: {k: copy_of(v, memo) for k, v in state.buffers.items()} for key, state in copied.items()}
+        return [state.fresh(memo, buffers[id(state)]) if id(state) in copied else state for state in states]
 
     @functools.cached_property
     def _of_parameters(self) -> frozenset[int]:

@@ -84,6 +84,7 @@ class Isolation:
         self._ends: list[list[ModuleState]] = []
         self._end_random: RandomState | None = None
         self._untouched = True
+        self._stands = False  # as the one run that counts has left everything
 
     def __enter__(self) -> Isolation:
         """Remember the state in which every run starts."""
@@ -104,17 +105,23 @@ class Isolation:
         """Leave the state of one step."""
         self.settle()
 
-    def run(self, step: Callable[[], T], trace: bool = True, cuts: Sequence[Callable[[], None]] = ()) -> T:
+    def run(
+        self, step: Callable[[], T], trace: bool = True, cuts: Sequence[Callable[[], None]] = (), alone: bool = False
+    ) -> T:
         """Call `step`, starting from the state at the beginning of the batch.
 
         Args:
             step: The step; called with no arguments.
             trace: Whether this run counts for the state that is left in the end.
             cuts: A run that did the work of several leaves the state that each of these makes of its own.
+            alone: Whether it is to be the only one that counts, so that its state stands as it is. Nothing of the
+                user's may run until the next run, or the end.
 
         Returns:
             What `step` returned.
         """
+        if self._stands:
+            self._note_end()
         if not (trace and self._untouched):
             self.holders.structure.restore()
             # the first run that counts works on the objects themselves, the others on copies
@@ -129,12 +136,17 @@ class Isolation:
             cuts = ()
             raise
         finally:
-            if trace:
-                assert self._start_random is not None
-                self._end_random = self._end_random or self._start_random.again()
-                self._end_structure = self._end_structure or self._structure_now()
-                self._ends += self._cut(cuts) if cuts else [self.holders.now()]
+            self._stands = trace and alone and not cuts and not self._ends
+            if trace and not self._stands:
+                self._note_end(cuts)
         return result
+
+    def _note_end(self, cuts: Sequence[Callable[[], None]] = ()) -> None:
+        assert self._start_random is not None
+        self._stands = False
+        self._end_random = self._end_random or self._start_random.again()
+        self._end_structure = self._end_structure or self._structure_now()
+        self._ends += self._cut(cuts) if cuts else [self.holders.now()]
 
     def _cut(self, cuts: Sequence[Callable[[], None]]) -> list[list[ModuleState]]:
         whole, ends = self.holders.now(), []
@@ -168,6 +180,7 @@ class Isolation:
 
     def restart(self) -> None:
         """Forget the runs so far: the next one is the first."""
+        self._stands = False
         for original, start in zip(self._original, self.holders.copies(self._start), strict=True):
             for name, buffer in original.buffers.items():
                 before = start.buffers[name]
@@ -179,6 +192,8 @@ class Isolation:
 
     def settle(self) -> None:
         """Put the state that one step leaves in place: nothing has happened if no run counted."""
+        if self._stands:
+            return
         (self._end_structure or self.holders.structure).restore()
         if self._ends:
             memo: dict[tuple[int, ...], Any] = {}

@@ -60,6 +60,7 @@ class Part:
         self._call: Callable[..., Any] = module.__dict__[self._attribute]
         self._known: dict[Any, list[Any]] = {}
         self._sizes: dict[Any, set[Any]] = {}
+        self._counts: dict[Any, int] = {}
         self._surprises = 0
         self._asks_callers = False
         self._breaks: set[str] = set()
@@ -107,7 +108,7 @@ class Part:
         if not modes or isinstance(modes[-1], Traced):
             return self._call(*args, **kwargs)
         mode = modes[-1]
-        rule = mode.rule.traced() if isinstance(mode.rule, TraceableRule) and _is_plain(mode) else None
+        rule = mode.rule.traced(0, 0) if isinstance(mode.rule, TraceableRule) and _is_plain(mode) else None
         if rule is None or self.refused is not None:
             with uncompiled():
                 return self._call(*args, **kwargs)
@@ -118,7 +119,7 @@ class Part:
             if self.refused is not None:
                 self._warn()
                 return self.call(args, kwargs)
-        traced = self._traced(mode, mode.position)
+        traced = self._traced(mode, mode.position, kind)
         try:
             with modes_aside(Interception), compiled(), entered(traced):
                 output = self._call(*args, **kwargs)
@@ -168,9 +169,9 @@ class Part:
     def _path(self) -> str:
         return self.name.removesuffix("._orig_mod") or "The module itself"
 
-    def _traced(self, mode: Interception, first: int) -> Traced:
+    def _traced(self, mode: Interception, first: int, kind: Any) -> Traced:
         assert isinstance(mode.rule, TraceableRule)
-        rule = mode.rule.traced()
+        rule = mode.rule.traced(first, self._counts[kind])
         assert rule is not None
         return Traced(rule, first, mode.record_losses, mode.ignores_attention, self._asks_callers)
 
@@ -191,18 +192,19 @@ class Part:
 
         def as_written() -> _Outcome:
             given = _copied((args, kwargs))
-            with uncompiled(), Interception(rule.strong(), **options) as seen:
+            with uncompiled(), Interception(rule.strong(mode.position), **options) as seen:
                 output = self._call(*given[0], **given[1])
             sites = [Met(s.p, s.shape, s.mask_shape, s.kind) for s in seen.sites]
+            self._counts[kind] = max(len(sites), self._counts.get(kind, 0))
             self._asks_callers = any(site.kind == "stochastic_depth" for site in sites)
             return _Outcome(sites, seen.inactive, seen.losses, output, self._gradients(given, output))
 
         def in_graph() -> _Outcome:
             given = _copied((args, kwargs))
-            with Interception(rule.strong(), **options) as strong:
+            with Interception(rule.strong(mode.position), **options) as strong:
                 pass
             strong.ignores_attention = mode.ignores_attention
-            traced = self._traced(strong, 0)
+            traced = self._traced(strong, 0, kind)
             before = graph_breaks()
             with compiled(), entered(traced):
                 output = self._call(*given[0], **given[1])

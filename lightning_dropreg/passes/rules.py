@@ -36,14 +36,14 @@ class Off:
         """See `lightning_dropreg.interception.sites.RepeatableRule`."""
         return h
 
-    def traced(self) -> TracedOff:
+    def traced(self, first: int, count: int) -> TracedOff:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
         return TracedOff()
 
     def meet(self, site: Site) -> None:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
 
-    def strong(self) -> Off:
+    def strong(self, first: int) -> Off:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
         return Off()
 
@@ -71,7 +71,7 @@ class Perturb:
         perturbed = h * torch.rsub(direction, 1, alpha=-self.step)  # 1 + step r at once
         return perturbed if perturbed.dtype == h.dtype else perturbed.to(h.dtype)
 
-    def traced(self) -> TracedPerturb | None:
+    def traced(self, first: int, count: int) -> TracedPerturb | None:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
         if type(self) is not Perturb or type(self.directions) is not Directions:
             return None  # other noise
@@ -81,7 +81,7 @@ class Perturb:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
         self.directions.meet(site)
 
-    def strong(self) -> Perturb:
+    def strong(self, first: int) -> Perturb:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
         return Perturb(Directions(0, self.directions.mask), 1.0)
 
@@ -190,7 +190,7 @@ class Drop:
         kept = uniform < 1 - site.p if self.mirrored else uniform >= site.p
         return h * kept.to(h.dtype).div_(1 - site.p)
 
-    def traced(self) -> TracedDrop:
+    def traced(self, first: int, count: int) -> TracedDrop:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
         return TracedDrop(self.key, self.mirrored)
 
@@ -198,7 +198,7 @@ class Drop:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
         self.sites.append(site)
 
-    def strong(self) -> Drop:
+    def strong(self, first: int) -> Drop:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
         return Drop(0, self.mirrored)
 

@@ -20,7 +20,7 @@ __all__ = ["TracedDrop", "TracedOff", "TracedPerturb"]
 class TracedOff:
     """No dropout; see `lightning_dropreg.passes.rules.Off`."""
 
-    def __call__(self, h: Tensor, p: float, mask_shape: tuple[int, ...], position: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, p: float, mask_shape: tuple[int, ...], position: Tensor, number: int) -> Tensor:
         """See `lightning_dropreg.interception.sites.TracedRule`."""
         return h
 
@@ -33,7 +33,7 @@ class TracedPerturb:
         self.step = torch.tensor(step, dtype=torch.float64)
         self.elementwise = mask == "elementwise"
 
-    def __call__(self, h: Tensor, p: float, mask_shape: tuple[int, ...], position: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, p: float, mask_shape: tuple[int, ...], position: Tensor, number: int) -> Tensor:
         """See `lightning_dropreg.interception.sites.TracedRule`."""
         shape = tuple(h.shape) if self.elementwise else mask_shape
         r: Tensor = keyed_signs(self.key, position, shape, noise_dtype(h.dtype), h.device) * math.sqrt(p / (1 - p))
@@ -47,7 +47,7 @@ class TracedDrop:
         self.key = torch.tensor(key)
         self.mirrored = mirrored
 
-    def __call__(self, h: Tensor, p: float, mask_shape: tuple[int, ...], position: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, p: float, mask_shape: tuple[int, ...], position: Tensor, number: int) -> Tensor:
         """See `lightning_dropreg.interception.sites.TracedRule`."""
         uniform: Tensor = keyed_uniforms(self.key, position, mask_shape, torch.float32, h.device)
         kept = uniform < 1 - p if self.mirrored else uniform >= p

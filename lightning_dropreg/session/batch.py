@@ -249,7 +249,8 @@ class Batch(BatchRunner):
             with self.logs.run(keep=trace):
                 return self.arguments.call(follow(step), original=trace and batch is None, batch=batch)
 
-        output, changed = self.isolation.run(collecting, trace, cuts)
+        # what counts of another batch is the one pass over its rows and some of them again
+        output, changed = self.isolation.run(collecting, trace, cuts, alone=batch is not None)
         self.modified += [place for place in changed if place not in self.modified]
         return output
 

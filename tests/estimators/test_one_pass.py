@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dropreg as dr
-from lightning_dropreg.estimators import Pairs, antithetic, one_pass
+from lightning_dropreg.estimators import Pairs, antithetic, one_pass, pairs
 from lightning_dropreg.estimators.layout import Layout, RowAxis, RowsNotFoundError, find_layout
 from lightning_dropreg.paper.models import LSTMLanguageModel, TransformerLanguageModel
 from lightning_dropreg.passes import Off, run_pass
@@ -71,6 +71,13 @@ ROW_LOSSES = {
 }
 
 
+@pytest.fixture(params=["one factor", "factors of the pairs"])
+def _factors(request, monkeypatch):
+    """Small tensors and large ones."""
+    monkeypatch.setattr(pairs, "_SMALL", 10**9 * (request.param == "one factor"))
+
+
+@pytest.mark.usefixtures("_factors")
 @pytest.mark.parametrize("loss", ROW_LOSSES)
 @pytest.mark.parametrize("make", [TimeFirst, Flat])
 def test_it_is_the_loss_of_all_rows_and_the_estimate_on_the_chosen_ones(make, loss):

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_dropreg import recognize
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, UnsupportedOperationError
-from lightning_dropreg.estimators.curvature import matrix
+from lightning_dropreg.estimators.curvature import element_weights, matrix
 from lightning_dropreg.functional import explicit_penalty, plain_loss
 from lightning_dropreg.inspection.first_step import all_at_once, inspect_step
 from lightning_dropreg.interception.mode import Interception
@@ -66,6 +66,20 @@ def test_against_the_hessian_of_the_whole_loss(name, reduction):
     torch.testing.assert_close(gradients(exact, model.parameters), gradients(expected, model.parameters))
     torch.testing.assert_close(plain_loss(model.closure), model.scalar(model.loss, model.outputs(1.0)))
     assert exact > 0 or name == "gaussian_trained_variance"
+
+
+@pytest.mark.parametrize("name", LOSS_TABLE)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_weights_of_a_loss_returned_as_it_is(name, reduction):
+    """They are known without a backward, unless somebody has hung something on the loss."""
+    z = torch.randn(T, C, requires_grad=True)
+    with Interception(lambda site, h: h, record_losses=True) as mode:
+        total = LOSS_TABLE[name](z, reduction)
+    (known,) = element_weights(total, mode.losses)
+    (asked,) = element_weights(total * 1, mode.losses)
+    torch.testing.assert_close(known, asked)
+    total.register_hook(lambda gradient: 3 * gradient)
+    torch.testing.assert_close(element_weights(total, mode.losses)[0], 3 * asked)
 
 
 @pytest.mark.parametrize("name", LOSS_TABLE)

@@ -77,3 +77,22 @@ def test_what_has_not_changed_is_not_looked_for_again():
     net[1].count = 3
     assert third.again().modules is third.modules
     assert third.again().states[third.all.index(net[1])].attributes["count"] == 3
+
+
+def test_a_run_alone_stands_until_another_follows():
+    """Its end is noted only then; random numbers and state are those that it left."""
+    found = []
+    for alone in (False, True):
+        for others in (0, 1):
+            net = Net().train()
+            net.norms = [nn.BatchNorm1d(2)]
+            torch.manual_seed(0)
+            with Isolation(net, reach=Reach({"self": net})) as isolation:
+                isolation.run(lambda net=net: net(torch.rand(4, 2)), alone=alone)
+                for _ in range(others):
+                    isolation.run(lambda net=net: (net(torch.rand(9, 2)), setattr(net, "more", 1)), trace=False)
+            found.append((net.body[1].calls, net.norms[0].running_mean.clone(), torch.rand(1), hasattr(net, "more")))
+    for each in found:
+        torch.testing.assert_close(each, found[0])
+    assert found[0][0] == 1
+    assert not found[0][3]

@@ -98,7 +98,8 @@ def test_dropout_in_compiled_parts(method, how, recwarn):
         return
     assert not warned
     # both parts share the graphs of their class: one for each rule, and for batches of another size
-    assert len(GRAPHS) <= 4  # torch 2.14 takes one size more for fixed at first
+    # torch 2.14 takes one size more for fixed at first; rows that are there twice have a rule of their own
+    assert len(GRAPHS) <= 4 + (method == "some rows")
     assert not counters["graph_break"]
     assert len(RUNS) >= 8  # in all four steps
 

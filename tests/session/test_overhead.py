@@ -35,8 +35,8 @@ class Operations(Callback):
             self._mode.__exit__(None, None, None)
 
 
-def operations(callbacks, p=0.4, **options):
-    watch = Operations()
+def operations(callbacks, p=0.4, step=1, **options):
+    watch = Operations(step)
     trainer = make_trainer([*callbacks, watch], log_every_n_steps=100, **options)
     trainer.fit(Classifier(p), make_loader())
     return watch.names
@@ -95,3 +95,10 @@ def test_values_are_logged_where_they_are_read():
     # 0: the first; 1, 3, 5: the logger's; 4: the end of the epoch; 6: of the fit
     assert model.steps == [0, 1, 3, 4, 5, 6]
     assert trainer.callback_metrics["dropreg/explicit_penalty"] > 0
+
+
+def test_operations_of_a_step_on_some_rows_within_the_pass():
+    """A limit, so that they do not grow unseen; in step 3 nothing is looked at again."""
+    options = {"batch_fraction": 0.5, "estimator": "antithetic"}
+    economical = operations([dr.ExplicitPenalty(**options), dr.ImplicitNoise(**options)], step=3)
+    assert 100 < len(economical) - len(operations([], 0.0, step=3)) < 205
