@@ -141,7 +141,8 @@ def _penalty(curvature: str, loss: Loss, weights: Tensor, axis: RowAxis, pairs: 
         loss.as_sum = loss.counts_as_sum(torch.cat(list(of_batch)))
     parts = loss.parts(lambda values: axis.split(values, pairs.counts)[1:])
     if parts is not None:
-        return pair_quadratic_form(curvature, *parts, axis.split(weights, pairs.counts)[1], step)
+        up, down = parts
+        return pair_quadratic_form(curvature, up, down, axis.split(weights, pairs.counts)[1], step)
     # a loss that knows its examples only all together: the second of each pair in the place of the first, and no weight
     # for all others
     numbers = torch.arange(len(weights), device=weights.device)
