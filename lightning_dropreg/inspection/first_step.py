@@ -234,7 +234,9 @@ def check_finite(values: Mapping[str, Tensor | None], closure: Closure, where: s
     Raises:
         NonFinitePenaltyError: If a value is NaN or infinite.
     """
-    bad = [name for name, v in values.items() if v is not None and v.is_cpu and not math.isfinite(v.item())]
+    bad = [
+        name for name, v in values.items() if v is not None and v.device.type == "cpu" and not math.isfinite(v.item())
+    ]
     if not bad:
         return
     watch = _Watch()
