@@ -12,6 +12,7 @@ from lightning_dropreg.estimators.curvature import FULL, element_weights, pair_q
 from lightning_dropreg.estimators.fixed import check_fixed
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.passes import Closure, Directions, Off, Pass, Perturb, run_pass
+from lightning_dropreg.passes.directions import SAME_EVERY_TIME
 
 __all__ = ["antithetic", "check_pair_of_steps", "combine", "second_difference"]
 
@@ -167,6 +168,5 @@ def _check_pair(plus: Pass, minus: Pass) -> None:
     kinds = [[(loss.name, loss.outputs.shape) for loss in one.losses] for one in (plus, minus)]
     if kinds[0] != kinds[1]:
         raise InconsistentPassesError(
-            f"The two passes over this batch computed different losses: {kinds[0]} and {kinds[1]}. The training step "
-            "must do the same thing every time it is called with the same batch and the same random state."
+            f"The two passes over this batch computed different losses: {kinds[0]} and {kinds[1]}. {SAME_EVERY_TIME}"
         )

@@ -27,6 +27,7 @@ from lightning_dropreg.estimators.curvature import element_weights
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.numerics.noise import draw_key, of_this_rank
 from lightning_dropreg.passes import Closure, draws_of_dropout, run_pass
+from lightning_dropreg.passes.directions import SAME_EVERY_TIME
 from lightning_dropreg.passes.isolation import Isolation
 
 __all__ = ["RDropped", "TwoDraws", "r_drop", "two_draws"]
@@ -64,8 +65,7 @@ def two_draws(closure: Closure, *, key: int) -> TwoDraws:
     kinds = [[(loss.name, loss.outputs.shape) for loss in done.losses] for done in (one, two)]
     if kinds[0] != kinds[1]:
         raise InconsistentPassesError(
-            f"The two draws over this batch computed different losses: {kinds[0]} and {kinds[1]}. The training step "
-            "must do the same thing every time it is called with the same batch and the same random state."
+            f"The two draws over this batch computed different losses: {kinds[0]} and {kinds[1]}. {SAME_EVERY_TIME}"
         )
     weights = [element_weights(done.loss, done.losses) for done in (one, two)]
     divergence = one.loss.new_zeros(())

@@ -12,12 +12,13 @@ from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.dtypes import noise_dtype
 from lightning_dropreg.numerics.noise import KeyedGenerators, random_signs
 
-__all__ = ["Directions"]
+__all__ = ["SAME_EVERY_TIME", "Directions"]
 
-_SAME_EVERY_TIME = (
+SAME_EVERY_TIME = (
     "The training step must do the same thing every time it is called with the same batch; what it decides at random "
     "must be drawn from torch's, numpy's or Python's global random state, which is put back between passes."
 )
+"""What a step must keep to, for messages."""
 
 
 class Directions:
@@ -54,7 +55,7 @@ class Directions:
         if self._next != len(self._sites):
             raise InconsistentPassesError(
                 f"The first pass over this batch reached {len(self._sites)} dropout sites, a later one {self._next}. "
-                f"{_SAME_EVERY_TIME}"
+                f"{SAME_EVERY_TIME}"
             )
         self._next = 0
         self._complete = True
@@ -78,13 +79,13 @@ class Directions:
             if (first.p, first.shape, first.kind) != (site.p, site.shape, site.kind):
                 raise InconsistentPassesError(
                     f"Dropout site number {position} was {first} in the first pass over this batch and {site} in a "
-                    f"later one. {_SAME_EVERY_TIME}"
+                    f"later one. {SAME_EVERY_TIME}"
                 )
             return position
         if self._complete:
             raise InconsistentPassesError(
                 f"The first pass over this batch reached {len(self._sites)} dropout sites, a later one also {site}. "
-                f"{_SAME_EVERY_TIME}"
+                f"{SAME_EVERY_TIME}"
             )
         self._sites.append(site)
         return position

@@ -27,6 +27,7 @@ from lightning_dropreg.errors import InconsistentPassesError
 from lightning_dropreg.interception.checkpointing import in_checkpointed_region
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.context import holding
+from lightning_dropreg.passes.directions import SAME_EVERY_TIME
 from lightning_dropreg.passes.randomness import RandomState
 from lightning_dropreg.passes.rules import Drop, draws_of_dropout
 from lightning_dropreg.passes.run import Closure, Pass, run_pass
@@ -151,8 +152,7 @@ class _Tape(TorchFunctionMode):
         if func != known:  # two of a property are equal, not the same
             raise InconsistentPassesError(
                 f"The first pass over this batch called {getattr(known, '__name__', known)} where a later one called "
-                f"{getattr(func, '__name__', func)}. The training step must do the same thing every time it is called "
-                "with the same batch and the same random state."
+                f"{getattr(func, '__name__', func)}. {SAME_EVERY_TIME}"
             )
         return result
 
@@ -223,8 +223,7 @@ class _LastOnly:
         if [(s.p, s.shape, s.kind) for s in known] != [(site.p, site.shape, site.kind)]:
             raise InconsistentPassesError(
                 f"Dropout site number {index + self._start} was {known or 'none'} in the first pass over this batch "
-                f"and {site} in a later one. The training step must do the same thing every time it is called with "
-                "the same batch and the same random state."
+                f"and {site} in a later one. {SAME_EVERY_TIME}"
             )
         return self.again(index, h)
 
