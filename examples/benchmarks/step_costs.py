@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from statistics import median
 from typing import Any
 
 import lightning as L
@@ -94,7 +95,7 @@ def report(made: Records) -> None:
         return
     models = {line["model"]: {cost["method"]: cost["rounds"] for cost in line["costs"]} for line in made.lines}
     lines = [
-        "One optimization step as a ratio to a dropout step, one interleaved run for each model, one thread,",
+        "One optimization step as a ratio to a dropout step, one interleaved run, one thread,",
         "processor time: median over four rounds, lowest and highest round.",
         "",
         f"| method | {' | '.join(models)} |",
@@ -104,7 +105,7 @@ def report(made: Records) -> None:
         cells = []
         for rounds in models.values():
             pairs = zip(rounds[method], rounds["dropout"], strict=True)
-            ratios = sorted(sum(own) / sum(plain) for own, plain in pairs)
-            cells.append(f"{ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+            ratios = [sum(own) / sum(plain) for own, plain in pairs]
+            cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     write(made.path.parent / "step_costs.md", lines, made.lines)
