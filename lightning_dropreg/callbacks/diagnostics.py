@@ -43,6 +43,7 @@ from lightning_dropreg.passes.batches import fresh_batch
 from lightning_dropreg.session.configured import configured
 from lightning_dropreg.session.logs import LogCollector
 from lightning_dropreg.session.others import goes_before_finders, is_resuming
+from lightning_dropreg.session.problems import changed_parameters, fingerprints
 from lightning_dropreg.session.session import Session, own_step
 from lightning_dropreg.step.plan import Plan
 
@@ -257,7 +258,7 @@ class DropoutDiagnostics(SpellsArguments, Callback):
             "module": module,
             "reduce": _averaging(trainer),
         }
-        noise = penalty = None
+        noise, penalty, before = None, None, fingerprints(module)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         try:
             with torch.enable_grad():
@@ -276,6 +277,8 @@ class DropoutDiagnostics(SpellsArguments, Callback):
             self._held = None if self.batch == "current" else self._held
             rank_zero_warn(f"DropoutDiagnostics: no dropout in the batch of step {trainer.global_step}; not measured.")
             return
+        for problem in changed_parameters(module, before):
+            raise problem
         diagnosis = Diagnosis(
             effect,
             noise,

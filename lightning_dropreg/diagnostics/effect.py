@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lightning_dropreg.diagnostics.directions import DropoutDirections, PerturbOne
 from lightning_dropreg.diagnostics.sampling import OnDraw, Probe, measure_draws
 from lightning_dropreg.diagnostics.statistics import Interval, jackknife_interval, mean_interval
-from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError
+from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, UnsupportedSiteError
 from lightning_dropreg.estimators.antithetic import combine
 from lightning_dropreg.estimators.curvature import OF_OUTPUTS, element_weights
 from lightning_dropreg.interception.sites import Site
@@ -278,7 +278,15 @@ class EffectProbe(Probe):
         """``s`` of the sites on the path."""
         chosen = range(len(self.sites)) if only is None else [only]
         slopes = [(i, self._slopes[i]) for i in chosen]
-        return sum(float((slope * directions.at(i)).sum()) for i, slope in slopes if slope is not None)
+        try:
+            return sum(float((slope * directions.at(i)).sum()) for i, slope in slopes if slope is not None)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise UnsupportedSiteError(
+                "A dropout is called inside torch.vmap, where each slice has a slope of its own that cannot be had "
+                "outside of it. Call the dropout outside of vmap, on the whole tensor."
+            ) from error
 
 
 class _Look(Tap):

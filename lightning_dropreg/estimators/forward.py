@@ -30,13 +30,16 @@ def forward(closure: Closure, *, curvature: str | None, noise: bool, step_size: 
 
     Raises:
         UnsupportedOperationError: If an operation of the model has no forward-mode formula.
+        RuntimeError: If the step raises it for other reasons.
     """
     directions = Directions(key, mask)
     rule = TappedTangent(directions) if curvature == FULL else Tangent(directions)
     with forward_ad.dual_level():
         try:
             done = run_pass(closure, rule, record_losses=curvature is not None and curvature != FULL)
-        except NotImplementedError as error:
+        except RuntimeError as error:  # in torch.vmap it is a batching rule that lacks
+            if not (isinstance(error, NotImplementedError) or "Batching rule" in str(error)):
+                raise
             raise UnsupportedOperationError(
                 f"The model has an operation without a forward-mode derivative, which estimator='forward' needs: "
                 f"{_place(error)} ({str(error).splitlines()[0]}). Use estimator='antithetic', which needs only a "

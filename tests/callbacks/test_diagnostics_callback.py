@@ -273,3 +273,25 @@ def test_manual_optimization_is_refused():
 
     with pytest.raises(UnsupportedModuleError, match="manually"):
         train([diagnostics()], make=Manual)
+
+
+class MovingAverage(Classifier):
+    """A teacher that the step itself moves; in the first step it stays where it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = torch.nn.Linear(4, 8).double().requires_grad_(False)
+        self.teacher.load_state_dict(self.net[0].state_dict())
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.net[0].weight, 0.1)
+        return super().training_step(batch, batch_idx) + F.mse_loss(self.net[0](batch[0]), self.teacher(batch[0]))
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+
+def test_parameters_that_the_step_moves_are_no_longer_moved_unsaid():
+    with pytest.raises(UnsupportedModuleError, match=r"changes parameters \(teacher.weight\)"):
+        train([dr.DropoutDiagnostics(draws=4, steps=[2], verbose=False)], make=MovingAverage)

@@ -15,7 +15,8 @@ from agreement import check_agreement, check_pair, gradients, run
 from torch import nn
 
 from lightning_dropreg import drop
-from lightning_dropreg.errors import InvalidArgumentError, UnsupportedSiteError
+from lightning_dropreg.diagnostics import measure_effect
+from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError, UnsupportedSiteError
 from lightning_dropreg.functional import dropout_loss, explicit_penalty, find_sites, implicit_noise
 from lightning_dropreg.inspection.first_step import inspect_step
 from lightning_dropreg.interception.handlers import HANDLERS
@@ -266,3 +267,8 @@ def test_dropout_in_vmap():
         with pytest.raises(UnsupportedSiteError, match="vmap"):
             of(lambda: step("different"))
     assert dropout_loss(lambda: step("different"), k=2).isfinite()
+    with pytest.raises(UnsupportedSiteError, match="vmap"):
+        measure_effect(lambda: step("different"), draws=4)
+    inside = lambda: torch.vmap(lambda one: F.cross_entropy(net(one[None]), y[:1]), randomness="same")(x).mean()
+    with pytest.raises(UnsupportedOperationError, match="Batching rule"):
+        explicit_penalty(inside, curvature="full", estimator="forward")
