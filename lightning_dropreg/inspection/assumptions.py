@@ -98,8 +98,9 @@ _TABLE = (
     Assumption(
         "repeatable",
         "The step does the same thing when it is called again with the same batch and the same state.",
-        "Run twice without dropout from the same state, before training and at steps 1, 2, 4, 8, …: loss, elements of "
-        "the losses, sites, hooks and state are compared.",
+        "Run twice from the same state, without dropout before training, and at steps 1, 2, 4, 8, …, where the first "
+        "pass of an antithetic pair is made once more: loss, elements of the losses, sites, hooks and state are "
+        "compared.",
         right="Random generators of the step's own (torch, numpy, Python) that can be found are put back, like the "
         "global ones.",
         error="`NotRepeatableError` names what differs and the objects that may have moved on.",
@@ -117,8 +118,9 @@ _TABLE = (
         "The whole state of the module, hooks and parametrizations included, is what it was when the next pass starts.",
         "Compared with the run that `repeatable` makes.",
         right="Buffers, attributes, hooks and modules are put back after every pass; what is left is the state of one "
-        "run, or the mean over an antithetic pair.",
-        error="`NotRepeatableError` names what keeps changing.",
+        "run, or the mean over an antithetic pair. Passes share large tensors that the step left alone in all looks, "
+        "until their version says that it writes to them.",
+        error="`NotRepeatableError` names what keeps changing, or a shared tensor that is written to past autograd.",
     ),
     Assumption(
         "fixed_parameters",

@@ -49,7 +49,8 @@ def copy_of(value: Any, memo: dict[int, Any]) -> Any:
         memo[id(value)] = (value, copied)  # before its contents, where it holds itself
         if copied is not value and len(value) <= SMALL and not isinstance(value, set):
             for k, v in value.items() if isinstance(value, dict) else enumerate(value):
-                copied[k] = copy_of(v, memo)
+                if type(v) not in ATOMS:  # of which lists of data are full
+                    copied[k] = copy_of(v, memo)
     elif isinstance(value, tuple) and len(value) <= SMALL:
         items = [copy_of(v, memo) for v in value]
         if any(a is not b for a, b in zip(items, value, strict=True)):

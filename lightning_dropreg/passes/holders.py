@@ -105,9 +105,17 @@ class Holders:
             states[number] = ModuleState.referenced(self.all[number])
         return states
 
-    def copies(self, states: Sequence[ModuleState]) -> list[ModuleState]:
-        """Return copies that changes in place do not reach; what shares memory with a parameter moves with it."""
-        memo: dict[int, Any] = {}
+    def copies(self, states: Sequence[ModuleState], memo: dict[int, Any] | None = None) -> list[ModuleState]:
+        """Return copies that changes in place do not reach; what shares memory with a parameter moves with it.
+
+        Args:
+            states: The states.
+            memo: What has which copy, by id; it is told of those that are made.
+
+        Returns:
+            The copies.
+        """
+        memo = {} if memo is None else memo
         plain = {id(self.states[number]) for number in self._plain}  # most, and known to be
         copied = {id(state): state for state in states if id(state) not in plain and not state.is_plain}
         for state in copied.values():
@@ -122,6 +130,18 @@ class Holders:
     def _of_parameters(self) -> frozenset[int]:
         """Where the parameters lie in memory."""
         return frozenset(_storage(p) for module in self.modules for p in module._parameters.values() if p is not None)
+
+    def place_of(self, tensor: Tensor) -> str:
+        """Return what holds a tensor that is copied, as a name to look for."""
+        for holder, state in zip(self.all, self.states, strict=True):
+            for name in (*state.buffers, *state._copied):
+                value = state.buffers.get(name, state.attributes.get(name))
+                inside = (
+                    value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+                )
+                if value is tensor or any(each is tensor for each in inside):
+                    return f"{name} of {type(holder).__name__}"
+        return f"a tensor of shape {tuple(tensor.shape)}"
 
     def install(self, states: Sequence[ModuleState]) -> None:
         """Make these the states that they are in."""

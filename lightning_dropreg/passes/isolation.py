@@ -85,6 +85,7 @@ class Isolation:
         self._end_random: RandomState | None = None
         self._untouched = True
         self._stands = False  # as the one run that counts has left everything
+        self._memos: tuple[dict[int, Any], dict[int, Any]] = {}, {}  # of the start, and of the last run
 
     def __enter__(self) -> Isolation:
         """Remember the state in which every run starts."""
@@ -97,7 +98,8 @@ class Isolation:
             for buffer in self._original[number].buffers.values()
             if buffer is not None and _numel(self.holders.all[number], buffer) > _LARGE and not buffer.is_inference()
         }
-        self._start = self.holders.copies(self._original)
+        self._memos = self._reach.still.in_start(), {}
+        self._start = self.holders.copies(self._original, self._memos[0])
         self._start_random = RandomState([found for _, found in self._reach.generators()])
         return self
 
@@ -122,11 +124,11 @@ class Isolation:
         """
         if self._stands:
             self._note_end()
+        # the first run that counts works on the objects themselves, the others on copies
+        first = trace and not self._ends
         if not (trace and self._untouched):
             self.holders.structure.restore()
-            # the first run that counts works on the objects themselves, the others on copies
-            first = trace and not self._ends
-            self.holders.install(self._original if first else self.holders.copies(self._start))
+            self.holders.install(self._original if first else self._from_start())
             assert self._start_random is not None
             self._start_random.restore()
         self._untouched = False
@@ -136,6 +138,7 @@ class Isolation:
             cuts = ()
             raise
         finally:
+            self._reach.still.after_run(first, self._memos[0])
             self._stands = trace and alone and not cuts and not self._ends
             if trace and not self._stands:
                 self._note_end(cuts)
@@ -147,6 +150,20 @@ class Isolation:
         self._end_random = self._end_random or self._start_random.again()
         self._end_structure = self._end_structure or self._structure_now()
         self._ends += self._cut(cuts) if cuts else [self.holders.now()]
+
+    def _from_start(self) -> list[ModuleState]:
+        self._memos = self._memos[0], self._reach.still.in_run()
+        return self.holders.copies(self._start, self._memos[1])
+
+    def note_what_is_still(self) -> list[str]:
+        """Find out, after a run aside, which large tensors it left alone, so that passes share them from now on.
+
+        Returns:
+            Where tensors are that it writes to past autograd, though it did not when it was looked at before.
+        """
+        norms = [m for m in self.holders.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+        of_kernels = {id(buffer) for norm in norms for buffer in norm._buffers.values()}
+        return [self.holders.place_of(t) for t in self._reach.still.note(*self._memos, of_kernels)]
 
     def _cut(self, cuts: Sequence[Callable[[], None]]) -> list[list[ModuleState]]:
         whole, ends = self.holders.now(), []
@@ -181,7 +198,7 @@ class Isolation:
     def restart(self) -> None:
         """Forget the runs so far: the next one is the first."""
         self._stands = False
-        for original, start in zip(self._original, self.holders.copies(self._start), strict=True):
+        for original, start in zip(self._original, self._from_start(), strict=True):
             for name, buffer in original.buffers.items():
                 before = start.buffers[name]
                 if buffer is not None and before is not None:
@@ -192,6 +209,7 @@ class Isolation:
 
     def settle(self) -> None:
         """Put the state that one step leaves in place: nothing has happened if no run counted."""
+        self._memos = self._memos[0], {}
         if self._stands:
             return
         (self._end_structure or self.holders.structure).restore()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.passes.copies import ATOMS
+from lightning_dropreg.passes.still import Still
 from lightning_dropreg.passes.variables import assigned, in_cell, in_class, in_globals, in_slots, is_kept, slots_of
 
 __all__ = ["Reach", "is_generator"]
@@ -46,10 +47,12 @@ class Reach:
 
     Args:
         roots: Where to begin, by the name that messages call it: ``{"self": module, "training_step": step}``.
+        before: What was reached at the look before.
 
     Attributes:
         objects: Plain objects of classes of the user's, by place, and variables that the step may change.
         moving: What cannot be put back and may move on: iterators, open streams, by place.
+        still: Large tensors that passes share, as far as they were looked at.
 
     Example:
         >>> net = nn.Linear(1, 1)
@@ -59,7 +62,8 @@ class Reach:
         (['self.augment.rng'], ['self.augment.rows'])
     """
 
-    def __init__(self, roots: Mapping[str, Any]) -> None:
+    def __init__(self, roots: Mapping[str, Any], before: Reach | None = None) -> None:
+        self.still: Still = Still(None if before is None else before.still)
         self.objects: dict[str, Any] = {}
         self.moving: dict[str, Any] = {}
         # by the place that holds it, for another may be put there for every epoch

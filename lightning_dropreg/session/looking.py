@@ -323,7 +323,8 @@ class Looks:
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             roots["datamodule"] = datamodule
-        self.found_in_reach = Reach(roots | {type(each).__name__: each for each in callbacks_of(self.trainer)})
+        roots |= {type(each).__name__: each for each in callbacks_of(self.trainer)}
+        self.found_in_reach = Reach(roots, self.found_in_reach)
         return self.found_in_reach
 
     def to_look_at(self, call: StepCall) -> Batch:

@@ -96,6 +96,14 @@ def measure_repeatability(
             "loader, and let the step use it."
         )
         found[0] = Measured("repeatable", outcome="error", problem=problem)
+    written = [] if found[0].problem is not None else batch.isolation.note_what_is_still()
+    if written:
+        problem = NotRepeatableError(
+            f"{name} writes to {', '.join(written)} past autograd (through .data, or a view in numpy), and when it was "
+            "looked at before it did not, so that passes over a batch have shared it since. Write with torch's "
+            "operations under torch.no_grad (tensor.copy_(...), tensor[i] = ...), which are seen at once."
+        )
+        found[0] = Measured("repeatable", outcome="error", problem=problem)
     if not batch.modified:
         found.append(Measured("whole_batch", note="unchanged by a run"))
     elif copied is False:
