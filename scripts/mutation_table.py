@@ -402,7 +402,7 @@ MUTATIONS: dict[str, Row] = {
     ),
     "state_put_back": (
         "passes/isolation.py",
-        "self.holders.install(self._original if first else self.holders.copies(self._start))",
+        "self.holders.install(self._original if first else self._from_start())",
         "self.holders.install(self._original)",
         "session/test_repeat.py -k 'advance'",
     ),

@@ -102,7 +102,9 @@ def _mean_of_distinct(values: list[Any], memo: dict[tuple[int, ...], Any], buffe
             return first
         same = first.is_floating_point() and all(v.shape == first.shape for v in values)
         trained = first.is_leaf and first.requires_grad
-        return sum(values[1:], first) / len(values) if same and not trained else first
+        if not same or trained or all(torch.equal(first, value) for value in values[1:]):
+            return first  # which other tensors may be views of
+        return sum(values[1:], first) / len(values)
     if not (_is_dict(first) or isinstance(first, (list, tuple))) or len(first) > SMALL:
         return first
     held = first.values() if isinstance(first, dict) else first
