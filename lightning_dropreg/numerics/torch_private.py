@@ -357,10 +357,10 @@ def _patched(path: str, name: str, value: Any) -> AbstractContextManager[None]:
     return config.patch(**{name: value}) if hasattr(config, name) else nullcontext()
 
 
-def graph_breaks() -> Counter[str]:
-    """How often graphs broke so far, by the first line of torch's reasons; nothing where a release does not count."""
-    counters = _attribute(torch, "_dynamo.utils.counters") or {"graph_break": {}}
-    return Counter({str(why).partition("\n")[0]: count for why, count in counters["graph_break"].items()})
+def dynamo_counts(kind: str) -> Counter[str]:
+    """What Dynamo has counted so far of a kind, by the first line of each name; nothing where a release does not."""
+    counters = _attribute(torch, "_dynamo.utils.counters") or {kind: {}}
+    return Counter({str(name).partition("\n")[0]: count for name, count in counters[kind].items()})
 
 
 def recompile_limits() -> tuple[type[Exception], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_dropreg.losses import Loss
 from lightning_dropreg.numerics.torch_private import (
     active_modes,
     can_trace_modes,
-    graph_breaks,
+    dynamo_counts,
     modes_aside,
     recompile_limits,
 )
@@ -39,6 +40,10 @@ _BREAKS = {
     "Attempted to wrap RNN, GRU, or LSTM": "recurrent layers",
 }
 """Torch's reasons for breaking a graph, in plain words."""
+_with_graphs: set[str] = set()
+"""What modules are like of which torch has made a graph; those that are alike share it."""
+_breaks_of: defaultdict[str, set[str]] = defaultdict(set)
+"""Why graphs of modules like these break, which torch says of the first one only."""
 
 
 class Part:
@@ -63,7 +68,6 @@ class Part:
         self._counts: dict[Any, int] = {}
         self._surprises = 0
         self._asks_callers = False
-        self._breaks: set[str] = set()
         part = self
 
         @functools.wraps(self._call)
@@ -139,18 +143,20 @@ class Part:
     @property
     def runs_compiled(self) -> bool:
         """Whether it has run in its graph in passes so far."""
-        return self.refused is None and bool(self._known)
+        return self.refused is None and bool(self._known) and self._made_like in _with_graphs
 
     def told(self) -> str:
         """Say how the part has run in passes so far."""
         if self.refused is not None:
             return f"{self._path} runs uncompiled: {self.refused}"
-        if not self.runs_compiled:
+        if not self._known:
             return f"{self._path} runs uncompiled: these passes ask what no graph can answer."
+        breaks = "; ".join(sorted(_breaks_of[self._made_like]))
+        if not self.runs_compiled:
+            return f"{self._path} runs uncompiled: torch has made no graph of it ({breaks or 'nothing to compute'})."
         sites = {len(structure) for structures in self._known.values() for structure in structures}
         count = "1 dropout site" if sites == {1} else f"{' or '.join(map(str, sorted(sites)))} dropout sites"
         told = f"{self._path} runs compiled, with {count} in it"
-        breaks = "; ".join(sorted(self._breaks))
         return f"{told}; outside the graph: {breaks}." if breaks else f"{told}."
 
     def surprised(self) -> None:
@@ -164,6 +170,10 @@ class Part:
     def _warn(self) -> None:
         text = f"{self._path} was compiled by torch.compile and runs uncompiled in training: {self.refused}"
         warnings.warn(text, CompiledPartWarning, stacklevel=3)
+
+    @property
+    def _made_like(self) -> str:
+        return repr(getattr(self.module, "_orig_mod", self.module))
 
     @property
     def _path(self) -> str:
@@ -205,10 +215,14 @@ class Part:
                 pass
             strong.ignores_attention = mode.ignores_attention
             traced = self._traced(strong, 0, kind)
-            before = graph_breaks()
+            before = {counted: dynamo_counts(counted) for counted in ("stats", "graph_break", "unimplemented")}
             with compiled(), entered(traced):
                 output = self._call(*given[0], **given[1])
-            self._breaks |= {_BREAKS.get(why, why) for why in graph_breaks() - before}
+            more = {counted: dynamo_counts(counted) - count for counted, count in before.items()}
+            if more["stats"]["unique_graphs"]:
+                _with_graphs.add(self._made_like)
+            whys = more["graph_break"] | more["unimplemented"]  # where the graph broke, and what was skipped whole
+            _breaks_of[self._made_like] |= {_BREAKS.get(why, why) for why in whys}
             sites = [met for met in traced.sites if met.p]
             self._known.setdefault(kind, []).append(_structure(traced.sites))
             inactive = len(traced.sites) - len(sites) + traced.inactive

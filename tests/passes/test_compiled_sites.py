@@ -198,6 +198,32 @@ def test_recurrent_layers_stay_outside_the_graph():
     assert part.refused is None
 
 
+class WithRecurrent(nn.Module):
+    """A forward that calls a recurrent layer, which torch skips whole, and a layer of somebody's own or of torch's."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.m = first, nn.LSTM(8, 8, 2, dropout=0.2, batch_first=True)
+
+    def forward(self, x):
+        return F.dropout(self.m(self.first(x))[0], 0.1)
+
+
+def test_what_runs_in_no_graph_is_not_called_compiled():
+    """Twice, for the second of two that are alike has the graph of the first."""
+    x = torch.randn(4, 6, 8, dtype=torch.float64)
+    for _ in range(2):
+        none = compare(WithRecurrent(nn.Linear(8, 8)), x, rules=("perturb",), fullgraph=False)
+        assert none.told() == "part runs uncompiled: torch has made no graph of it (recurrent layers)."
+        assert not none.runs_compiled
+    assert not counters["stats"].get("unique_graphs")
+    torch._dynamo.reset()
+    for _ in range(2):
+        some = compare(WithRecurrent(Of(lambda self, x: self.a(x).tanh(), a=linear())), x, ("perturb",), False)
+        assert some.told() == "part runs compiled, with 2 dropout sites in it; outside the graph: recurrent layers."
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("traceable", [True, False])
 def test_stochastic_depth_breaks_the_graph_or_runs_uncompiled(traceable):
     """Who draws is asked on the stack; in a graph the variables of that function may be gone."""
