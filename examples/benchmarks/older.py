@@ -22,7 +22,7 @@ OLDER = {
     "paper_small": "python examples/reproduce_paper.py --root FOLDER; commit and machine in paper_small/machine.json",
     "quickstart": "quickstart.csv: dropreg fit --config configs/quickstart.yaml (and _dropout, _none)",
     "cost_of_watching": "cost_of_watching.json: python examples/benchmarks/cost_of_watching.py CONFIG ...",
-    "campaign": "campaign.json: python tests/campaign/campaign_run.py --json",
+    "campaign": "campaign.json: python tests/campaign/campaign_run.py --runs 600 --seed 21 --json",
 }
 """What was measured before, by which command; those in `REPORTS` are drawn anew from what was kept."""
 

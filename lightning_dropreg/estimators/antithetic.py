@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 
 from torch import Tensor
 
 from lightning_dropreg.errors import InconsistentPassesError
 from lightning_dropreg.estimators.base import Estimate, inactive
 from lightning_dropreg.estimators.curvature import FULL, element_weights, pair_quadratic_form
-from lightning_dropreg.estimators.fixed import check_fixed
+from lightning_dropreg.estimators.fixed import are_fixed, check_fixed
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.passes import Closure, Directions, Off, Pass, Perturb, run_pass
 from lightning_dropreg.passes.directions import SAME_EVERY_TIME
@@ -134,13 +135,33 @@ def check_pair_of_steps(closure: Closure, step_size: float, mask: str, key: int)
         key: See `antithetic`.
     """
     directions = Directions(key, mask)
-    plus = run_pass(closure, Perturb(directions, step_size), record_losses=True)
-    if plus.in_bfloat16 and step_size < _SEEN_IN_BFLOAT16:
+
+    def run(sign: int) -> Pass:
+        return run_pass(closure, Perturb(directions, sign * step_size), record_losses=True)
+
+    plus = _without_graph(run(1))
+    if plus[0].in_bfloat16 and step_size < _SEEN_IN_BFLOAT16:
         step_size, directions = _SEEN_IN_BFLOAT16, Directions(key, mask)
-        plus = run_pass(closure, Perturb(directions, step_size), record_losses=True)
+        plus = _without_graph(run(1))
     directions.rewind()
-    minus = run_pass(closure, Perturb(directions, -step_size), record_losses=True)
-    check_fixed(plus, minus, weights_of_both(plus, minus))
+    minus = _without_graph(run(-1))
+    directions.rewind()
+    # one graph at a time, unless only both together can tell
+    if not are_fixed(plus[0], minus[0], list(zip(plus[1], minus[1], strict=False))):
+        first = run(1)
+        directions.rewind()
+        second = run(-1)
+        check_fixed(first, second, weights_of_both(first, second))
+
+
+def _without_graph(done: Pass) -> tuple[Pass, list[Tensor]]:
+    """The values of a pass and of the weights in it."""
+    weights = [weight.detach() for weight in element_weights(done.loss, done.losses)]
+    losses = [copy(loss) for loss in done.losses]
+    for loss in losses:
+        loss.outputs, loss.elements = loss.outputs.detach(), loss.elements.detach()
+        loss.logits = loss.end = None
+    return Pass(done.loss.detach(), losses, done.sites, done.in_bfloat16), weights
 
 
 def second_difference(plus: Tensor, minus: Tensor, clean: Tensor, step_size: float) -> Tensor:

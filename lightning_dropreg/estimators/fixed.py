@@ -17,7 +17,7 @@ from lightning_dropreg.losses.base import differ
 from lightning_dropreg.passes import Pass
 from lightning_dropreg.passes.gradients import leaves_below
 
-__all__ = ["check_fixed"]
+__all__ = ["are_fixed", "check_fixed"]
 
 _DIGITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -45,7 +45,21 @@ def check_fixed(
         raise LossNotRecognizedError(problem)
 
 
-def _problem(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor]]) -> str:
+def are_fixed(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the values of two passes, without their graphs, leave no doubt that `check_fixed` finds nothing.
+
+    Args:
+        plus: The pass in one direction.
+        minus: The pass in the other.
+        weights: Weights of the elements of each recorded loss, in both.
+
+    Returns:
+        Whether that is so; False where a part of the loss moves, which may or may not move a gradient.
+    """
+    return not _problem(plus, minus, weights, of_values=True)
+
+
+def _problem(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor]], of_values: bool = False) -> str:
     if len(plus.losses) != len(minus.losses):
         return ""  # told elsewhere
     for a, b in zip(plus.losses, minus.losses, strict=True):
@@ -65,10 +79,10 @@ def _problem(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor]]) 
                 "detached loss), so the loss has curvature that this package does not know. Compute the weights "
                 "without dropout, or use curvature='full' or ImplicitNoise, which need no recognized loss."
             )
-    return _unaccounted(plus, minus, weights)
+    return _unaccounted(plus, minus, weights, of_values)
 
 
-def _unaccounted(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor]]) -> str:
+def _unaccounted(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor]], of_values: bool) -> str:
     """The difference of the losses must be that of the elements, or something else moves; where it moves a gradient."""
     rest = plus.loss - minus.loss
     scale = plus.loss.detach().abs() + minus.loss.detach().abs()
@@ -79,7 +93,9 @@ def _unaccounted(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor
         rest = rest - (mean * (ends[0] - ends[1])).sum()
         scale = scale + (mean * ends[0]).detach().abs().sum()
     digits = _DIGITS.get(plus.loss.dtype, 0.1)
-    if not bool(rest.detach().abs() > digits * scale) or not _moves_a_gradient(rest, plus.loss, digits):
+    if not bool(rest.detach().abs() > digits * scale):
+        return ""
+    if not (of_values or _moves_a_gradient(rest, plus.loss, digits)):
         return ""
     return (
         "A part of the returned loss changes with the dropout noise without going through a recognized loss function "

@@ -208,7 +208,7 @@ def _cut(done: Pass) -> tuple[Pass, _Ends]:
     losses = [copy(recorded) for recorded in done.losses]
     for recorded in losses:
         same = recorded.logits is recorded.outputs
-        recorded.outputs = ends.cut(recorded.outputs)
+        recorded.outputs, recorded.end = ends.cut(recorded.outputs), None  # which would hold the graph
         if same:
             recorded.logits = recorded.outputs
     for recorded in losses:

@@ -81,12 +81,13 @@ def test_logged_noise_norm_is_the_same(make):
 class Counting(Classifier):
     """Counts the tensors that autograd keeps for a backward."""
 
-    def __init__(self):
+    def __init__(self, from_step=3):
         super().__init__()
+        self.from_step = from_step
         self.kept = SimpleNamespace(alive=0, most=0)  # an object of its own, which no repetition puts back
 
     def on_train_batch_start(self, batch, batch_idx):
-        if batch_idx == 3:  # steps 0, 1 and 2 are looked at before they are taken, with a pair of passes
+        if batch_idx == self.from_step:  # steps 0, 1 and 2 are looked at before they are taken
             self.kept.most = 0
 
     def training_step(self, batch, batch_idx):
@@ -105,9 +106,10 @@ class Counting(Classifier):
             return super().training_step(batch, batch_idx)
 
 
-def most_alive(callbacks):
+def most_alive(callbacks, from_step=3):
     gc.collect()
-    return train(callbacks, make=Counting, log_every_n_steps=100, max_steps=4).kept.most
+    options = dict(make=Counting, model_options={"from_step": from_step})
+    return train(callbacks, log_every_n_steps=100, max_steps=4, **options).kept.most
 
 
 def test_graphs_alive_at_a_time():
@@ -118,6 +120,15 @@ def test_graphs_alive_at_a_time():
         most_alive([dr.ExplicitPenalty(low_memory=low), dr.ImplicitNoise(low_memory=low)]) for low in (False, True)
     )
     assert in_turn <= 0.6 * pair
+
+
+@pytest.mark.parametrize("from_step", [0, 1])
+@pytest.mark.parametrize("kind", ["in turn", "draws"])
+def test_looks_hold_one_graph_at_a_time_too(kind, from_step):
+    one = most_alive([])
+    low = [dr.ExplicitPenalty(low_memory=True), dr.ImplicitNoise(low_memory=True)]
+    callbacks = low if kind == "in turn" else [dr.MiniBatchDropout(k=4)]
+    assert most_alive(callbacks, from_step) < 2 * one
 
 
 class Hooked(Classifier):
