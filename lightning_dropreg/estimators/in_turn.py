@@ -207,6 +207,7 @@ def _cut(done: Pass) -> tuple[Pass, _Ends]:
     loss = ends.cut(done.loss)
     losses = [copy(recorded) for recorded in done.losses]
     for recorded in losses:
+        recorded.end = None  # which would keep the graph
         same = recorded.logits is recorded.outputs
         recorded.outputs, recorded.end = ends.cut(recorded.outputs), None  # which would hold the graph
         if same:
