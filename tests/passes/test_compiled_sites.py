@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import lightning_dropreg as dr
 from lightning_dropreg import errors
 from lightning_dropreg.interception.handlers.attention import attention_dropout
-from lightning_dropreg.nn import LockedDropout
+from lightning_dropreg.nn import EmbeddingDropout, LockedDropout, WeightDrop
 from lightning_dropreg.passes import Directions, Drop, Off, Perturb, run_pass
 from lightning_dropreg.passes.compiled import CompiledParts, uncompiled
 
@@ -113,6 +113,12 @@ KINDS = {
     "normalize": lambda: Of(lambda self, x: F.normalize(F.dropout(self.a(x), 0.2), dim=-1), a=linear()),
     "drop": lambda: Of(lambda self, x: dr.drop(self.a(x), 0.3, (4, 1, 8)), a=linear()),
     "locked": lambda: Of(lambda self, x: self.d(self.a(x)), a=linear(), d=LockedDropout(0.3)),
+    "weight drop": lambda: Of(lambda self, x: self.d(self.a(x)), a=linear(), d=WeightDrop(linear(), "weight", 0.3)),
+    "embedding dropout": lambda: Of(
+        lambda self, x: self.a(x) + self.e((x[..., 0] > 0).long()),
+        a=linear(),
+        e=EmbeddingDropout(nn.Embedding(2, 8), 0.3),
+    ),
     "checkpoint": lambda: Of(
         lambda self, x: F.dropout(checkpoint(lambda h: F.dropout(self.a(h), 0.3).tanh(), x, use_reentrant=False), 0.1),
         a=linear(),

@@ -140,8 +140,8 @@ CASES += [pytest.param(make, "wrapped", "k draws", marks=pytest.mark.slow) for m
 def test_compiled_as_uncompiled(make, how, method, backend, recwarn):
     plain, compiled = (fit(make, each, method, backend) for each in (None, how))
     assert len(plain) == 6
-    # Llama's norm computes in float32 whatever it is given; Inductor rounds it in another order
-    near = 1e-6 if make is llama and backend == "inductor" else 1e-10
+    # these compute their loss in float32 whatever they are given, Llama its norm too; Inductor rounds in another order
+    near = 1e-6 if make in {llama, gpt2} and backend == "inductor" else 1e-10
     torch.testing.assert_close(compiled, plain, rtol=near, atol=near)
     warned = [str(w.message) for w in recwarn if w.category is errors.CompiledPartWarning]
     if OLD:

@@ -67,30 +67,33 @@ def replicas(method, **options):
 
 
 class SameNoise:
-    """Signs and masks of the example, not of the rank: the whole batch's are drawn and this rank's rows taken."""
+    """Signs and masks of the example, not of the rank: the whole batch's are drawn and this rank's rows taken.
+
+    By the order in which seeds are met, which is the same on all ranks; one that is met again draws the same.
+    """
 
     def __init__(self, rows, part):
         self.rows, self.part = rows, part
-        self.calls = 0
+        self.met = {}
 
     def __enter__(self):
         from lightning_dropreg.passes import directions
 
         self.rand, self.signs = torch.rand, directions.random_signs
-        torch.rand = lambda *a, generator=None, **k: self.draw(a, self.rand) if generator else self.rand(*a, **k)
+        torch.rand = lambda *a, generator=None, **k: self.draw(a, generator) if generator else self.rand(*a, **k)
 
         def signs(shape, dtype, generator):
             if generator.initial_seed() in {fold_key(0, i) for i in range(8)}:  # of a look, maybe on fewer rows
                 return torch.ones(shape, dtype=dtype)
-            return self.draw((shape,), self.rand).sub_(0.5).sign_().to(dtype)
+            return self.draw((shape,), generator).sub_(0.5).sign_().to(dtype)
 
         directions.random_signs = signs
 
-    def draw(self, shape, draw):
-        self.calls += 1
+    def draw(self, shape, generator):
+        number = self.met.setdefault(generator.initial_seed(), len(self.met))
         (shape,) = shape
-        generator = torch.Generator().manual_seed(self.calls)
-        return draw((self.rows, *shape[1:]), generator=generator)[self.part].clone()
+        generator = torch.Generator().manual_seed(number)
+        return self.rand((self.rows, *shape[1:]), generator=generator)[self.part].clone()
 
     def __exit__(self, *_):
         from lightning_dropreg.passes import directions
