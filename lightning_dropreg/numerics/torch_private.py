@@ -352,9 +352,19 @@ def many_graphs() -> AbstractContextManager[None]:
     return _patched("_dynamo.config", "recompile_limit", 100)
 
 
-def _patched(path: str, name: str, value: Any) -> AbstractContextManager[None]:
+@contextmanager
+def _patched(path: str, name: str, value: Any) -> Iterator[None]:
+    # not by config.patch, of which each call leaves a context variable behind for good (torch 2.13)
     config = _attribute(torch, path)
-    return config.patch(**{name: value}) if hasattr(config, name) else nullcontext()
+    if not hasattr(config, name):
+        yield
+        return
+    before = getattr(config, name)
+    setattr(config, name, value)
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
 
 
 def dynamo_counts(kind: str) -> Counter[str]:
