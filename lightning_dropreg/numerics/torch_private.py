@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -104,11 +104,7 @@ def in_checkpoint() -> bool:
 
 @contextmanager
 def watching_saved_tensors() -> Iterator[None]:
-    """Keep account of the hooks on saved tensors in this thread, where torch itself cannot be asked for them.
-
-    Yields:
-        Nothing.
-    """
+    """Keep account of the hooks on saved tensors in this thread, where torch itself cannot be asked for them."""
     if _attribute(torch._C, _TOP) is not None:
         yield
         return
@@ -144,11 +140,7 @@ FUSED_WEIGHT_NORM = tuple(f for f in (_attribute(torch, "_weight_norm"),) if f i
 
 @contextmanager
 def without_fused_recurrence() -> Iterator[None]:
-    """Let recurrent networks run on kernels that can be differentiated twice and forward.
-
-    Yields:
-        Nothing.
-    """
+    """Let recurrent networks run on kernels that can be differentiated twice and forward."""
     switches = [
         (_attribute(torch._C, f"_get_{name}_enabled"), _attribute(torch._C, f"_set_{name}_enabled"))
         for name in ("mkldnn", "cudnn")
@@ -290,9 +282,6 @@ def modes_aside(kind: type[TorchFunctionMode]) -> Iterator[None]:
 
     Args:
         kind: Their class.
-
-    Yields:
-        Nothing.
     """
 
     def exchange(modes: Sequence[TorchFunctionMode]) -> None:
@@ -356,15 +345,11 @@ def many_graphs() -> AbstractContextManager[None]:
 def _patched(path: str, name: str, value: Any) -> Iterator[None]:
     # not by config.patch, of which each call leaves a context variable behind for good (torch 2.13)
     config = _attribute(torch, path)
-    if not hasattr(config, name):
+    with ExitStack() as undone:
+        if hasattr(config, name):
+            undone.callback(setattr, config, name, getattr(config, name))
+            setattr(config, name, value)
         yield
-        return
-    before = getattr(config, name)
-    setattr(config, name, value)
-    try:
-        yield
-    finally:
-        setattr(config, name, before)
 
 
 def dynamo_counts(kind: str) -> Counter[str]:

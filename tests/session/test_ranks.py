@@ -67,10 +67,7 @@ def replicas(method, **options):
 
 
 class SameNoise:
-    """Signs and masks of the example, not of the rank: the whole batch's are drawn and this rank's rows taken.
-
-    By the order in which seeds are met, which is the same on all ranks; one that is met again draws the same.
-    """
+    """The whole batch's signs and masks, by the number of their seed; this rank's rows are taken."""
 
     def __init__(self, rows, part):
         self.rows, self.part = rows, part
