@@ -58,7 +58,7 @@ def test_every_shipped_configuration_trains(config, capsys):
     with (log_dir / "metrics.csv").open() as file:
         means = [row.get("dropreg/loss_epoch") or row.get("train_loss_epoch") for row in csv.DictReader(file)]
     [mean] = filter(None, means)
-    assert f"epoch     1/1   loss {float(mean):8.4g}" in out
+    assert f"epoch     1/1  loss {float(mean):9.4g}" in out
     assert all(row in out for row in ("best val_ppl", "wall-clock", "per step", "logs"))
 
 
