@@ -50,4 +50,4 @@ def test_what_is_alive_does_not_grow(method, compiled):
     module = Counting(compiled)
     make_trainer(METHODS[method]()).fit(module, DataLoader(torch.randn(16 * 302, 4), 16))
     early, late = (module.alive[step] for step in COUNTED)
-    assert late == early
+    assert all(after <= before for before, after in zip(early, late, strict=True))  # what tests before left may go
