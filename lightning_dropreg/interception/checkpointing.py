@@ -27,6 +27,7 @@ from lightning_dropreg.numerics.torch_private import (
     checkpoint_entrances,
     in_checkpoint,
     is_made_a_graph,
+    stance,
     watching_saved_tensors,
 )
 
@@ -227,12 +228,12 @@ _OURS = {"generator": _without_reentrance, "function": _Reentrant}
 
 def uncompiled() -> AbstractContextManager[None]:
     """Let compiled modules run as they were written, to look at them."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return stance("force_eager")
 
 
 def compiled() -> AbstractContextManager[None]:
     """Let compiled modules run compiled within `uncompiled`."""
-    return torch.compiler.set_stance("default")  # type: ignore[no-any-return]
+    return stance("default")
 
 
 def _check_repeatable(mode: Repeating) -> None:

@@ -6,10 +6,12 @@ looked up when it is used, so that ``tests/numerics/test_torch_private.py`` can 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ __all__ = [
     "norms_of",
     "recompile_limits",
     "set_version",
+    "stance",
     "traced_from_outside_only",
     "watching_saved_tensors",
     "without_fused_recurrence",
@@ -54,9 +57,6 @@ def _attribute(root: Any, path: str) -> Any:
         if root is None:
             return None
     return root
-
-
-# ---------------------------------------------------------------- checkpoints
 
 
 def checkpoint_entrances() -> dict[str, Any]:
@@ -128,8 +128,6 @@ def watching_saved_tensors() -> Iterator[None]:
         saved_tensors_hooks.__exit__ = leave  # type: ignore[method-assign]
 
 
-# ---------------------------------------------------------------- kernels
-
 FUSED_SOFTMAX = tuple(f for f in (_attribute(torch, "_softmax"),) if f is not None)
 """The softmax that fused code calls; empty where there is none to be called."""
 FUSED_LOG_SOFTMAX = tuple(f for f in (_attribute(torch, "_log_softmax"),) if f is not None)
@@ -194,9 +192,6 @@ def assert_on_device(condition: Tensor, message: str) -> None:
         unread(condition, message)
     elif not condition:
         raise RuntimeError(message)
-
-
-# ---------------------------------------------------------------- hooks and modes
 
 
 def has_gradient_hooks(leaf: Tensor) -> bool:
@@ -278,11 +273,7 @@ def traced_from_outside_only(function: Callable[..., Any]) -> None:
 
 @contextmanager
 def modes_aside(kind: type[TorchFunctionMode]) -> Iterator[None]:
-    """Let the modes of a kind not see what runs inside, while all others do, and may be entered and left.
-
-    Args:
-        kind: Their class.
-    """
+    """Let the modes of a class not see what runs inside, while all others do, and may be entered and left."""
 
     def exchange(modes: Sequence[TorchFunctionMode]) -> None:
         for _ in active_modes():
@@ -323,9 +314,6 @@ def set_version(tensor: Tensor, version: int) -> None:
         write(tensor, version)
 
 
-# ---------------------------------------------------------------- compiled parts
-
-
 def keeping_donated_buffers() -> AbstractContextManager[None]:
     """Let what is compiled meanwhile be differentiated more than once."""
     return _patched("_functorch.config", "donated_buffer", False)
@@ -339,6 +327,24 @@ def keeping_side_effects_out_of_recomputation() -> AbstractContextManager[None]:
 def many_graphs() -> AbstractContextManager[None]:
     """Let one function have as many graphs as there are rules that it runs under, in one process (8 otherwise)."""
     return _patched("_dynamo.config", "recompile_limit", 100)
+
+
+def stance(name: str) -> AbstractContextManager[None]:
+    """Say what is to become of what is compiled, as `torch.compiler.set_stance` does, as often as one likes."""
+    kind = _attribute(torch, "_dynamo.eval_frame.DynamoStance")
+    if kind is None or not _loses_none():
+        return torch.compiler.set_stance(name)  # type: ignore[no-any-return]
+    return _patched("_dynamo.eval_frame", "_stance", kind(name))
+
+
+@cache
+def _loses_none() -> bool:
+    """Whether `set_stance` takes a reference from None each time (torch 2.6): after some thousand, Python 3.11 dies."""
+    ask = _attribute(torch, "_C._dynamo.eval_frame.get_eval_frame_callback") or (lambda: None)
+    before = sys.getrefcount(None)
+    for _ in range(100):
+        ask()
+    return before - sys.getrefcount(None) > 50
 
 
 @contextmanager

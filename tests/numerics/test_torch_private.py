@@ -1,5 +1,7 @@
 """What torch does not promise: as it is in this release, and as if it were not there."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,3 +209,24 @@ def test_hooks_on_a_gradient():
     assert not torch_private.has_gradient_hooks(weight)
     weight.register_hook(lambda g: g)
     assert torch_private.has_gradient_hooks(weight)
+
+
+def test_none_is_not_used_up(monkeypatch):
+    """In torch 2.6 every change of the stance took a reference from None; after some thousand Python 3.11 ends."""
+    compiled = torch.compile(lambda x: x * 2, backend="eager")
+    compiled(X)
+    weight = nn.Parameter(X.clone())
+    before = sys.getrefcount(None)
+    for _ in range(200):
+        run_pass(lambda: F.dropout(weight, 0.5).sum(), Drop(7))
+    assert before - sys.getrefcount(None) < 150
+    for lost in (False, True):
+        monkeypatch.setattr(torch_private, "_loses_none", lambda lost=lost: lost)
+        seen = []
+        compiled = torch.compile(lambda x: x * 3, backend=lambda graph, _, seen=seen: seen.append(graph) or graph)
+        with torch_private.stance("force_eager"):
+            compiled(X)
+        assert not seen
+        compiled(X)
+        assert len(seen) == 1
+        torch._dynamo.reset()
