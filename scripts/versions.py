@@ -24,24 +24,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "docs" / "versions.json"
-BOUND = re.compile(r'"([\w-]+)(\[\w+\])?(?:>=|==)([\d.]+)[^"]*"')
+BOUND = re.compile(r'"([\w-]+)(\[\w+\])?(>=|==)([\d.]+)[^"]*"')
 TOOLS = {"setuptools", "ruff", "mypy", "import-linter", "docutils", "furo", "myst-nb", "sphinx", "sphinx-design"}
 TOOLS |= {"sphinx-copybutton"}
 """What no test runs: the build, the linters, the site."""
 
 
-def bounds() -> dict[str, tuple[str, str]]:
-    """Read the lower bounds of ``pyproject.toml``: for each name its extras and the version."""
-    found = {name: (extras, version) for name, extras, version in BOUND.findall((ROOT / "pyproject.toml").read_text())}
+def bounds() -> dict[str, tuple[str, str, str]]:
+    """Read the lower bounds of ``pyproject.toml``: for each name its extras, the sign and the version."""
+    found = {name: tuple(of) for name, *of in BOUND.findall((ROOT / "pyproject.toml").read_text())}
     # the lightning package installs the newest of this beside itself, and it may be what a user's modules are made of
-    found["pytorch-lightning"] = ("", found["lightning"][1])
+    found["pytorch-lightning"] = ("", *found["lightning"][1:])
     return {name: value for name, value in found.items() if name not in TOOLS}
 
 
 def wanted(name: str) -> list[str]:
     """Return what pip is to install."""
-    sign = {"oldest": "==", "newest": ">="}[name]
-    return [f"{package}{extras}{sign}{version}" for package, (extras, version) in bounds().items()]
+    found = bounds().items()
+    return [
+        f"{package}{extras}{'==' if name == 'oldest' else sign}{version}" for package, (extras, sign, version) in found
+    ]
 
 
 def environment(name: str, interpreter: str) -> Path:
