@@ -20,6 +20,7 @@ from lightning_dropreg.auditing.subject import Subject, loss_in
 from lightning_dropreg.auditing.watch import Watch, watching
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.numerics.torch_private import stance
 from lightning_dropreg.passes import Off
 from lightning_dropreg.passes.isolation import Isolation
 from lightning_dropreg.placing import drop_prob_attributes
@@ -188,7 +189,7 @@ def measure(subject: Subject, draws: int, alpha: float) -> Record:
         for _, layer, name in drop_prob_attributes(root)
     ]
     record = Record(subject, Paths(subject.roots), draws, alpha, attributes)
-    with torch.compiler.set_stance("force_eager"):
+    with stance("force_eager"):
         _train(record)
         _trace(record)
         _quiet(record)
