@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization (Foret et al. 2021): SGD with the gradient at the worst point nearby."""
+"""Sharpness-aware minimization (Foret et al. 2021): steps with the gradient at the worst point nearby."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 
-class SAM(torch.optim.SGD):
+class AtWorstPoint(torch.optim.Optimizer):
     """Takes the gradient at ``w + rho g / |g|``, with ``g`` the gradient at ``w``, and steps from ``w``.
+
+    Stands before an optimizer among the base classes, which is whose step is taken.
 
     Args:
         params: Parameters.
         rho: Length of the way to the worst point.
         networks: Whether the first dimension of every parameter numbers separate networks: each has its own ``|g|``.
-        options: For `torch.optim.SGD`.
+        options: For the optimizer.
     """
 
     def __init__(self, params: Iterable[Tensor], rho: float, networks: bool = False, **options: Any) -> None:
@@ -36,5 +38,13 @@ class SAM(torch.optim.SGD):
         with torch.no_grad():
             for p, old in zip(trained, start, strict=True):
                 p.copy_(old)
-        super().step()
+        super().step(None)
         return loss
+
+
+class SAM(AtWorstPoint, torch.optim.SGD):
+    """With SGD, as its authors have it."""
+
+
+class AdamSAM(AtWorstPoint, torch.optim.Adam):
+    """With Adam, for what SGD trains badly."""

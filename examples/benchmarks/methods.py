@@ -22,10 +22,16 @@ from ..baselines.label_smoothing import label_smoothing_loss
 from ..baselines.mixup import mixup_loss
 from ..baselines.noise_stability import NoiseStability
 from ..baselines.r_drop import r_drop_loss
-from ..baselines.sam import SAM
+from ..baselines.sam import SAM, AdamSAM
 from .many_networks import Losses, ManyNetworks
 
-__all__ = ["METHODS", "Recipe", "recipe"]
+__all__ = ["ADAM", "METHODS", "Recipe", "recipe"]
+
+ADAM: dict[Callable[..., torch.optim.Optimizer], Callable[..., torch.optim.Optimizer]] = {
+    torch.optim.SGD: torch.optim.Adam,
+    SAM: AdamSAM,
+}
+"""What a method's optimizer becomes in a setting with Adam."""
 
 
 @dataclass

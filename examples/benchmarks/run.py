@@ -3,10 +3,11 @@
 python -m examples.benchmarks.run [STUDY ...] [--report]
 
 Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative text labels r_drop
-remedies table_1 models r_drop_text text_tuned wikitext step_costs. Run from the root of a clone; all of them take
-about two and a half hours. Every finished run is kept as a line of runs.jsonl in the study's folder, so a command that
-was stopped goes on. `--report` trains nothing and draws what is there; `--list` says what that is. What was measured
-before (bench time_to_quality paper_small) is drawn from the files that were kept of it.
+remedies table_1 models r_drop_text text_tuned wikitext transformer text_time step_costs. Run from the root of a
+clone; all of them take about three and a half hours. Every finished run is kept as a line of runs.jsonl in the
+study's folder, so a command that was stopped goes on. `--report` trains nothing and draws what is there; `--list`
+says what that is. What was measured before (bench time_to_quality paper_small) is drawn from the files that were
+kept of it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from examples import claims
-from examples.benchmarks import later_reports, models, older, reports, step_costs, studies, text, text_reports
+from examples.benchmarks import (
+    equal_time,
+    later_reports,
+    models,
+    older,
+    reports,
+    step_costs,
+    studies,
+    text,
+    text_reports,
+)
 from examples.benchmarks.records import Records, Run
 from examples.benchmarks.style import plain_label
 
 HERE = Path(__file__).parent
 TUNED = {"tuned40": 0.4, "tuned10": 0.1, "tuned0": 0.0}
-LAST = ["table_1", "models", "r_drop_text", "text_tuned", "wikitext", "step_costs"]
+LAST = ["table_1", "models", "r_drop_text", "text_tuned", "wikitext", "transformer", "text_time", "step_costs"]
 STUDIES = [
     "ablations",
     "claims",
@@ -68,6 +79,16 @@ STAGED: dict[str, list[Callable[[Records], Any]]] = {
         lambda made: studies.text_tuned(),
         lambda made: studies.chosen(studies.text_tuned(), made, studies.SEEDS["text_tuned"]),
         text_reports.text_tuned,
+    ],
+    "transformer": [
+        lambda made: studies.transformer(),
+        lambda made: studies.chosen(studies.transformer(), made, studies.SEEDS["transformer"]),
+        equal_time.transformer,
+    ],
+    "text_time": [
+        lambda made: studies.text_time(),
+        lambda made: studies.chosen(studies.text_time(), made, studies.SEEDS["text_time"]),
+        equal_time.text_time,
     ],
 }
 """Studies in which some runs depend on others: the runs of each stage, and what makes tables of them."""

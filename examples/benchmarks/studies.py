@@ -25,7 +25,9 @@ __all__ = [
     "table_1",
     "table_1_tuning",
     "text",
+    "text_time",
     "text_tuned",
+    "transformer",
     "tuned",
     "wikitext",
 ]
@@ -45,6 +47,8 @@ SEEDS = {
     "wikitext": list(range(9100, 9108)),
     "r_drop_text": list(range(9200, 9208)),
     "text_tuned": list(range(9300, 9308)),
+    "transformer": list(range(9400, 9408)),
+    "text_time": list(range(9500, 9508)),
     "models": [1],
 }
 A = Setting()
@@ -231,6 +235,45 @@ def text_tuned() -> list[Run]:
         "Algorithm 2": [{"strength": s} for s in (1.0, 2.0, 3.0, 5.0)],
     }
     return [Run(m, own, TABLE_1, SEEDS["text tuning"], "tuning") for m, grid in grids.items() for own in grid]
+
+
+TRANSFORMER = replace(
+    TABLE_1, data="ptb 240 x 24", drop_probs=(0.0, 0.3, 0.3), adam=True, passes=800, count_steps=False
+)
+
+
+def transformer() -> list[Run]:
+    """Six configurations for each method on small transformers, for equal passes, on tuning seeds."""
+    strengths = [{"strength": s} for s in (1.0, 2.0, 4.0)]
+    grids: dict[str, list[dict[str, Any]]] = {
+        "dropout": [{"q": q} for q in (0.3, 0.4, 0.5)],
+        **dict.fromkeys(("R", "Algorithm 2", "Algorithm 2, quarter"), strengths),
+        "R-Drop": [{"alpha": a} for a in (0.25, 0.5, 1.0)],
+        "SAM with dropout": [{"rho": rho, "q": q} for rho, q in ((0.1, 0.3), (0.1, 0.4), (0.3, 0.3))],
+    }
+    by_rate = {m: [{**own, "rate": r} for r in (0.0015, 0.003) for own in grid] for m, grid in grids.items()}
+    return _equal_passes(by_rate, TRANSFORMER)
+
+
+def text_time() -> list[Run]:
+    """Four configurations for each method on the LSTMs of Table 1, for equal passes, on tuning seeds."""
+    strengths = [{"strength": s} for s in (1.0, 2.0, 3.0, 5.0)]
+    grids: dict[str, list[dict[str, Any]]] = {
+        "dropout": [{"q": q} for q in (0.3, 0.4, 0.5, 0.6)],
+        **dict.fromkeys(("R", "Algorithm 2", "Algorithm 2, quarter"), strengths),
+        "R-Drop": [{"alpha": a} for a in (0.25, 0.5, 1.0, 2.0)],
+        "SAM with dropout": [{"rho": rho, "q": q} for rho in (0.1, 0.3) for q in (0.4, 0.5)],
+    }
+    return _equal_passes(grids, replace(TABLE_1, passes=1200, count_steps=False))
+
+
+def _equal_passes(grids: dict[str, list[dict[str, Any]]], setting: Setting) -> list[Run]:
+    every = {"each": True}  # the losses of every seed: what was reached by then can be read off
+    return [
+        Run(method, own, setting, SEEDS["text tuning"], "tuning", every)
+        for method, grid in grids.items()
+        for own in grid
+    ]
 
 
 def labels() -> list[Run]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from lightning_dropreg.paper.data.encoding import TextEncoder
 from .data import Data
 from .many_networks import ManyNetworks, start_of
 
-__all__ = ["ManyLSTMs", "ptb", "python_manual"]
+__all__ = ["ManyLSTMs", "ManyLanguageModels", "ptb", "python_manual"]
 
 VOCABULARY = 400
 WINDOW = 12
@@ -26,11 +25,11 @@ ROOT: Path | None = None
 """Where the corpus lies: ``python -m examples.benchmarks.run text --root``."""
 
 
-def ptb(seeds: Sequence[int], corpus: type[TextFolder] = PennTreebank, rows: int = 160) -> Data:
+def ptb(seeds: Sequence[int], corpus: type[TextFolder] = PennTreebank, rows: int = 160, length: int = WINDOW) -> Data:
     """Windows of the training text of Penn Treebank, or of another corpus; every seed draws its own."""
     if ROOT is None:
         raise SystemExit(f"{corpus.__name__} is not part of this repository: --root FOLDER says where it lies.")
-    return windows(TextEncoder(corpus(ROOT), VOCABULARY), seeds, rows)
+    return windows(TextEncoder(corpus(ROOT), VOCABULARY), seeds, rows, length=length)
 
 
 def python_manual(seeds: Sequence[int]) -> Data:
@@ -38,8 +37,15 @@ def python_manual(seeds: Sequence[int]) -> Data:
     return windows(TextEncoder(PythonManual(), VOCABULARY), seeds)
 
 
-def windows(encoder: TextEncoder, seeds: Sequence[int], rows: int = 160, held_out: int = 250, test: int = 500) -> Data:
-    """Cut a training text into windows of `WINDOW` tokens and draw from them, for every seed anew.
+def windows(
+    encoder: TextEncoder,
+    seeds: Sequence[int],
+    rows: int = 160,
+    held_out: int = 250,
+    test: int = 500,
+    length: int = WINDOW,
+) -> Data:
+    """Cut a training text into windows and draw from them, for every seed anew.
 
     Args:
         encoder: Of the text.
@@ -47,22 +53,39 @@ def windows(encoder: TextEncoder, seeds: Sequence[int], rows: int = 160, held_ou
         rows: Training windows.
         held_out: Held-out windows.
         test: Test windows.
+        length: Tokens of a window.
 
     Returns:
         For each window the tokens, and the next token of each.
     """
     stream = encoder.encode("train").long()
-    starts = torch.arange(0, len(stream) - WINDOW, WINDOW)
+    starts = torch.arange(0, len(stream) - length, length)
     parts = []
     for seed in seeds:
         order = starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))]
-        cut = order[: rows + held_out + test, None] + torch.arange(WINDOW + 1)
+        cut = order[: rows + held_out + test, None] + torch.arange(length + 1)
         parts.append(stream[cut].split([rows, held_out, test]))
     train, held, tested = ((found[..., :-1], found[..., 1:]) for found in map(torch.stack, zip(*parts, strict=True)))
     return Data(train, held, tested, classes=len(encoder))
 
 
-class ManyLSTMs(ManyNetworks):
+class ManyLanguageModels(ManyNetworks):
+    """What those that predict the next token have in common: `embedding`, ``(networks, words, size)``, and the loss."""
+
+    embedding: nn.Parameter
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """Return the embeddings of tokens, each network's from its own table."""
+        words = torch.arange(len(x))[:, None, None] * self.embedding.shape[1]
+        return F.embedding(x + words, self.embedding.flatten(0, 1))
+
+    def evaluate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Return each network's mean loss per token, ``(S,)``."""
+        losses = F.cross_entropy(self(x).flatten(0, -2), y.flatten(), reduction="none")
+        return {"loss": losses.unflatten(0, y.shape).mean((1, 2))}
+
+
+class ManyLSTMs(ManyLanguageModels):
     """Language models with one LSTM layer, tied embedding, and locked dropout before and after the LSTM.
 
     A window starts from nothing: no state is carried from one to the next. `widths` is the size of embedding and state;
@@ -83,8 +106,7 @@ class ManyLSTMs(ManyNetworks):
 
     def forward(self, x: Tensor) -> Tensor:
         networks, rows, time = x.shape
-        words = torch.arange(networks)[:, None, None] * self.embedding.shape[1]
-        h = self._drop(F.embedding(x + words, self.embedding.flatten(0, 1)), self.drop_probs[1])
+        h = self._drop(self.embedded(x), self.drop_probs[1])
         gates = torch.baddbmm(self.bias, h.flatten(1, 2), self.into).unflatten(1, (rows, time)).unbind(2)
         state = cell = h.new_zeros(networks, rows, h.shape[-1])
         states = []
@@ -98,11 +120,3 @@ class ManyLSTMs(ManyNetworks):
 
     def _drop(self, h: Tensor, q: float) -> Tensor:
         return drop(h, q, (*h.shape[:2], 1, h.shape[3]), self.training, kind="locked") if q else h
-
-    def evaluate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Return each network's mean loss per token, ``(S,)``."""
-        losses = F.cross_entropy(self(x).flatten(0, -2), y.flatten(), reduction="none")
-        return {"loss": losses.unflatten(0, y.shape).mean((1, 2))}
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer(self.parameters())

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.paper.data import WikiText2
 
+from .attention import ManyTransformers
 from .data import Batches, Data, diabetes, digits, friedman
 from .many_networks import ManyNetworks
-from .methods import recipe
+from .methods import ADAM, recipe
 from .text import ManyLSTMs, ptb, python_manual
 
 __all__ = ["DATA", "Setting", "train"]
@@ -33,8 +34,13 @@ DATA: dict[str, Callable[..., Data]] = {
     "python manual": python_manual,
     "ptb 240": partial(ptb, rows=240),
     "wikitext2 240": partial(ptb, corpus=WikiText2, rows=240),
+    "ptb 240 x 24": partial(ptb, rows=240, length=24),
 }
-TEXTS = ("ptb", "python manual", "ptb 240", "wikitext2 240")
+TEXTS: dict[str, type[ManyNetworks]] = {
+    **dict.fromkeys(("ptb", "python manual", "ptb 240", "wikitext2 240"), ManyLSTMs),
+    "ptb 240 x 24": ManyTransformers,
+}
+"""Text, and what learns it."""
 TEXT_WIDTH = 32
 NOISE_SEED = 1
 """The seed of the Trainer's randomness: what is drawn in training depends on it and on nothing else."""
@@ -54,7 +60,7 @@ class Setting:
             as many steps, unless `count_steps`.
         count_steps: Whether `passes` counts steps, whatever they cost.
         evaluations: So many in a run, equally far apart.
-        adam: Adam instead of plain SGD.
+        adam: Adam instead of plain SGD, in SAM too.
         silu: SiLU instead of tanh.
     """
 
@@ -88,6 +94,7 @@ def train(
     on_step: Callable[[], None] = lambda: None,
     widths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    each: bool = False,
 ) -> dict[str, Any]:
     """Train one network for every seed and return what was measured.
 
@@ -101,11 +108,13 @@ def train(
         on_step: Called after every optimizer step.
         widths: Of the hidden layers.
         dtype: Of the parameters.
+        each: Whether to keep the loss of every seed at every evaluation too.
 
     Returns:
         Lists over seeds (``test``, ``accuracy``, ``held_out``, ``best_step``, ``last_test``), means over seeds at every
-        evaluation (``steps``, ``mean_held_out``, ``mean_test``), ``cpu_seconds`` and ``seconds``; ``failed`` instead of
-        all of these if a network's loss became infinite.
+        evaluation (``steps``, ``mean_held_out``, ``mean_test``; if `each`, lists of lists, ``each_held_out`` and
+        ``each_test``), ``cpu_seconds`` and ``seconds``; ``failed`` instead of all of these if a network's loss became
+        infinite.
     """
     parameters = dict(parameters)
     if "q" in parameters:
@@ -115,8 +124,8 @@ def train(
     steps = setting.passes if setting.count_steps else int(setting.passes / how.passes)
     every = max(1, steps // setting.evaluations)
     data = setting.rows(seeds)
-    optimizer = torch.optim.Adam if setting.adam else how.optimizer
-    networks = (ManyLSTMs if setting.data in TEXTS else ManyNetworks)(
+    optimizer = ADAM[how.optimizer] if setting.adam else how.optimizer
+    networks = TEXTS.get(setting.data, ManyNetworks)(
         data,
         seeds,
         widths or ((TEXT_WIDTH,) if setting.data in TEXTS else (64, 64)),
@@ -145,7 +154,11 @@ def train(
     except DropregError as error:  # NonFinitePenaltyError
         return {"failed": str(error)}
     spent = {"cpu_seconds": round(time.process_time() - cpu, 2), "seconds": round(time.perf_counter() - wall, 2)}
-    return {**best(networks.history, every), **spent}
+    found = best(networks.history, every)
+    if each and "failed" not in found:
+        parts = {"each_held_out": "held_out_loss", "each_test": "test_loss"}
+        found |= {name: [_rounded(point[part]) for point in networks.history] for name, part in parts.items()}
+    return {**found, **spent}
 
 
 def best(history: list[dict[str, Tensor]], every: int) -> dict[str, Any]:
