@@ -23,6 +23,7 @@ __all__ = [
     "check_names",
     "check_path",
     "check_sites",
+    "check_step_size",
     "check_strength",
     "is_integer",
     "is_number",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+SMALLEST_STEP = 1e-8
 
 
 class SpellsArguments:
@@ -197,6 +200,22 @@ def check_strength(strength: float, name: str = "strength") -> float:
 def is_integer(value: object, floor: int) -> bool:
     """Whether `value` is an integer of at least `floor` (and no bool)."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= floor
+
+
+def check_step_size(step_size: float) -> None:
+    """Refuse what is no step of a finite difference.
+
+    Args:
+        step_size: Step of an antithetic pair, relative to the size of the noise, from 1e-8 to 1.
+
+    Raises:
+        InvalidArgumentError: If it is anything else.
+    """
+    if not is_number(step_size) or not SMALLEST_STEP <= step_size <= 1:
+        raise InvalidArgumentError(
+            f"step_size={step_size!r} must be a number from {SMALLEST_STEP} to 1: below that a difference is nothing "
+            "but rounding. 0.1 keeps the error of the penalty below about 1 %."
+        )
 
 
 def is_number(value: object) -> bool:

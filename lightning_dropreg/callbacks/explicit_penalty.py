@@ -34,7 +34,7 @@ class ExplicitPenalty(RegularizerCallback):
             `lightning_dropreg.estimators`; ``"auto"`` takes the first, or the second where there are kinks (ReLU)
             behind the dropout and the model allows it. What it took, and why, is logged when the fit starts, shown by
             ``dropreg inspect``, and kept in checkpoints.
-        step_size: Step of the antithetic pair, in ``(0, 1]``.
+        step_size: Step of the antithetic pair, from 1e-8 to 1.
         batch_fraction: Fraction ``f`` of the batch's rows, drawn afresh every step, on which the penalty is estimated,
             in ``(0, 1]``; None for the whole batch, without an extra pass; ``"auto"`` for a quarter where that takes
             part in the one pass over the batch and pays, else the whole batch: small batches and tiny models gain

@@ -30,7 +30,7 @@ class ImplicitNoise(RegularizerCallback):
             same.
         estimator: ``"auto"``, ``"antithetic"``, ``"forward"``, ``"double_backward"`` or ``"exact"``, see
             `ExplicitPenalty`; for ``source="taylor"``.
-        step_size: Step of the antithetic pair, in ``(0, 1]``.
+        step_size: Step of the antithetic pair, from 1e-8 to 1.
         batch_fraction: Fraction of the rows on which the noise is drawn, see `ExplicitPenalty`; it is scaled so that
             its covariance stays that of the whole batch. Refused where all rows share a mask (DropConnect, position
             embeddings): no noise made of some of the rows has the covariance of that of all.

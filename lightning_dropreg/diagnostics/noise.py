@@ -156,7 +156,7 @@ def measure_noise(
         module: The module whose parameters count, and whose state must not change.
         draws: Number of draws of each noise, at least 4.
         estimator: What gives ``xi_approx``, see `lightning_dropreg.functional.implicit_noise`.
-        step_size: Step of the antithetic pair, in ``(0, 1]``.
+        step_size: Step of the antithetic pair, from 1e-8 to 1.
         mask: ``"as_model"`` or ``"elementwise"``.
         confidence: Probability with which an interval covers its value.
         generator: Source of the seed of the noise; the global one by default.

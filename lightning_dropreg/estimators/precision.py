@@ -22,7 +22,7 @@ def bfloat16_step_size(step_size: float, sites: Sequence[Site]) -> float:
     never by less.
 
     Args:
-        step_size: The step asked for, in ``(0, 1]``.
+        step_size: The step asked for, from 1e-8 to 1.
         sites: The sites that the step reaches.
 
     Returns:

@@ -38,6 +38,7 @@ _NEAR = 50  # nodes between a tensor and the graph that made it
 _BREAKS = {
     "Skip calling `torch.compiler.disable()`d function": "losses, and what else is not to be compiled",
     "Attempted to wrap RNN, GRU, or LSTM": "recurrent layers",
+    "TorchDynamo purposely graph breaks on RNN, GRU, LSTMs": "recurrent layers",  # torch 2.6
 }
 """Torch's reasons for breaking a graph, in plain words."""
 _with_graphs: set[str] = set()

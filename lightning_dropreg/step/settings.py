@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_dropreg.checks import is_number, is_one_of
+from lightning_dropreg.checks import check_step_size, is_number, is_one_of
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import AUTO, ESTIMATORS
 from lightning_dropreg.estimators.curvature import CURVATURES
@@ -86,10 +86,7 @@ def check_estimation(estimator: str, step_size: float, mask: str) -> None:
         raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {names}.")
     if mask not in MASKS:
         raise InvalidArgumentError(f"mask={mask!r} is unknown; choose one of {', '.join(MASKS)}.")
-    if not isinstance(step_size, (int, float)) or isinstance(step_size, bool) or not 0 < step_size <= 1:
-        raise InvalidArgumentError(
-            f"step_size={step_size!r} must be a number in (0, 1]; 0.1 keeps the error of the penalty below about 1 %."
-        )
+    check_step_size(step_size)
 
 
 def check_fraction(batch_fraction: float | str | None) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lightning_dropreg.checks import check_count
+from lightning_dropreg.checks import check_count, check_step_size
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError
 from lightning_dropreg.interception.sites import Rule
 from lightning_dropreg.numerics.noise import fold_key
@@ -57,7 +57,7 @@ def first_order_variance(
         chunk: Up to how many directions are taken in one pass, see `draw_predictions`.
         estimator: ``"forward"`` (dual numbers), or ``"antithetic"`` (two passes, for operations without a forward-mode
             derivative).
-        step_size: Step of the antithetic pair, in ``(0, 1]``.
+        step_size: Step of the antithetic pair, from 1e-8 to 1.
         training: Which modules are in training mode, see `lightning_dropreg.uncertainty.mode.dropout_mode`.
 
     Returns:
@@ -81,8 +81,7 @@ def first_order_variance(
     check_count("chunk", chunk)
     if estimator not in ESTIMATORS:
         raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}.")
-    if not 0 < step_size <= 1:
-        raise InvalidArgumentError(f"step_size={step_size!r} must be in (0, 1].")
+    check_step_size(step_size)
     with Isolation(module) as isolation, dropout_mode(module, training):
         slopes = _by_pair if estimator == "antithetic" else _by_duals
         squares = [

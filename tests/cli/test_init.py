@@ -22,7 +22,7 @@ class Alone(Net):
 @pytest.fixture
 def own(elsewhere, monkeypatch):
     Path("own_to_init.py").write_text(OWN_MODEL + NEEDY)
-    monkeypatch.syspath_prepend(".")
+    monkeypatch.syspath_prepend(Path.cwd())
 
 
 def test_init_writes_what_runs(capsys):
@@ -69,7 +69,7 @@ def test_inspect_shows_what_was_measured_in_80_columns(monkeypatch, capsys):
         OWN_MODEL + "class Kinked(Net):\n    def __init__(self):\n        super().__init__()\n"
         "        self.net.insert(2, torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()))\n"
     )
-    monkeypatch.syspath_prepend(".")
+    monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setattr("lightning_dropreg.cli.inspect.get_console", lambda: Console(width=80))
     assert main(["init", "--model=kinked_model.Kinked", "--data=kinked_model.Data"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

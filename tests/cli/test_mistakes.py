@@ -100,7 +100,7 @@ def test_a_mistake_is_told_in_a_few_lines(mistake, capfd):
 
 
 def test_an_error_in_the_users_own_code_keeps_its_traceback(monkeypatch):
-    monkeypatch.syspath_prepend(".")
+    monkeypatch.syspath_prepend(Path.cwd())
     Path("mine.py").write_text(
         "import lightning as L\nclass Mine(L.LightningModule):\n  def __init__(s): s.x = {}['y']\n"
     )

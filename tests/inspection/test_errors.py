@@ -79,7 +79,7 @@ def test_bad_arguments(value):
     largest = float.fromhex("0x1.fffffffffffffp+1023")
     cases = [
         (dr.ExplicitPenalty, "strength", number(0, largest, True)),
-        (dr.ExplicitPenalty, "step_size", number(0, 1, False)),
+        (dr.ExplicitPenalty, "step_size", number(1e-8, 1, True)),
         (dr.ExplicitPenalty, "batch_fraction", value is None or number(0, 1, False)),
         (dr.ExplicitPenalty, "batch_dim", count(0)),
         (dr.ExplicitPenalty, "every_n_steps", count(1)),
@@ -106,7 +106,9 @@ def closure_of(loss):
     return lambda: loss(net(x))
 
 
-@pytest.mark.parametrize("options", [{"curvature": "hessian"}, {"estimator": "x"}, {"step_size": 0}, {"mask": "x"}])
+@pytest.mark.parametrize(
+    "options", [{"curvature": "hessian"}, {"estimator": "x"}, {"step_size": 0}, {"step_size": 1e-200}, {"mask": "x"}]
+)
 def test_bad_functional_arguments(options):
     with pytest.raises(errors.InvalidArgumentError, match=next(iter(options))):
         explicit_penalty(closure_of(lambda z: F.mse_loss(z, torch.zeros(5, 2))), **options)
