@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from mutation_table import MUTATIONS
+from versions import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "docs" / "mutations.json"
@@ -71,7 +72,7 @@ def run_tests(tests: str, tree: Path, output: Path) -> None:
 _WORDS = {"caught": True, "missed": False, "not run": None}
 
 
-def note(name: str, found: bool, said: str) -> None:
+def note(name: str, found: bool, said: str, at: str) -> None:
     """Write down what came of a mutation, in the order of the table."""
     known = json.loads(RECORD.read_text())["mutations"] if RECORD.is_file() else []
     rows = {each["name"]: each for each in known if "name" in each}
@@ -80,8 +81,12 @@ def note(name: str, found: bool, said: str) -> None:
         written = dict(zip(("file", "old", "new", "tests"), row, strict=True))
         known_row = rows.get(each, {})
         same = all(known_row.get(key) == value for key, value in written.items())
-        result = {key: known_row[key] for key in ("caught", "said")} if same else {"caught": None, "said": "not run"}
-        kept.append({"name": each, **written, **({"caught": found, "said": said} if each == name else result)})
+        result = {"caught": None, "said": "not run"}
+        if same:
+            result = {key: known_row[key] for key in ("caught", "said", "commit") if key in known_row}
+        if each == name:
+            result = {"caught": found, "said": said, "commit": at}
+        kept.append({"name": each, **written, **result})
     counts = {word: sum(e["caught"] is is_so for e in kept) for word, is_so in _WORDS.items()}
     RECORD.write_text(json.dumps({**counts, "mutations": kept}, indent=1) + "\n")
 
@@ -92,14 +97,14 @@ def main() -> None:
     for name in ("hypothesis", "jsonargparse", "lightning.pytorch.cli", "pdoc", "torchmetrics"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    missed = 0
+    missed, at = 0, commit()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "build", ".venv", "__pycache__", "runs"))
         for name in sys.argv[1:] or MUTATIONS:
             found, said = caught(name, tree)
             missed += not found
-            note(name, found, said)
+            note(name, found, said, at)
             print("caught" if found else "MISSED", "-", name, "-", said, flush=True)
     sys.exit(bool(missed))
 
