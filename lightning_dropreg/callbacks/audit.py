@@ -76,4 +76,5 @@ class DropoutAudit(SpellsArguments, Callback):
             rank_zero_info(f"DropoutAudit: no finding in {type(module).__name__}. {found.coverage}")
         if told:
             lines = [f"  {one.severity} {one.id} at {one.where}: {one.evidence} {one.repair}" for one in told]
-            rank_zero_warn("\n".join([f"DropoutAudit: {len(told)} findings in {type(module).__name__}:", *lines]))
+            count = "1 finding" if len(told) == 1 else f"{len(told)} findings"
+            rank_zero_warn("\n".join([f"DropoutAudit: {count} in {type(module).__name__}:", *lines]))
