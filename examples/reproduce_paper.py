@@ -34,7 +34,7 @@ FIGURES = {  # title and rows: names of files in configs/small
     ),
     "3": ("R_approx and the explicit effect of dropout", ["dropout_1", "dropout_8", "r_approx"]),
     "4": (
-        "DROPOUT_k and xi_approx (Algorithm 4)",
+        "DROPOUT_k and ξ (Algorithm 4)",
         ["dropout_1", "dropout_2", "dropout_4", "dropout_8", "dropout_2_xi", "dropout_4_xi", "dropout_8_xi"],
     ),
     "5": ("dropout and Algorithm 2", ["dropout_1", "r_approx_xi", "none"]),
@@ -120,7 +120,7 @@ def report(comparison: Comparison, out: Path, corpus: str = "ptb", figures: Sequ
         shown = Comparison(comparison.runs, [f"{corpus}_{row}" for row in rows])
         if len(shown.configs) > 1:
             styles = {config: style_of_row(config.partition("_")[2]) for config in shown.configs}
-            draw_bands(shown, f"Figure {number}: {title}", out / f"figure_{number}", styles)
+            draw_bands(shown, f"The paper's Figure {number} at small size: {title}", out / f"figure_{number}", styles)
     texts = {"orderings": orderings(comparison, corpus)}
     if corpus == "ptb":
         texts = {"table_1": table_1(comparison), **texts}

@@ -33,10 +33,11 @@ def differences(rows: Sequence[tuple[str, dict[str, Any], Difference]], title: s
         axes.errorbar(found.mean, height, xerr=half, color=style["color"], marker=style["marker"], markersize=6, lw=2)
     labels = [label_of(method, parameters) for method, parameters, _ in reversed(rows)]
     axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     seeds = rows[0][2].seeds
     interval = f"\nmean and ± {ERRORS} standard errors over {seeds} seeds" if seeds > 1 else "\none seed"
     axes.set_xlabel(f"test loss minus that of {reference}, same seed{interval}", fontsize=9)
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)  # centred on the figure: beside long names the axes are narrow
     finish(axes)
     save(figure, path)
 
@@ -62,7 +63,7 @@ def doses(
         label = f"beside {label_of({'Algorithm 2': 'R', 'DROPOUT_k + xi': 'DROPOUT_k'}[method], {'k': 8})}"
         axes.errorbar([dose for dose, _ in points], values, yerr=half, capsize=2, label=label, **style_of(method))
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     axes.legend(frameon=False, fontsize=9)
     finish(axes)
     save(figure, path)
@@ -80,7 +81,7 @@ def heat_map(cells: Mapping[tuple[float, int], Difference], title: str, xlabel: 
     """
     columns, rows = sorted({column for column, _ in cells}), sorted({row for _, row in cells})
     values = [[cells[c, r].in_errors if (c, r) in cells else float("nan") for c in columns] for r in rows]
-    figure = new_figure(6, 3.2)
+    figure = new_figure(6.6, 3.4)
     axes = figure.subplots()
     image = axes.imshow(values, cmap="PuOr_r", vmin=-8, vmax=8, aspect="auto", origin="lower")
     for y, r in enumerate(rows):
@@ -115,7 +116,7 @@ def curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None
     low = min(min(record["mean_test"]) for record in records)
     axes.set_ylim(0.97 * low, 1.8 * low)
     axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(frameon=False, fontsize=8, ncols=2, title="(mean over seeds at each seed's best)", title_fontsize=8)
     finish(axes)
     save(figure, path)
 

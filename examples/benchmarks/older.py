@@ -53,7 +53,8 @@ def time_to_quality(folder: Path) -> None:
     own = folder / "time_to_quality"
     found = Comparison.read(own)
     found.write(own)
-    for drawn in draw_curves(found, own, {config: style_of_row(config) for config in found.configs}):
+    styles = {config: style_of_row(config) for config in found.configs}
+    for drawn in draw_curves(found, own, styles, "LSTM 2 x 200 on the Python reference manual"):
         if drawn.suffix == ".svg":
             drawn.unlink()
 

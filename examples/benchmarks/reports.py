@@ -72,9 +72,7 @@ def claims(made: Records) -> None:
         shown = [
             r for r in found if r["method"] in {"none", "dropout", "DROPOUT_k", "DROPOUT_k + xi", "R", "Algorithm 2"}
         ]
-        curves(
-            shown, "Setting A: mean test NLL by step (mean over seeds at each seed's best)", made.path.parent / "curves"
-        )
+        curves(shown, "Digits, setting A: mean test NLL over 32 seeds, by step", made.path.parent / "curves")
 
 
 def dose(made: Records) -> None:
@@ -111,7 +109,7 @@ def dose(made: Records) -> None:
     write(folder / "dose.md", [*lines, "", PLUS_MINUS], records)
     doses(
         drawn,
-        f"Test NLL by the strength of the noise, {len(seeds)} seeds, ± 2 standard errors",
+        f"Digits, setting A: test NLL by the strength of the noise, {len(seeds)} seeds, ± 2 standard errors",
         "strength s of ImplicitNoise (1: dropout's own)",
         "test NLL minus that of s = 0, same seed",
         folder / "dose",

@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ PLAIN: dict[str, tuple[Callable[[], list[Run]], Callable[[Records], None]]] = {
     "r_drop": (studies.r_drop, later_reports.r_drop),
     "r_drop_text": (studies.r_drop_text, text_reports.r_drop_text),
     "wikitext": (studies.wikitext, text_reports.wikitext),
+    "text_time": (studies.text_time, equal_time.text_time),
 }
 """Studies in which nothing is chosen: their runs, and what makes tables of them."""
 
@@ -80,18 +82,17 @@ STAGED: dict[str, list[Callable[[Records], Any]]] = {
         lambda made: studies.chosen(studies.text_tuned(), made, studies.SEEDS["text_tuned"]),
         text_reports.text_tuned,
     ],
-    "transformer": [
-        lambda made: studies.transformer(),
-        lambda made: studies.chosen(studies.transformer(), made, studies.SEEDS["transformer"]),
-        equal_time.transformer,
-    ],
-    "text_time": [
-        lambda made: studies.text_time(),
-        lambda made: studies.chosen(studies.text_time(), made, studies.SEEDS["text_time"]),
-        equal_time.text_time,
-    ],
 }
 """Studies in which some runs depend on others: the runs of each stage, and what makes tables of them."""
+
+BY_METHOD: dict[str, tuple[list[Run], str, Callable[[Records], None]]] = {
+    "transformer": (studies.transformer(), "transformer", equal_time.transformer),
+}
+"""Studies in which every method is tuned and then run: the tuning runs, the fresh seeds, and what makes tables."""
+for _study, _noise in TUNED.items():
+    _grid = studies.tuned(_noise)
+    BY_METHOD[_study] = _grid, "tuned", partial(reports.tuned, grid=_grid, label_noise=_noise, name=_study)
+
 OWN = {"models": (models.train, models.report), "step_costs": (step_costs.measure, step_costs.report)}
 """Studies with records of their own kind: what makes them, and what makes tables of them."""
 
@@ -132,12 +133,12 @@ def run_study(study: str, train: bool) -> None:
         runs, report = PLAIN[study]
         make(runs())
         report(made)
-    elif study in TUNED:
-        grid = studies.tuned(TUNED[study])
+    elif study in BY_METHOD:
+        grid, fresh, report = BY_METHOD[study]
         for method in dict.fromkeys(run.method for run in grid):  # what is stopped has finished methods to show
             make([run for run in grid if run.method == method])
-            make(studies.chosen([run for run in grid if run.method == method], made, studies.SEEDS["tuned"]))
-        reports.tuned(made, grid, TUNED[study], study)
+            make(studies.chosen([run for run in grid if run.method == method], made, studies.SEEDS[fresh]))
+        report(made)
     elif study == "negative":
         for problem in studies.PROBLEMS:
             grid = studies.negative(problem)

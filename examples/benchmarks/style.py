@@ -1,7 +1,7 @@
 """One colour, line and marker for every method, the same in every figure.
 
-Colours are Okabe and Ito's, which can be told apart with any kind of colour vision; a line style or a marker says the
-same once more. What averages the noise away or leaves it out is dashed, what has noise is solid.
+Colours are Okabe and Ito's, and one of Tol's, which can be told apart with any kind of colour vision; a line style or
+a marker says the same once more. What averages the noise away or leaves it out is dashed, what has noise is solid.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 __all__ = ["STYLES", "finish", "label_of", "new_figure", "plain_label", "save", "style_of", "style_of_row"]
 
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#E69F00", "#0072B2", "#009E73"
-RED, PINK, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F"
+RED, PINK, SKY, GREY, WINE = "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F", "#882255"
 
 STYLES: dict[str, tuple[str, str, str]] = {  # colour, line, marker
     "none": (GREY, ":", "x"),
     "dropout": (BLACK, "-", "o"),
     "DROPOUT_k": (ORANGE, "--", "s"),
-    "DROPOUT_k + 3.1": (ORANGE, "-", "D"),
+    "DROPOUT_k + 3.1": (WINE, "-", "D"),
     "DROPOUT_k + xi": (RED, "-", "^"),
     "xi": (RED, ":", "v"),
     "R": (BLUE, "--", "s"),
@@ -45,7 +45,11 @@ LABELS = {
     "R": r"$R_\mathrm{approx}$",
     "R, quarter": r"$R_\mathrm{approx}$, quarter of the rows",
     "Algorithm 2, quarter": "Algorithm 2, quarter of the rows",
-    "l2": r"$\ell_2$",
+    "l2": r"$\ell_2$ (weight decay)",
+    "curvature full": "whole curvature",
+    "noise stability": "noise on the weights",
+    "generalized CE": "generalized cross entropy",
+    "generalized CE with dropout": "generalized cross entropy with dropout",
 }
 
 
@@ -56,24 +60,27 @@ def style_of(method: str) -> dict[str, str]:
 
 
 ROWS = {  # names of configurations: the method
+    "dropout_1": "dropout",
     "r_approx": "R",
     "r_approx_xi": "Algorithm 2",
     "algorithm_2": "Algorithm 2",
+    "algorithm_2_economical": "Algorithm 2, quarter",
     "r_approx_economical": "R, quarter",
     "loss_jacobian": "loss Jacobian",
+    "loss_jacobian_xi": "loss Jacobian + xi",
 }
 
 
 def style_of_row(row: str) -> dict[str, str]:
-    """Return colour and line of a configuration, by its name; of DROPOUT_k the more draws, the shorter the dashes."""
-    if row == "algorithm_2_economical":
-        return {"color": GREEN, "linestyle": ":"}
-    if row.startswith("dropout_") and row != "dropout_1":
-        k, _, noise = row.removeprefix("dropout_").partition("_")
-        line = {"2": "-", "4": "--", "8": ":"}.get(k, "-.")
-        return {"color": {"": ORANGE, "xi": RED, "noise": PINK}[noise], "linestyle": line}
-    style = style_of({"dropout_1": "dropout"}.get(row, ROWS.get(row, row)))
-    return {"color": style["color"], "linestyle": style["linestyle"]}
+    """Return colour, line and label of a configuration, by its name; fewer draws than eight have other dashes."""
+    method, parameters = ROWS.get(row, row), {}
+    k, _, noise = row.removeprefix("dropout_").partition("_")
+    if k.isdigit() and k != "1":
+        method = {"": "DROPOUT_k", "xi": "DROPOUT_k + xi", "noise": "DROPOUT_k + 3.1"}[noise]
+        parameters = {"k": int(k)}
+    style = style_of(method)
+    line = {"2": ":", "4": "-."}.get(k, style["linestyle"])
+    return {"color": style["color"], "linestyle": line, "label": label_of(method, parameters)}
 
 
 def label_of(method: str, parameters: dict[str, Any] | None = None) -> str:
@@ -81,7 +88,7 @@ def label_of(method: str, parameters: dict[str, Any] | None = None) -> str:
     k = (parameters or {}).get("k")
     label = LABELS.get(method, method).replace("DROPOUT_k", f"DROPOUT_{k}" if k else "DROPOUT_k")
     label += f" (noise {parameters['noise']:g})" if parameters and "noise" in parameters else ""
-    return label.replace("3.1", "noise of 3.1").replace(" xi", r" $\xi$")
+    return label.replace("3.1", "noise of section 3.1").replace(" xi", r" $\xi$")
 
 
 def plain_label(method: str, parameters: dict[str, Any], strength: bool = False) -> str:

@@ -16,7 +16,7 @@ Styles = Mapping[str, Mapping[str, str]]
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 
 
-def draw_curves(comparison: Comparison, folder: Path, styles: Styles | None = None) -> list[Path]:
+def draw_curves(comparison: Comparison, folder: Path, styles: Styles | None = None, title: str = "") -> list[Path]:
     """Draw the mean over seeds against epoch and time, each seed as a thin line behind it.
 
     What is more than half above all the best values, as the first epochs are, is cut off: the ends are close.
@@ -24,7 +24,9 @@ def draw_curves(comparison: Comparison, folder: Path, styles: Styles | None = No
     Args:
         comparison: The runs.
         folder: Where ``curves.png`` and ``curves.svg`` go.
-        styles: Colour and line of configurations, as arguments of matplotlib; by their order where not given.
+        styles: Colour, line and label of configurations, as arguments of matplotlib; by their order and name where
+            not given.
+        title: Above the figure.
 
     Returns:
         The files.
@@ -36,16 +38,20 @@ def draw_curves(comparison: Comparison, folder: Path, styles: Styles | None = No
     left, right = figure.subplots(1, 2, sharey=True)
     for number, config in enumerate(comparison.configs):
         style, histories = _style(number, config, styles), _histories(comparison, config)
+        label = style.pop("label", config)
         for history in histories:
             left.plot([e for e, _, _ in history], [v for _, v, _ in history], lw=0.6, alpha=0.5, **style)
             right.plot([s for _, _, s in history], [v for _, v, _ in history], lw=0.6, alpha=0.5, **style)
         if histories:
             shared = list(zip(*histories, strict=False))  # as long as the shortest
             values = [mean(value for _, value, _ in point) for point in shared]
-            left.plot([point[0][0] for point in shared], values, lw=2, label=config, **style)
+            left.plot([point[0][0] for point in shared], values, lw=2, label=label, **style)
             right.plot([mean(seconds for _, _, seconds in point) for point in shared], values, lw=2, **style)
     _cut_off_the_beginning(left, comparison)
     right.set(xlabel="seconds")
+    spread = any(len(comparison.of(config)) > 1 for config in comparison.configs)
+    lines = "thick: mean over seeds, thin: each seed" if spread else ""
+    figure.suptitle("; ".join(part for part in (title, lines) if part), fontsize=10)
     _finish(left, comparison.metric)
     _finish(right, None)
     return _save(figure, folder / "curves")
@@ -80,9 +86,10 @@ def draw_bands(comparison: Comparison, title: str, path: Path, styles: Styles | 
             high = [m + d for m, d in zip(means, deviations, strict=True)]
             style, best = _style(number, config, styles), comparison.best(config)
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            axes.plot(epochs, means, lw=1.8, label=f"{config} ({best})", **style)
+            label = style.pop("label", config)
+            axes.plot(epochs, means, lw=1.8, label=f"{label} ({best})", **style)
     _cut_off_the_beginning(axes, comparison)
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     _finish(axes, comparison.metric)
     if any(len(comparison.of(config)) > 1 for config in comparison.configs):
         axes.set_xlabel("epoch (bands and ±: one standard deviation over seeds)")
