@@ -17,14 +17,16 @@ from .style import style_of_row
 __all__ = ["OLDER", "REPORTS"]
 
 OLDER = {
-    "bench": "bench_*.json: dropreg bench --config configs/bench/lstm.yaml --json (transformer.yaml, quickstart.yaml)",
     "time_to_quality": "dropreg compare configs/time_to_quality/*.yaml --seeds 1 2 3 --figure",
     "paper_small": "python examples/reproduce_paper.py --root FOLDER; commit and machine in paper_small/machine.json",
     "quickstart": "quickstart.csv: dropreg fit --config configs/quickstart.yaml (and _dropout, _none)",
-    "cost_of_watching": "cost_of_watching.json: python examples/benchmarks/cost_of_watching.py CONFIG ...",
-    "campaign": "campaign.json: python tests/campaign/campaign_run.py --runs 600 --seed 21 --json",
+    "last_site": "bench_last_site.json: dropreg bench on the quickstart and the transformer, see README.md",
+    "campaign": "campaign.json: python tests/campaign/campaign_run.py --runs 600 --seed 23 --json",
+    "mutations": "docs/mutations.json: python scripts/mutations.py",
+    "versions": "docs/versions.json: python scripts/versions.py",
+    "tutorials": "the pictures of docs/tutorials: made anew whenever the pages are built (scripts/docs.sh)",
 }
-"""What was measured before, by which command; those in `REPORTS` are drawn anew from what was kept."""
+"""What is made by other commands; those in `REPORTS` are drawn anew from what was kept."""
 
 
 def bench(folder: Path) -> None:

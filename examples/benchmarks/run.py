@@ -6,8 +6,8 @@ Studies: ablations claims dose dose8 map tuned40 tuned10 tuned0 negative text la
 remedies table_1 models r_drop_text text_tuned wikitext transformer text_time step_costs. Run from the root of a
 clone; all of them take about three and a half hours. Every finished run is kept as a line of runs.jsonl in the
 study's folder, so a command that was stopped goes on. `--report` trains nothing and draws what is there; `--list`
-says what that is. What was measured before (bench time_to_quality paper_small) is drawn from the files that were
-kept of it.
+says what that is, and what is made by which other command. `--again` measures what is a single file (what steps cost,
+for the most part). What was measured before (bench time_to_quality paper_small) is drawn from the files kept of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 from examples import claims
 from examples.benchmarks import (
+    again,
     equal_time,
     later_reports,
     models,
@@ -105,11 +106,20 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="draw what is there, train nothing")
     parser.add_argument("--root", type=Path, help="where the corpus lies: Penn Treebank (WikiText-2 for wikitext)")
     parser.add_argument("--list", action="store_true", help="say what there is, and where it was measured")
+    parser.add_argument(
+        "--again", nargs="*", choices=[*again.COMMANDS], metavar="FILE", help="measure single files again, or all"
+    )
     options = parser.parse_args(args)
     claims.quiet()
     text.ROOT = options.root
     if options.list:
         print_list()
+        return
+    if options.again is not None:
+        for name in options.again or again.COMMANDS:
+            print(f"{name}: python {again.COMMANDS[name]}", flush=True)
+            again.measure_again(name, HERE)
+        older.bench(HERE)
         return
     for study in options.studies:
         run_study(study, train=not options.report)
@@ -169,10 +179,13 @@ def print_list() -> None:
         lines = Records(HERE / folder_of(study) / "runs.jsonl").lines
         commits = ", ".join(sorted({line["provenance"]["commit"] for line in lines})) or "-"
         print(f"{study:16} {folder_of(study)}/: {len(lines)} runs kept (commits {commits})")
-    print("\nmeasured before, by other commands (README.md says on which machine):")
+    print("\nsingle files (--again FILE measures one anew; README.md says on which machine it was):")
+    for name, command in again.COMMANDS.items():
+        print(f"{name:32} python {command}")
+    print("\nmade by other commands:")
     for name, command in older.OLDER.items():
-        again = "" if name in older.REPORTS else " [not drawn anew]"
-        print(f"{name:16} {command}{again}")
+        drawn = "" if name in older.REPORTS else " [not drawn anew]"
+        print(f"{name:16} {command}{drawn}")
 
 
 def folder_of(study: str) -> str:
