@@ -374,7 +374,7 @@ MUTATIONS: dict[str, Row] = {
         "checks.py",
         '    """Refuse what is no choice of sites.',
         '    f"""Refuse what is no choice of sites.',
-        "test_docs.py -k documented",
+        "test_docs.py -k public_name",
     ),
     "kinks": (
         "session/choosing.py",
