@@ -175,6 +175,15 @@ def test_what_pages_say_of_results_has_a_row_of_data():
             assert " ".join(words.split()) in text, f"{path} does not say: {words}"
 
 
+def test_every_row_of_the_page_of_results_has_a_row_of_data():
+    with (ROOT / "docs" / "sentences.csv").open(newline="") as file:
+        said = [" ".join(row["words"].split()) for row in csv.DictReader(file) if "is-it-worth-it" in row["page"]]
+    page = (ROOT / "docs" / "is-it-worth-it.md").read_text()
+    lines = [" ".join(line.split()) for line in page.splitlines() if line.startswith("|") and "±" in line]
+    assert len(lines) > 50
+    assert not [line for line in lines if not any(words in line for words in said)]
+
+
 def test_every_record_says_where_it_comes_from_and_uses_the_seeds_of_its_study():
     allowed = {tuple(seeds) for seeds in studies.SEEDS.values()}
     for path in Path(run.HERE).glob("*/runs.jsonl"):
