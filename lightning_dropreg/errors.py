@@ -30,6 +30,7 @@ __all__ = [
     "UnsupportedRowsError",
     "UnsupportedSiteError",
     "VocabularyMismatchError",
+    "WideStepWarning",
 ]
 
 
@@ -135,6 +136,10 @@ class UnboundedPenaltyWarning(UserWarning):
 
 class KinkedNetworkWarning(UserWarning):
     """The noise of finite steps is larger than ``xi_approx``, because the network has kinks (ReLU)."""
+
+
+class WideStepWarning(UserWarning):
+    """The finite step of an antithetic pair is so wide that penalty or noise are another with half of it."""
 
 
 class CompiledPartWarning(UserWarning):

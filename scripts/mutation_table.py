@@ -449,6 +449,12 @@ MUTATIONS: dict[str, Row] = {
         "        if False:",
         "inspection/test_kinks.py -k 'behind_dropout or warns'",
     ),
+    "small_step": (
+        "inspection/step_width.py",
+        "    if error <= TOLERANCE:",
+        "    if True:",
+        "inspection/test_step_width.py -k said_once",
+    ),
     "rows_found": (
         "session/batch.py",
         "if told or hook is not None or len(rows) == count:",

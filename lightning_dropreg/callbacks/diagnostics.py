@@ -37,14 +37,21 @@ from lightning_dropreg.diagnostics.figures import draw
 from lightning_dropreg.diagnostics.numbers import with_margin
 from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
 from lightning_dropreg.diagnostics.statistics import check_confidence
-from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError, UnsupportedModuleError
+from lightning_dropreg.errors import (
+    InvalidArgumentError,
+    NoDropoutSiteError,
+    NotRepeatableError,
+    UnsupportedModuleError,
+)
 from lightning_dropreg.numerics.noise import fold_key
-from lightning_dropreg.passes.batches import fresh_batch
+from lightning_dropreg.passes.batches import fresh_batch, read_once
+from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.session.configured import configured
 from lightning_dropreg.session.logs import LogCollector
 from lightning_dropreg.session.others import goes_before_finders, is_resuming
 from lightning_dropreg.session.problems import changed_parameters, fingerprints
 from lightning_dropreg.session.session import Session, own_step
+from lightning_dropreg.session.watching import moved_on
 from lightning_dropreg.step.plan import Plan
 
 __all__ = ["DropoutDiagnostics"]
@@ -217,6 +224,8 @@ class DropoutDiagnostics(SpellsArguments, Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure if it is time."""
+        if self._held is None:
+            _check_can_be_read(batch)
         if self._held is None or self.batch == "current":
             self._held = (fresh_batch(batch, tensors=True) if self.batch == "first" else batch), batch_idx
             self._portable = self.batch == "first" and self._alone and _size(batch) <= LARGEST_HELD
@@ -249,7 +258,10 @@ class DropoutDiagnostics(SpellsArguments, Callback):
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._held is not None
+        _check_can_be_read(self._held[0])
         closure = _closure(trainer, module, *self._held)
+        reach = Reach({"self": module, "training_step": own_step(module)})
+        positions = reach.positions()
         generator = torch.Generator().manual_seed(fold_key(self._seed, trainer.global_rank, trainer.global_step))
         common: dict[str, Any] = {
             "draws": self.draws,
@@ -277,7 +289,8 @@ class DropoutDiagnostics(SpellsArguments, Callback):
             self._held = None if self.batch == "current" else self._held
             rank_zero_warn(f"DropoutDiagnostics: no dropout in the batch of step {trainer.global_step}; not measured.")
             return
-        for problem in changed_parameters(module, before):
+        moved = moved_on(f"training_step of {type(module).__name__}", reach, positions)
+        for problem in [*changed_parameters(module, before), *([] if moved is None else [moved])]:
             raise problem
         diagnosis = Diagnosis(
             effect,
@@ -310,6 +323,16 @@ class DropoutDiagnostics(SpellsArguments, Callback):
                 f"effect of dropout: {values}. The expansion is not to be trusted here; it gets worse as the drop "
                 "probability grows."
             )
+
+
+def _check_can_be_read(batch: Any) -> None:
+    """Refuse a batch that the step could not read after it was looked at."""
+    places = read_once(batch)
+    if places:
+        raise NotRepeatableError(
+            f"DropoutDiagnostics runs the step on a batch before it is trained on, and there is something in it that "
+            f"can be gone through once: {', '.join(places)}. Make a list of it where the batch is made (collate_fn)."
+        )
 
 
 class _SkippedError(Exception):

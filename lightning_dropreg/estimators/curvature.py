@@ -122,7 +122,7 @@ def quadratic_form(curvature: str, loss: Loss, z: Tensor, u: Tensor, slope: Tens
     if curvature == "loss_hessian":
         return loss.hessian_form(z, u, weights)
     if curvature == "identity":
-        return _identity_form(loss, u, weights)
+        return _identity_form(loss, u * _moves(differentiated_outputs(curvature, loss)), weights)
     return _jacobian_form(loss, slope, weights)
 
 
@@ -171,6 +171,11 @@ def differentiated_outputs(curvature: str, loss: Loss) -> Tensor:
     return loss.logits
 
 
+def _moves(z: Tensor) -> Tensor:
+    """1 for outputs, and 0 for classes that are masked out with -inf: whatever is added to them, they stay there."""
+    return z.detach().isfinite().to(z.dtype)
+
+
 def _identity_form(loss: Loss, u: Tensor, weights: Tensor) -> Tensor:
     return (loss.example_weights(weights) * u.square().mean(-1)).sum()
 
@@ -199,7 +204,7 @@ def factor(curvature: str, loss: Loss, weights: Tensor, generator: torch.Generat
         return loss.hessian_factor(z, weights, signs)
     example_weights = loss.example_weights(weights)
     if curvature == "identity":
-        return root(loss.name, example_weights / z.shape[-1]).unsqueeze(-1) * signs
+        return root(loss.name, example_weights / z.shape[-1]).unsqueeze(-1) * signs * _moves(z)
     gradient = _gradient(loss, weights)
     # where an example has no weight its gradient is 0 too
     return gradient / root(loss.name, example_weights).unsqueeze(-1) * signs[:, :1]
@@ -227,8 +232,9 @@ def matrix(curvature: str, loss: Loss, weights: Tensor) -> Tensor:
         return torch.stack(rows, dim=1)
     example_weights = loss.example_weights(weights)
     if curvature == "identity":
-        identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) / z.shape[-1]
-        return example_weights[:, None, None] * identity
+        return example_weights[:, None, None] * torch.diag_embed(
+            _moves(differentiated_outputs(curvature, loss)) / z.shape[-1]
+        )
     gradient = _gradient(loss, weights)
     return _divide(gradient.unsqueeze(-1) * gradient.unsqueeze(-2), example_weights[:, None, None])
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.checks import check_instance, check_strength
-from lightning_dropreg.errors import InconsistentPassesError
+from lightning_dropreg.errors import InconsistentPassesError, LossNotRecognizedError
 from lightning_dropreg.estimators.curvature import element_weights
 from lightning_dropreg.interception.mode import constants_marked
 from lightning_dropreg.numerics.noise import draw_key, of_this_rank
@@ -60,6 +60,7 @@ def two_draws(closure: Closure, *, key: int) -> TwoDraws:
 
     Raises:
         InconsistentPassesError: If the passes computed different losses.
+        LossNotRecognizedError: If a loss that counts is none between distributions.
     """
     one, two = (run_pass(closure, rule, record_losses=True) for rule in draws_of_dropout(key, 2, antithetic=False))
     kinds = [[(loss.name, loss.outputs.shape) for loss in done.losses] for done in (one, two)]
@@ -70,7 +71,11 @@ def two_draws(closure: Closure, *, key: int) -> TwoDraws:
     weights = [element_weights(done.loss, done.losses) for done in (one, two)]
     divergence = one.loss.new_zeros(())
     for a, b, of_a, of_b in zip(one.losses, two.losses, *weights, strict=True):
-        divergence = divergence + a.symmetric_divergence(b, (of_a + of_b) / 2)
+        try:
+            divergence = divergence + a.symmetric_divergence(b, (of_a + of_b) / 2)
+        except LossNotRecognizedError:
+            if bool(of_a.any()) or bool(of_b.any()):  # else it has the weight 0 in the loss, and here, too
+                raise
     return TwoDraws(one.loss, two.loss, divergence)
 
 

@@ -180,6 +180,14 @@ _TABLE = (
         fallback="`KinkedNetworkWarning` names the kinks and the remedy.",
     ),
     Assumption(
+        "small_step",
+        "The finite step is small against what the function bends over.",
+        "A pair with half the step along the same directions, on the first batch: penalty, and, where there are no "
+        "kinks, the gradients of penalty and noise.",
+        fallback="A `WideStepWarning` with the error and what makes it smaller (batch norm behind dropout, over two or "
+        "three rows).",
+    ),
+    Assumption(
         "finite",
         "Loss, penalty and noise are finite.",
         "In every step on a CPU; on CUDA by `DivergenceDetector`.",
@@ -257,7 +265,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "curvature full": _TAYLOR,
     "DropoutDiagnostics": (*_TAYLOR, "recognized_loss", "fixed_target"),
     "MonteCarloDropout": ("whole_batch", "state_put_back"),
-    "estimator antithetic": ("smooth",),
+    "estimator antithetic": ("smooth", "small_step"),
     "estimator forward": _DERIVATIVES,
     "estimator double_backward": _DERIVATIVES,
     "estimator exact": _DERIVATIVES,
@@ -282,7 +290,7 @@ def assumed_by(methods: Iterable[str]) -> list[Assumption]:
 
     Example:
         >>> [each.name for each in assumed_by(["estimator antithetic"])]
-        ['smooth']
+        ['smooth', 'small_step']
     """
     wanted: set[str] = set()
     for method in methods:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_dropreg.passes.copies import ITERATORS
 from lightning_dropreg.passes.variables import slots_of
 
-__all__ = ["batch_tensors", "fresh_batch", "is_array", "map_batch", "rereadable", "walk_batch"]
+__all__ = ["batch_tensors", "fresh_batch", "is_array", "map_batch", "read_once", "rereadable", "walk_batch"]
 
 _DEEPEST = 32
 """What lies deeper is shared and not looked at."""
@@ -196,6 +196,16 @@ def rereadable(batch: Any) -> Any:
     if not _found(batch, _is_read_once):
         return batch
     return map_batch(lambda value: itertools.tee(value, 1)[0] if _is_read_once(value) else NotImplemented, batch)
+
+
+def read_once(batch: Any) -> list[str]:
+    """Return where in a batch iterators are that can be gone through once.
+
+    Example:
+        >>> read_once({"x": map(str, [1, 2])})
+        ["batch['x'] (map)"]
+    """
+    return [f"batch{path} ({type(leaf).__name__})" for path, leaf in walk_batch(batch) if _is_read_once(leaf)]
 
 
 def _is_read_once(value: Any) -> bool:

@@ -210,7 +210,8 @@ class Batch(BatchRunner):
                 if told or hook is not None or len(rows) == count:
                     raise
                 raise UnsupportedRowsError(
-                    f"training_step of {type(self.module).__name__} failed on {len(rows)} of the batch's {count} rows "
+                    f"training_step of {type(self.module).__name__} failed on {len(rows)} of {count} rows "
+                    f"(so many has the first tensor of the batch along batch_dim={dim}) "
                     f"({str(error).splitlines()[0]}). If the module carries a state with a row for every row of the "
                     "batch (a hidden state, a memory), let it define select_rows(self, rows, dim), which cuts that "
                     "state down to the given rows; it is put back afterwards. Otherwise set batch_dim, or "

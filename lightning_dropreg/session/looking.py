@@ -45,8 +45,10 @@ from lightning_dropreg.session.problems import (
 from lightning_dropreg.session.ranks import has_whole_parameters
 from lightning_dropreg.session.watching import (
     OwnRun,
+    may_leave_traces,
     measure_drawn_rows,
     measure_repeatability,
+    measure_steps,
     measured_of,
     problems_of,
 )
@@ -132,6 +134,9 @@ class Looks:
         """Look at the first step before anything is trained, leaving no trace."""
         name = f"{type(self.module).__name__}{REFUSED}"
         batch = self.to_look_at(call)
+        if self.plan.untouched and may_leave_traces(self.module, self.found_in_reach):
+            self.inspected = True  # the step is as it was
+            return
         problems: list[DropregError] = list(module_problems(self.trainer, self.module, self.plan))
         # a manual step may change them: they are put back
         watched = self.module.automatic_optimization and not self.plan.untouched
@@ -145,8 +150,7 @@ class Looks:
                 changed = changed_parameters(self.module, before)
                 told = measured_of(seen, changed, len(batch.logs.names()))
                 seen.release()
-                problems += changed
-                problems += compiled_problems(self.module, self.plan) + found
+                problems += [*changed, *compiled_problems(self.module, self.plan), *found]
                 if not (problems or self.plan.untouched) and self.found_in_reach is not None:
                     measured = measure_repeatability(batch, self.found_in_reach)
                     self.measured += measured
@@ -160,8 +164,7 @@ class Looks:
             if problems:
                 raise all_at_once(problems, name) from None
             return  # nothing to see in this batch; look at the next one
-        self.inspected = True
-        self.seen, self.kinks = seen, seen.kinks
+        self.inspected, self.seen, self.kinks = True, seen, seen.kinks
         self.copies = bool(batch.modified)
         if not self.plan.untouched:
             self.measured += told
@@ -173,6 +176,9 @@ class Looks:
             self._choose_fraction(batch, seen)
         if seen.in_bfloat16:
             self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
+        elif self.whole_parameters:
+            with self._leaving_no_trace(batch, uncompiled()):
+                self.measured += measure_steps(batch, self.plan, smooth=not seen.kinks)
 
     def watch(self, step: int, call: StepCall) -> None:
         """Measure again, now and then, what was measured on the first batch; or leave it to the step to show it.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from lightning_dropreg.errors import DropregError, InvalidArgumentError, NotRepeatableError
+from lightning_dropreg.errors import DropregError, InvalidArgumentError, NotRepeatableError, WideStepWarning
 from lightning_dropreg.estimators.counts import Counting, Rows
 from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.assumptions import Measured
@@ -15,14 +18,25 @@ from lightning_dropreg.inspection.first_step import all_at_once
 from lightning_dropreg.inspection.kinks import told
 from lightning_dropreg.inspection.repeatable import Trace, compare_runs
 from lightning_dropreg.inspection.rows import batch_norms, measure_rows
+from lightning_dropreg.inspection.step_width import measure_step
 from lightning_dropreg.interception.sites import Rule
 from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
 from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.passes.run import recounted
 from lightning_dropreg.session.batch import Batch
 from lightning_dropreg.step.plan import Plan
+from lightning_dropreg.step.settings import Estimation
 
-__all__ = ["OwnRun", "measure_drawn_rows", "measure_repeatability", "measured_of", "problems_of"]
+__all__ = [
+    "OwnRun",
+    "may_leave_traces",
+    "measure_drawn_rows",
+    "measure_repeatability",
+    "measure_steps",
+    "measured_of",
+    "moved_on",
+    "problems_of",
+]
 
 
 class OwnRun:
@@ -67,6 +81,41 @@ class OwnRun:
             raise all_at_once(problems, self._where)
 
 
+def may_leave_traces(module: nn.Module, reach: Reach | None) -> bool:
+    """Whether a run of the step aside may leave something behind: it may move on what cannot be put back.
+
+    Args:
+        module: The module; one that is lazy draws its weights in its first forward.
+        reach: What its step can reach.
+
+    Returns:
+        Whether that is so.
+    """
+    return bool(reach and reach.moving) or any(isinstance(part, LazyModuleMixin) for part in module.modules())
+
+
+def moved_on(name: str, reach: Reach, before: Mapping[str, Any]) -> NotRepeatableError | None:
+    """Say what a step has moved on that cannot be put back.
+
+    Args:
+        name: Of the step.
+        reach: What it can reach.
+        before: Where that was before (`Reach.positions`).
+
+    Returns:
+        The error, or None if nothing has moved.
+    """
+    after = reach.positions()
+    moved = [place for place, position in before.items() if after.get(place) != position]
+    if not moved:
+        return None
+    return NotRepeatableError(
+        f"{name} moves on what cannot be put back: {', '.join(moved[:8])}. It runs several times for a batch, and "
+        "would go through that so many times as fast. Fetch what is new in on_train_batch_start, or in the data "
+        "loader, and let the step use it."
+    )
+
+
 def measure_repeatability(
     batch: Batch,
     reach: Reach,
@@ -87,14 +136,8 @@ def measure_repeatability(
     name = f"training_step of {type(batch.module).__name__}"
     drawn, before = batch.isolation.drawn_generators(), reach.positions()
     found = compare_runs(batch.run_without_trace, batch.isolation.outcome, name, reach.moving, drawn, runs)
-    after = reach.positions()
-    moved = [place for place, position in before.items() if after.get(place) != position]
-    if moved and found[0].problem is None:
-        problem = NotRepeatableError(
-            f"{name} moves on what cannot be put back: {', '.join(moved[:8])}. It runs several times for a batch, and "
-            "would go through that so many times as fast. Fetch what is new in on_train_batch_start, or in the data "
-            "loader, and let the step use it."
-        )
+    problem = moved_on(name, reach, before)
+    if problem is not None and found[0].problem is None:
         found[0] = Measured("repeatable", outcome="error", problem=problem)
     written = [] if found[0].problem is not None else batch.isolation.note_what_is_still()
     if written:
@@ -145,6 +188,41 @@ def measure_drawn_rows(batch: Batch, plan: Plan) -> tuple[Counting | None, list[
         if found.problem is not None:
             break
     return counting, measured
+
+
+def measure_steps(batch: Batch, plan: Plan, smooth: bool) -> list[Measured]:
+    """Find out whether finite steps are small enough, and warn where they are not.
+
+    Args:
+        batch: The batch, its isolation entered.
+        plan: What antithetic pairs estimate; those that hold one graph at a time are not looked at.
+        smooth: Whether the network has no kinks.
+
+    Returns:
+        What was measured.
+    """
+    pairs: list[tuple[str | None, Estimation]] = []
+    if plan.penalty is not None and plan.penalizes:
+        pairs.append((plan.curvature, plan.penalty.estimation))
+    noise = plan.noise_of_finite_steps
+    if noise is not None and (not pairs or noise != pairs[0][1]):
+        pairs.append((None, noise))
+    measured = [
+        measure_step(
+            batch.run_without_trace,
+            curvature=curvature,
+            noise=chosen == noise,
+            step_size=chosen.step_size,
+            mask=chosen.mask,
+            smooth=smooth,
+        )
+        for curvature, chosen in pairs
+        if chosen.estimator == "antithetic" and not chosen.low_memory
+    ]
+    for each in measured:
+        if each.outcome == "warning":
+            rank_zero_warn(f"{type(batch.module).__name__}: {each.note}", category=WideStepWarning)
+    return measured
 
 
 def problems_of(found: Sequence[Measured]) -> list[DropregError]:

@@ -163,6 +163,16 @@ def test_a_regression_is_refused():
         train([dr.RDrop()], make=Regression)
 
 
+def test_a_regression_of_weight_zero_is_none():
+    class Regression(Classifier):
+        def training_step(self, batch, batch_idx):
+            z = self.net(batch[0])
+            return F.cross_entropy(z, batch[1]) + 0.0 * F.mse_loss(z, torch.zeros_like(z))
+
+    plain, ours = (train([dr.RDrop()], make=make) for make in (Classifier, Regression))
+    assert all(map(torch.allclose, ours.gradients, plain.gradients))
+
+
 def test_inspect_says_what_it_does():
     told = describe(dr.RDrop(0.5).plan(make_trainer([dr.RDrop(0.5)])))
     assert any("R-Drop" in sentence for sentence in told)

@@ -50,3 +50,18 @@ def test_divergence(loss):
         for low in (-torch.inf, -1e5)
     )
     close(one, other)
+
+
+@pytest.mark.parametrize("estimator", ["antithetic", "forward", "double_backward", "exact"])
+def test_identity_averages_over_the_same_however_classes_are_masked(estimator):
+    one, other = (
+        explicit_penalty(
+            lambda name=name: LOSSES[name](-torch.inf),
+            generator=torch.Generator().manual_seed(1),
+            curvature="identity",
+            estimator=estimator,
+        )
+        for name in ("filled", "added")
+    )
+    assert other > 0
+    close(one, other)
