@@ -52,8 +52,8 @@ def measure_step(
     """
     try:
         whole, half = (_estimate(closure, curvature, noise, step, mask, smooth) for step in (step_size, step_size / 2))
-    except (DropregError, RuntimeError, NotImplementedError) as error:  # the estimator will say so itself
-        return Measured("small_step", note=f"not compared: {str(error).partition(chr(10))[0]}")
+    except (DropregError, RuntimeError, NotImplementedError) as problem:  # the estimator will say so itself
+        return Measured("small_step", note=f"not compared: {str(problem).partition(chr(10))[0]}")
     errors = [_error(a, b, size) for (a, size), (b, _) in zip(whole, half, strict=True)]
     error = max(errors, default=0.0)
     if error <= TOLERANCE:

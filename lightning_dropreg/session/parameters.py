@@ -48,6 +48,10 @@ class TrainedParameters:
             )
         return list(autograd.grad(scaled, self._parameters(), retain_graph=retain_graph, allow_unused=True))
 
+    def no_gradients(self) -> list[Tensor | None]:
+        """Return what `gradients` does where there is nothing to differentiate."""
+        return [None] * len(self._parameters())
+
     def add(self, gradients: list[Tensor | None]) -> Tensor:
         """Add gradients to those that the backward left.
 

@@ -241,6 +241,8 @@ class Session:
             return None
         self.values.add({"loss": loss.detach()})
         self._acted = False
+        if self.plan.noise_after_backward and self.trainer.world_size > 1:
+            self._later = self._trained.no_gradients()  # the others may have noise, and take its mean over all
         return output
 
     def _manual_step(self, call: StepCall) -> Any:
