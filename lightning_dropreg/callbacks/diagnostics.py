@@ -45,13 +45,12 @@ from lightning_dropreg.errors import (
 )
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes.batches import fresh_batch, read_once
-from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.session.configured import configured
 from lightning_dropreg.session.logs import LogCollector
 from lightning_dropreg.session.others import goes_before_finders, is_resuming
 from lightning_dropreg.session.problems import changed_parameters, fingerprints
 from lightning_dropreg.session.session import Session, own_step
-from lightning_dropreg.session.watching import moved_on
+from lightning_dropreg.session.watching import Moving
 from lightning_dropreg.step.plan import Plan
 
 __all__ = ["DropoutDiagnostics"]
@@ -260,8 +259,7 @@ class DropoutDiagnostics(SpellsArguments, Callback):
         assert self._held is not None
         _check_can_be_read(self._held[0])
         closure = _closure(trainer, module, *self._held)
-        reach = Reach({"self": module, "training_step": own_step(module)})
-        positions = reach.positions()
+        moving = Moving(module, own_step(module))
         generator = torch.Generator().manual_seed(fold_key(self._seed, trainer.global_rank, trainer.global_step))
         common: dict[str, Any] = {
             "draws": self.draws,
@@ -289,8 +287,7 @@ class DropoutDiagnostics(SpellsArguments, Callback):
             self._held = None if self.batch == "current" else self._held
             rank_zero_warn(f"DropoutDiagnostics: no dropout in the batch of step {trainer.global_step}; not measured.")
             return
-        moved = moved_on(f"training_step of {type(module).__name__}", reach, positions)
-        for problem in [*changed_parameters(module, before), *([] if moved is None else [moved])]:
+        for problem in [*changed_parameters(module, before), *moving.problems()]:
             raise problem
         diagnosis = Diagnosis(
             effect,

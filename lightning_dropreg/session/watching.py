@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,13 +28,13 @@ from lightning_dropreg.step.plan import Plan
 from lightning_dropreg.step.settings import Estimation
 
 __all__ = [
+    "Moving",
     "OwnRun",
     "may_leave_traces",
     "measure_drawn_rows",
     "measure_repeatability",
     "measure_steps",
     "measured_of",
-    "moved_on",
     "problems_of",
 ]
 
@@ -94,26 +94,32 @@ def may_leave_traces(module: nn.Module, reach: Reach | None) -> bool:
     return bool(reach and reach.moving) or any(isinstance(part, LazyModuleMixin) for part in module.modules())
 
 
-def moved_on(name: str, reach: Reach, before: Mapping[str, Any]) -> NotRepeatableError | None:
-    """Say what a step has moved on that cannot be put back.
+class Moving:
+    """What a step can reach, cannot be put back, and may move on; where it was when this was made.
 
     Args:
-        name: Of the step.
-        reach: What it can reach.
-        before: Where that was before (`Reach.positions`).
-
-    Returns:
-        The error, or None if nothing has moved.
+        module: The module.
+        step: Its step.
+        reach: What that can reach, if it is known.
     """
-    after = reach.positions()
-    moved = [place for place, position in before.items() if after.get(place) != position]
-    if not moved:
-        return None
-    return NotRepeatableError(
-        f"{name} moves on what cannot be put back: {', '.join(moved[:8])}. It runs several times for a batch, and "
-        "would go through that so many times as fast. Fetch what is new in on_train_batch_start, or in the data "
-        "loader, and let the step use it."
-    )
+
+    def __init__(self, module: nn.Module, step: Callable[..., Any] | None = None, reach: Reach | None = None) -> None:
+        self._name = f"training_step of {type(module).__name__}"
+        self._reach = Reach({"self": module, "training_step": step}) if reach is None else reach
+        self._before = self._reach.positions()
+
+    def problems(self) -> list[DropregError]:
+        """Return the error that names what has moved on since, if anything has."""
+        after = self._reach.positions()
+        moved = [place for place, position in self._before.items() if after.get(place) != position]
+        if not moved:
+            return []
+        text = (
+            f"{self._name} moves on what cannot be put back: {', '.join(moved[:8])}. It runs several times for a "
+            "batch, and would go through that so many times as fast. Fetch what is new in on_train_batch_start, or in "
+            "the data loader, and let the step use it."
+        )
+        return [NotRepeatableError(text)]
 
 
 def measure_repeatability(
@@ -134,11 +140,10 @@ def measure_repeatability(
         What was found.
     """
     name = f"training_step of {type(batch.module).__name__}"
-    drawn, before = batch.isolation.drawn_generators(), reach.positions()
+    drawn, moving = batch.isolation.drawn_generators(), Moving(batch.module, reach=reach)
     found = compare_runs(batch.run_without_trace, batch.isolation.outcome, name, reach.moving, drawn, runs)
-    problem = moved_on(name, reach, before)
-    if problem is not None and found[0].problem is None:
-        found[0] = Measured("repeatable", outcome="error", problem=problem)
+    if found[0].problem is None:
+        found[:1] = [Measured("repeatable", outcome="error", problem=p) for p in moving.problems()] or found[:1]
     written = [] if found[0].problem is not None else batch.isolation.note_what_is_still()
     if written:
         problem = NotRepeatableError(
