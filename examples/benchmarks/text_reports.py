@@ -176,7 +176,30 @@ def text_tuned(made: Records) -> None:
         lines.append(f"| {' | '.join(cells)} |")
     d = difference(found[2], found[1])
     lines += ["", *head("Algorithm 2 minus R-Drop", "could be seen"), f"| {d.row()} | {3 * (d.error or 0):.4f} |"]
-    lines += ["", "Tuning seeds:", "", *head("method", "held-out NLL", "test NLL")]
     tried = made_of(made, grid)
+    spent = {m: sum(r["cpu_seconds"] for r in tried if r["method"] == m) for m in [r["method"] for r in found]}
+    told = ", ".join(f"{method} {seconds:.0f}" for method, seconds in spent.items())
+    lines += ["", *_mean_curves_at_equal_time(found), "", f"Tuning seeds (CPU seconds: {told}):", ""]
+    lines += head("method", "held-out NLL", "test NLL")
     lines += [f"| {arm_of(r)} | {' | '.join(Mean.of(r[key]).text() for key in ('held_out', 'test'))} |" for r in tried]
     write(made.path.parent / "text_tuned.md", [*lines, "", PLUS_MINUS, COULD_BE_SEEN], [*found, *tried])
+
+
+def _mean_curves_at_equal_time(found: Sequence[dict[str, Any]]) -> list[str]:
+    """What the means over seeds were at by the time of each run; of single seeds the records have no curves."""
+    times = sorted(record["cpu_seconds"] for record in found)[:: len(found) - 1]  # of the cheapest and of the dearest
+    lines = [
+        "At equal time, by the means over seeds (so without a spread): test NLL at the evaluation with the least",
+        "held-out NLL among those that each had reached after so many CPU seconds, and its step.",
+        "",
+        *head("method", *[f"{time:.0f} s" for time in times]),
+    ]
+    for record in found:
+        cells = []
+        for time in times:
+            per_step = record["cpu_seconds"] / record["steps"][-1]
+            reached = [at for at, step in enumerate(record["steps"]) if step * per_step <= time]
+            at = min(reached, key=lambda at: record["mean_held_out"][at])
+            cells.append(f"{record['mean_test'][at]:.4f} ({record['steps'][at]})")
+        lines.append(f"| {arm_of(record)} | {' | '.join(cells)} |")
+    return lines
