@@ -107,6 +107,7 @@ class DropProbSchedule(SpellsArguments, Callback):
         self.attributes = tuple(attributes or ())
         self._places: dict[str, tuple[nn.Module, str, float]] = {}  # with the probability at factor 1
         self._before: list[tuple[nn.Module, str, Any]] = []
+        self._counts_batches: bool | None = None
 
     def factor(self, time: float) -> float:
         """Return the factor at `time`, in units of `interval`.
@@ -152,6 +153,7 @@ class DropProbSchedule(SpellsArguments, Callback):
                 f"({count} with probability 0). Name the attribute that holds it (attributes=['dropout_rate']), "
                 "or give the layers the probability that the schedule's factor 1 stands for."
             )
+        self._counts_batches = None
         self._before = [(layer, name, getattr(layer, name)) for layer, name, _ in self._places.values()]
         if not callable(self.schedule):
             self._check(self._largest())
@@ -159,6 +161,8 @@ class DropProbSchedule(SpellsArguments, Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the probabilities."""
+        if self._counts_batches is None:
+            self._counts_batches = _epochs_are_ahead(trainer, batch_idx)
         factor = self._set(trainer)
         pl_module.log("dropreg/drop_prob_factor", factor, on_step=True, on_epoch=False, batch_size=1)
 
@@ -197,16 +201,30 @@ class DropProbSchedule(SpellsArguments, Callback):
     def _time(self, trainer: Trainer) -> float:
         if self.interval == "step":
             return float(trainer.global_step)
-        if isinstance(self.schedule, str) and self.schedule != "linear":
+        batches, loop = trainer.num_training_batches, trainer.fit_loop
+        by_epoch = isinstance(self.schedule, str) and self.schedule != "linear"
+        if self._counts_batches:
+            return float(loop.total_batch_idx // batches) if by_epoch else loop.total_batch_idx / batches
+        if by_epoch or not 0 < batches < float("inf"):
             return float(trainer.current_epoch)
-        batches = trainer.num_training_batches
-        done = trainer.fit_loop.epoch_loop.batch_idx / batches if 0 < batches < float("inf") else 0.0
-        return trainer.current_epoch + done
+        return trainer.current_epoch + loop.epoch_loop.batch_idx / batches
 
     def _restore(self) -> None:
         for layer, name, p in self._before:
             setattr(layer, name, p)
         self._places, self._before = {}, []
+
+
+def _epochs_are_ahead(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a resumed run counts more epochs than its batches make.
+
+    Lightning takes the epoch in which a run stops at ``max_steps`` for done, and goes on in the middle of the next.
+    """
+    batches = trainer.num_training_batches
+    if not batch_idx or not 0 < batches < float("inf"):
+        return False
+    ahead = trainer.current_epoch - (trainer.fit_loop.total_batch_idx - batch_idx) / batches
+    return ahead > 0 and ahead == int(ahead)
 
 
 def _is_factor(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Drop probabilities that change: named schedules, points, functions, patterns; what is put back; what is refused."""
 
 import jsonargparse
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,3 +123,27 @@ def test_schedule_refuses():
     for wrong in ({"schedule": "cosine"}, {"length": 0}, {"interval": "batch"}, {"start": -0.1}, {"modules": "net"}):
         with pytest.raises(errors.InvalidArgumentError, match=next(iter(wrong))):
             dr.DropProbSchedule(**wrong)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "early", "late", {0: 0.1, 1.5: 1}])
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_a_run_extended_from_a_checkpoint_goes_on_in_the_schedule(schedule, stop, tmp_path):
+    """Lightning takes the epoch in which a run stops at max_steps for done: 4 batches make an epoch here."""
+    seen = []
+
+    class Spy(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append((trainer.global_step, module.net[3].p))
+
+    def fit(steps, checkpoint=None):
+        schedules = dr.DropProbSchedule(schedule, length=2 if schedule == "linear" else 1)
+        trainer = make_trainer([schedules, Spy()], max_epochs=-1, max_steps=steps)
+        trainer.fit(Classifier(), make_loader(), ckpt_path=checkpoint)
+        return trainer
+
+    fit(12)
+    whole = dict(seen)
+    seen.clear()
+    fit(stop).save_checkpoint(tmp_path / "a.ckpt")
+    fit(12, tmp_path / "a.ckpt")
+    assert dict(seen) == pytest.approx(whole)
