@@ -216,9 +216,12 @@ class DropProbSchedule(SpellsArguments, Callback):
 
 
 def _epochs_are_ahead(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether a resumed run counts more epochs than its batches make.
+    """Whether a resumed run counts more epochs than its batches make, told by its first batch.
 
     Lightning takes the epoch in which a run stops at ``max_steps`` for done, and goes on in the middle of the next.
+
+    Returns:
+        Whether that is so.
     """
     batches = trainer.num_training_batches
     if not batch_idx or not 0 < batches < float("inf"):
