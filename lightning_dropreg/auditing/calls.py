@@ -28,11 +28,9 @@ class Call:
         mask: What it did, where that can be told.
         expected: The shape of the mask that it ought to draw, None for any.
         inner: Whether it is what a dropout layer is made of.
-        again: Whether this happened in the backward: a checkpoint computes it again.
         before: Where the gradient of what went in can be asked for.
         after: Where the gradient of what came out can be asked for.
         tensors: What went in and came out, where the two gradients can be compared only as a whole (attention).
-        differentiable: Whether a graph was built.
     """
 
     place: Place
@@ -44,8 +42,6 @@ class Call:
     mask: Mask | None = None
     expected: tuple[int, ...] | None = None
     inner: bool = False
-    again: bool = False
-    differentiable: bool = True
     before: GradientEdge | None = None
     after: GradientEdge | None = None
     tensors: tuple[Tensor, Tensor] | None = None

@@ -16,7 +16,7 @@ from lightning_dropreg.interception.handlers.composite import open_up
 from lightning_dropreg.interception.handlers.custom import drop
 from lightning_dropreg.interception.handlers.dropout import channel_mask
 
-__all__ = ["HANDLERS"]
+__all__ = ["OBSERVED"]
 
 _MOST = 1 << 22  # probabilities of attention of which the mask is read
 
@@ -162,7 +162,7 @@ def _open(watch: Recorder, func: Callable[..., Any], *args: Any, **kwargs: Any) 
     return open_up(watch, func, *args, **kwargs)  # type: ignore[arg-type]
 
 
-HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
+OBSERVED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout: _elementwise("dropout", _whole),
     F.dropout1d: _elementwise("dropout1d", _channels(2)),
     F.dropout2d: _elementwise("dropout2d", _channels(None)),

@@ -20,6 +20,7 @@ from lightning_dropreg.auditing.subject import Subject, loss_in
 from lightning_dropreg.auditing.watch import Watch, watching
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.numerics.context import modes_kept
 from lightning_dropreg.numerics.torch_private import stance
 from lightning_dropreg.passes import Off
 from lightning_dropreg.passes.isolation import Isolation
@@ -201,7 +202,7 @@ def measure(subject: Subject, draws: int, alpha: float) -> Record:
 @contextmanager
 def isolated(subject: Subject) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     """Yield what runs steps one after the other, as in training; undo what they did to modules and random states."""
-    with subject.modes_kept(), Isolation(subject.holder) as isolation:
+    with modes_kept(*subject.roots), Isolation(subject.holder) as isolation:
         yield lambda steps: isolation.run(steps, trace=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.numerics.context import modes_kept, nothing, patched
+from lightning_dropreg.passes.batches import fresh_batch
 
 __all__ = ["Subject", "loss_in", "subject_of"]
 
@@ -52,20 +52,10 @@ class Subject:
     @contextmanager
     def in_evaluation(self) -> Iterator[None]:
         """Put the modules in evaluation mode, without gradients, and back."""
-        with self.modes_kept(), torch.no_grad():
+        with modes_kept(*self.roots), torch.no_grad():
             for root in self.roots:
                 root.eval()
             yield
-
-    @contextmanager
-    def modes_kept(self) -> Iterator[None]:
-        """Put back the mode of every module."""
-        modes = [(module, module.training) for root in self.roots for module in root.modules()]
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def loss_in(output: Any) -> Tensor | None:
@@ -89,7 +79,7 @@ def subject_of(module: Any, batch: Any, validation_batch: Any) -> Subject:
     if isinstance(module, nn.Module):
 
         def run(batch: Any = batch) -> Any:
-            copied = _fresh(batch)
+            copied = fresh_batch(batch, tensors=True)
             return module(**copied) if isinstance(copied, Mapping) else module(copied)
 
         return Subject(
@@ -105,7 +95,7 @@ def subject_of(module: Any, batch: Any, validation_batch: Any) -> Subject:
             f"{type(module).__name__}."
         )
     takes_batch = batch is not None and _positional(module) > 0
-    call = (lambda: module(_fresh(batch))) if takes_batch else module
+    call = (lambda: module(fresh_batch(batch, tensors=True))) if takes_batch else module
     roots = _modules_of(module)
     again = {"evaluation mode": call} if roots else {}
     return Subject(getattr(module, "__name__", type(module).__name__), call, again, roots, stand_in=True)
@@ -121,8 +111,8 @@ def _of_lightning_module(module: Any, batch: Any, validation_batch: Any) -> Subj
     def runs(name: str, on: Any) -> Callable[[], Any]:
         def run() -> Any:
             step = getattr(module, name)
-            with _muted(module):
-                return step(*(_fresh(on), 0)[: _positional(step) or 1])
+            with patched(*((module, log, nothing) for log in ("log", "log_dict") if hasattr(type(module), log))):
+                return step(*(fresh_batch(on, tensors=True), 0)[: _positional(step) or 1])
 
         return run
 
@@ -151,24 +141,6 @@ def _is_own(module: Any, name: str) -> bool:
     return method is not None and not getattr(method, "__module__", "").startswith(_FRAMEWORKS)
 
 
-@contextmanager
-def _muted(module: nn.Module) -> Iterator[None]:
-    """Log nothing."""
-    names = [name for name in ("log", "log_dict") if hasattr(type(module), name)]
-    before = {name: module.__dict__[name] for name in names if name in module.__dict__}
-    module.__dict__.update(dict.fromkeys(names, _nothing))
-    try:
-        yield
-    finally:
-        for name in names:
-            module.__dict__.pop(name, None)
-        module.__dict__.update(before)
-
-
-def _nothing(*_: object, **__: object) -> None:
-    return
-
-
 def _positional(function: Callable[..., Any]) -> int:
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -179,17 +151,6 @@ def _positional(function: Callable[..., Any]) -> int:
     return sum(
         parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD} for parameter in parameters
     )
-
-
-def _fresh(batch: Any) -> Any:
-    """A copy of a batch, which a step may change."""
-
-    def copied(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-        return leaf if isinstance(leaf, (str, bytes, int, float, type(None))) else copy.copy(leaf)
-
-    return tree_map(copied, batch)
 
 
 def _modules_of(function: Any, depth: int = 3) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_dropreg.auditing.calls import Call, Draw, HandMask, LossCall
-from lightning_dropreg.auditing.functions import HANDLERS
+from lightning_dropreg.auditing.functions import OBSERVED
 from lightning_dropreg.auditing.masks import digest, read_mask
 from lightning_dropreg.auditing.places import Paths, Place, current_line
 from lightning_dropreg.interception.handlers.dropout import channel_mask
@@ -73,7 +73,6 @@ class Watch(TorchFunctionMode):
         drawn: What else drew random numbers.
         losses: The losses that were called.
         hand_masks: Tensors that might be masks made by hand.
-        eval_layers: Dropout layers that ran in evaluation mode.
         seen: The modules that ran, and whether in training mode.
     """
 
@@ -102,7 +101,7 @@ class Watch(TorchFunctionMode):
         """Call `func` and note what it did."""
         kwargs = kwargs or {}
         self._note("random numbers drawn before this line")
-        handler = HANDLERS.get(func)
+        handler = OBSERVED.get(func)
         if handler is not None:
             result = handler(self, func, *args, **kwargs)
             self._random = self._random.again()  # they have changed as they should
@@ -166,8 +165,6 @@ class Watch(TorchFunctionMode):
             layer.training if layer is not None else True,
             layer,
             inner=layer is not None and is_dropout(layer),
-            again=self.backward,
-            differentiable=torch.is_grad_enabled(),
             **known,
         )
         self.calls.append(call)
@@ -238,8 +235,6 @@ class Watch(TorchFunctionMode):
             module,
             mask=mask,
             expected=expected,
-            again=self.backward,
-            differentiable=torch.is_grad_enabled(),
             before=frame.before,
             after=after,
         )

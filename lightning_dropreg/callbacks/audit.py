@@ -12,6 +12,7 @@ from torch import nn
 from lightning_dropreg.auditing import Finding, audit
 from lightning_dropreg.checks import SpellsArguments
 from lightning_dropreg.errors import UnsupportedModuleError
+from lightning_dropreg.numerics.context import modes_kept
 
 __all__ = ["DropoutAudit"]
 
@@ -53,21 +54,17 @@ class DropoutAudit(SpellsArguments, Callback):
             self._batch = None
 
     def _audit(self, trainer: Trainer, module: LightningModule, batch: Any, validation_batch: Any) -> None:
-        modes = [(child, child.training) for child in module.modules()]
+        if validation_batch is None:
+            self._batch, self._modes = batch, [(child, child.training) for child in module.modules()]
+        context = trainer.precision_plugin.train_step_context()
         try:
-            if validation_batch is not None:
+            with modes_kept(module), torch.inference_mode(False), context:
                 for child, training in self._modes:
                     child.training = training
-            else:
-                self._batch, self._modes = batch, modes
-            with torch.inference_mode(False), trainer.precision_plugin.train_step_context():
                 found = audit(module, batch, validation_batch=validation_batch)
         except UnsupportedModuleError as error:
             rank_zero_warn(f"DropoutAudit: {error}")
             return
-        finally:
-            for child, training in modes:
-                child.training = training
         known = {(one.id, one.where) for one in self.findings}
         new = [one for one in found if (one.id, one.where) not in known]
         self.findings += new

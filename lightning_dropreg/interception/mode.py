@@ -7,8 +7,8 @@ losses were given; everything else runs as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,7 +26,7 @@ from lightning_dropreg.interception.sites import RepeatableRule, Rule, Site
 from lightning_dropreg.losses import RECOGNIZED, REFUSED, Loss
 from lightning_dropreg.losses.custom import describe, is_registered
 from lightning_dropreg.losses.logits import FOLLOWED, LogitsTrail
-from lightning_dropreg.numerics.context import holding
+from lightning_dropreg.numerics.context import holding, patched
 from lightning_dropreg.numerics.dtypes import is_in_bfloat16
 
 __all__ = ["Interception", "constants_marked", "marks_constants"]
@@ -182,25 +182,17 @@ class Interception(TorchFunctionMode):
         if p > 0:
             self.resting[name_caller() if self.name_sites else f"{self._kind or kind} with p={p:g}"] = None
 
-    @contextmanager
-    def sites_of_kind(self, kind: str) -> Iterator[None]:
+    def sites_of_kind(self, kind: str) -> AbstractContextManager[None]:
         """Call the sites reached inside by the name of the construct that they are part of."""
-        previous, self._kind = self._kind, kind
-        try:
-            yield
-        finally:
-            self._kind = previous
+        return patched((self, "_kind", kind))
 
     def _registered(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a loss that the user made known, with the mode on inside; what it calls is part of it."""
-        record, self.record_losses = self.record_losses, False
-        try:
-            with self:
-                if not record:
-                    return func._dropreg_loss(*args, **kwargs)  # type: ignore[attr-defined]
-                result = describe(func, *args, **kwargs)
-        finally:
-            self.record_losses = record
+        record = self.record_losses
+        with patched((self, "record_losses", False)), self:
+            if not record:
+                return func._dropreg_loss(*args, **kwargs)  # type: ignore[attr-defined]
+            result = describe(func, *args, **kwargs)
         return self._record(*result)
 
     def _record(self, reduced: Tensor, loss: Loss, input: Any = None) -> Tensor:

@@ -1,13 +1,15 @@
-"""Context variables: what holds for everything that runs inside a ``with``."""
+"""What holds for the length of a ``with``: values of context variables, and attributes of objects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["holding"]
+from torch import nn
+
+__all__ = ["holding", "modes_kept", "nothing", "patched"]
 
 T = TypeVar("T")
 
@@ -20,3 +22,34 @@ def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
+
+
+@contextmanager
+def patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """Replace attributes of objects, given with name and value each, and put back what was there."""
+    before = [(target, name, name in target.__dict__, target.__dict__.get(name)) for target, name, _ in patches]
+    try:
+        for target, name, value in patches:
+            target.__dict__[name] = value
+        yield
+    finally:
+        for target, name, had, value in reversed(before):
+            if had:
+                target.__dict__[name] = value
+            else:
+                target.__dict__.pop(name, None)
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Do nothing, in the place of a method."""
+
+
+@contextmanager
+def modes_kept(*roots: nn.Module) -> Iterator[None]:
+    """Put back which modules are in training mode, of these and all below them."""
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_dropreg.errors import NotRepeatableError
+from lightning_dropreg.numerics.context import patched
 from lightning_dropreg.numerics.torch_private import hidden_from_modes
 from lightning_dropreg.passes.batches import batch_tensors, fresh_batch, walk_batch
 
@@ -78,19 +79,10 @@ class Arguments:
             for tensor, mark, kept in zip(given, marks, self.tensors, strict=False)
         )
 
-    @contextmanager
-    def copying(self) -> Iterator[None]:
-        """Copy tensors for the runs inside, which so show what they write past autograd.
-
-        Yields:
-            Nothing.
-        """
+    def copying(self) -> AbstractContextManager[None]:
+        """Copy tensors for the runs inside, which so show what they write past autograd."""
         self._check()
-        copies, self.copies = self.copies, True
-        try:
-            yield
-        finally:
-            self.copies = copies
+        return patched((self, "copies", True))
 
     def _places(self, wanted: Iterable[bool]) -> list[str]:
         """Where the tensors are of which this is true."""

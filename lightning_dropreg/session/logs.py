@@ -10,7 +10,9 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-__all__ = ["LogCollector", "patched"]
+from lightning_dropreg.numerics.context import nothing, patched
+
+__all__ = ["LogCollector"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -45,13 +47,13 @@ class LogCollector:
             read = _Reading(trainer, calls, self._module.log, self._before)
             patches.append((trainer, "_logger_connector", read))
         if self._runs or not keep:
-            patches.append((self._module, "print", _nothing))
+            patches.append((self._module, "print", nothing))
             loggers = getattr(trainer, "loggers", [])
             if loggers:
                 patches.append((trainer, "_loggers", [_Quiet(logger) for logger in loggers]))
             for holder in [*loggers, *(getattr(logger, "_experiment", None) for logger in loggers)]:  # kept elsewhere
                 names = dir(type(holder)) if hasattr(holder, "__dict__") else ()
-                patches += [(holder, name, _nothing) for name in names if name.startswith(_WRITERS)]
+                patches += [(holder, name, nothing) for name in names if name.startswith(_WRITERS)]
         with patched(*patches):
             yield
         if keep:
@@ -136,26 +138,6 @@ class _Reading:
                 self._log(*args, **kwargs)
             found: dict[str, Any] = scratch.metrics(True)[kind]
         return found
-
-
-@contextmanager
-def patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
-    """Replace attributes of objects, given with name and value each, and put back what was there."""
-    before = [(target, name, name in target.__dict__, target.__dict__.get(name)) for target, name, _ in patches]
-    try:
-        for target, name, value in patches:
-            target.__dict__[name] = value
-        yield
-    finally:
-        for target, name, had, value in reversed(before):
-            if had:
-                target.__dict__[name] = value
-            else:
-                target.__dict__.pop(name, None)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing."""
 
 
 _WRITERS = ("add_", "append", "log_", "track", "write")

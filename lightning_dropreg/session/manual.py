@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 from lightning_dropreg.errors import InconsistentPassesError, NoDropoutSiteError, UnsupportedModuleError
 from lightning_dropreg.interception.handlers.attention import attention_dropout
 from lightning_dropreg.interception.mode import Interception
+from lightning_dropreg.numerics.context import nothing, patched
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop, Off
 from lightning_dropreg.passes.gradients import has_reentrant_checkpoint
-from lightning_dropreg.session.logs import patched
 from lightning_dropreg.session.past import Habits, Past, Watching, all_optimizers, parameters_of
 from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
 
@@ -200,7 +200,7 @@ class ManualStep:
 
         patches: list[tuple[Any, str, Any]] = [(self._module, "manual_backward", manual_backward)]
         patches += [(self._module, "clip_gradients", unreal(self._module.clip_gradients))]
-        patches += [(scheduler, "step", _nothing) for scheduler in self._schedulers]
+        patches += [(scheduler, "step", nothing) for scheduler in self._schedulers]
         for optimizer in self._optimizers:
             patches += [
                 (optimizer, "zero_grad", unreal(optimizer.zero_grad)),
@@ -296,14 +296,9 @@ class _BackwardGuard(TorchFunctionMode):
             )
         return func(*args, **(kwargs or {}))
 
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def lifted(self) -> AbstractContextManager[None]:
         """Allow it."""
-        self._lifted = True
-        try:
-            yield
-        finally:
-            self._lifted = False
+        return patched((self, "_lifted", True))
 
 
 def _unreal(optimizer: Any, advance: Callable[[list[nn.Parameter]], None]) -> Callable[..., Any]:
@@ -315,7 +310,3 @@ def _unreal(optimizer: Any, advance: Callable[[list[nn.Parameter]], None]) -> Ca
         return loss
 
     return step
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing."""

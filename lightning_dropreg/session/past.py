@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lightning_dropreg.errors import UnsupportedModuleError
+from lightning_dropreg.numerics.context import patched
 from lightning_dropreg.numerics.torch_private import set_version
 
 __all__ = ["Habits", "Past", "Watching", "all_optimizers", "parameters_of"]
@@ -77,14 +78,9 @@ class Watching(TorchFunctionMode):
                 )
         return func(*args, **(kwargs or {}))
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Note nothing."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+        return patched((self, "_paused", True))
 
 
 _GRAD, _DATA = Tensor.grad.__get__, Tensor.data.__get__  # type: ignore[union-attr, attr-defined]

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from lightning_dropreg.errors import CompiledPartError, NoDropoutSiteError, UnsupportedRowsError
 from lightning_dropreg.inspection.first_step import all_at_once, check_finite
 from lightning_dropreg.interception.handlers.attention import attention_dropout
+from lightning_dropreg.numerics.context import patched
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.numerics.torch_private import keeping_donated_buffers
 from lightning_dropreg.passes import Off, dormant_sites, run_pass
@@ -33,7 +34,6 @@ from lightning_dropreg.passes.holders import Holders
 from lightning_dropreg.session.arguments import StepCall
 from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_loss
 from lightning_dropreg.session.choosing import warn_of_kinks, warn_of_line_search, warn_of_negative, warn_of_no_bound
-from lightning_dropreg.session.logs import patched
 from lightning_dropreg.session.looking import REFUSED, Looks
 from lightning_dropreg.session.manual import ManualStep, joined
 from lightning_dropreg.session.others import DropsLater, Search, Watcher, callbacks_of

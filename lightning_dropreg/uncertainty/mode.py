@@ -12,6 +12,7 @@ from torch import nn
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.nn import EmbeddingDropout, LockedDropout, WeightDrop
 from lightning_dropreg.nn.weight_drop import DropConnect
+from lightning_dropreg.numerics.context import modes_kept
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS, NORM_LAYERS
 
 __all__ = ["check_training", "dropout_mode"]
@@ -61,18 +62,16 @@ def dropout_mode(module: nn.Module, training: str | Sequence[str] = "all") -> It
     """
     check_training(training)
     chosen = _chosen(module, training)
-    modes = [(child, child.training) for child in module.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        for child, _ in modes:
-            child.training = child in chosen and not isinstance(child, _OTHERS)
-        # a transformer layer in evaluation mode would run past the dropout in it
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for child, mode in modes:
-            child.training = mode
+    with modes_kept(module):
+        try:
+            for child in module.modules():
+                child.training = child in chosen and not isinstance(child, _OTHERS)
+            # a transformer layer in evaluation mode would run past the dropout in it
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def check_training(training: object) -> None:
