@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 from lightning_dropreg.errors import InvalidArgumentError, MissingDependencyError, UnknownArgumentError
 
 __all__ = [
+    "SITES",
     "SpellsArguments",
     "below_floor",
+    "check_choice",
     "check_count",
     "check_draws",
     "check_flags",
@@ -22,7 +24,6 @@ __all__ = [
     "check_integer",
     "check_names",
     "check_path",
-    "check_sites",
     "check_step_size",
     "check_strength",
     "is_integer",
@@ -36,6 +37,7 @@ __all__ = [
 T = TypeVar("T")
 
 SMALLEST_STEP = 1e-8
+SITES = ("all", "last")
 
 
 class SpellsArguments:
@@ -89,14 +91,14 @@ def check_draws(k: object, antithetic: object) -> None:
         raise InvalidArgumentError(f"k={k} with antithetic=True: the draws come in pairs, so k must be even.")
 
 
-def check_sites(sites: object) -> None:
-    """Refuse what is no choice of sites.
+def check_choice(name: str, value: object, names: Collection[str]) -> None:
+    """Refuse what is none of the names that there are.
 
     Raises:
         InvalidArgumentError: If it is none.
     """
-    if not is_one_of(sites, ("all", "last")):
-        raise InvalidArgumentError(f"sites={sites!r} is unknown; choose 'all' or 'last'.")
+    if not is_one_of(value, names):
+        raise InvalidArgumentError(f"{name}={value!r} is unknown; choose one of {', '.join(names)}.")
 
 
 def check_instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropreg.checks import (
+    SITES,
+    check_choice,
     check_count,
     check_draws,
     check_flags,
-    check_sites,
     check_strength,
 )
 from lightning_dropreg.errors import InvalidArgumentError, UnboundedPenaltyWarning
@@ -316,7 +317,7 @@ def dropout_loss(
         True
     """
     check_draws(k, antithetic)
-    check_sites(sites)
+    check_choice("sites", sites, SITES)
     return run_plan(Plan(k=k, antithetic=antithetic, sites=sites), closure, generator, module, mean=False).total
 
 

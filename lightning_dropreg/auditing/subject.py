@@ -153,7 +153,7 @@ def _positional(function: Callable[..., Any]) -> int:
     )
 
 
-def _modules_of(function: Any, depth: int = 3) -> list[nn.Module]:
+def _modules_of(function: Any) -> list[nn.Module]:
     """The modules that a closure refers to."""
     found: dict[int, nn.Module] = {}
 
@@ -176,6 +176,6 @@ def _modules_of(function: Any, depth: int = 3) -> list[nn.Module]:
         elif depth and hasattr(value, "__dict__") and not (inspect.ismodule(value) or inspect.isclass(value)):
             look(dict(vars(value)), depth - 1)
 
-    look(function, depth)
+    look(function, 3)
     inner = {id(child) for module in found.values() for child in module.modules() if child is not module}
     return [module for key, module in found.items() if key not in inner]

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dropreg.checks import SpellsArguments, check_count
+from lightning_dropreg.checks import SpellsArguments, check_choice, check_count
 from lightning_dropreg.errors import DivergenceError, InvalidArgumentError, UnsupportedModuleError
 
 __all__ = ["DivergenceDetector"]
@@ -57,8 +57,7 @@ class DivergenceDetector(SpellsArguments, Callback):
                 raise InvalidArgumentError(f"{name}={ratio!r} must be a finite number above 0.")
         check_count("patience", patience)
         check_count("every_n_steps", every_n_steps)
-        if action not in ACTIONS:
-            raise InvalidArgumentError(f"action={action!r} is unknown; choose one of {', '.join(ACTIONS)}.")
+        check_choice("action", action, ACTIONS)
         self.penalty_ratio = penalty_ratio
         self.noise_ratio = noise_ratio
         self.patience = patience

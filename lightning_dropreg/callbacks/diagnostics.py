@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_dropreg.checks import (
     SpellsArguments,
+    check_choice,
     check_count,
     check_flags,
     check_path,
@@ -45,6 +46,7 @@ from lightning_dropreg.errors import (
 )
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes.batches import fresh_batch, read_once
+from lightning_dropreg.session.batch import SkippedError, loss_of
 from lightning_dropreg.session.configured import configured
 from lightning_dropreg.session.logs import LogCollector
 from lightning_dropreg.session.others import goes_before_finders, is_resuming
@@ -128,8 +130,7 @@ class DropoutDiagnostics(SpellsArguments, Callback):
             raise InvalidArgumentError(f"steps={steps!r} must be a list of numbers of optimizer steps.")
         for step in steps:
             check_count("steps", step, 0)
-        if batch not in BATCHES:
-            raise InvalidArgumentError(f"batch={batch!r} is unknown; choose one of {', '.join(BATCHES)}.")
+        check_choice("batch", batch, BATCHES)
         check_confidence(confidence)
         check_tolerance(tolerance)
         check_flags(at_end=at_end, per_site=per_site, noise=noise, verbose=verbose)
@@ -278,7 +279,7 @@ class DropoutDiagnostics(SpellsArguments, Callback):
                     noise = measure_noise(closure, **trained.noise, **common)
                 if trained.penalty is not None:
                     penalty = measure_penalty(closure, **trained.penalty, **common)
-        except _SkippedError:
+        except SkippedError:
             self._held = None
             return
         except NoDropoutSiteError:
@@ -332,10 +333,6 @@ def _check_can_be_read(batch: Any) -> None:
         )
 
 
-class _SkippedError(Exception):
-    """The user's step returned None: Lightning skips such a batch, and so do we."""
-
-
 def _closure(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Callable[[], Tensor]:
     """What runs the module's own step on a copy of the batch, logging nothing."""
     step, logs = own_step(module), LogCollector(module)
@@ -344,11 +341,7 @@ def _closure(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: i
     def closure() -> Tensor:
         copy = fresh_batch(batch, tensors=True)
         with logs.run(keep=False), trainer.precision_plugin.train_step_context():
-            output = step(copy, batch_idx) if named else step(copy)
-        if output is None:
-            raise _SkippedError
-        loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
-        return loss
+            return loss_of(step(copy, batch_idx) if named else step(copy))
 
     return closure
 

@@ -6,13 +6,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import nn
 
-from lightning_dropreg.checks import SpellsArguments, check_count, is_number, is_one_of
+from lightning_dropreg.checks import SpellsArguments, check_choice, check_count, is_number, is_one_of
 from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError
 from lightning_dropreg.placing import drop_prob_attributes, matched_drop_probs
 from lightning_dropreg.placing.patterns import check_patterns
+from lightning_dropreg.session.others import UndoneAtEnd
 
 __all__ = ["DropProbSchedule"]
 
@@ -20,7 +21,7 @@ SCHEDULES = ("early", "late", "linear")
 INTERVALS = ("epoch", "step")
 
 
-class DropProbSchedule(SpellsArguments, Callback):
+class DropProbSchedule(SpellsArguments, UndoneAtEnd):
     r"""Multiplies the drop probabilities of a model's layers by a factor that changes during training.
 
     | ``schedule`` | factor at time ``t``                                                 |
@@ -87,8 +88,7 @@ class DropProbSchedule(SpellsArguments, Callback):
                 f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or give a dict of times and "
                 "factors, or a function of the time."
             )
-        if interval not in INTERVALS:
-            raise InvalidArgumentError(f"interval={interval!r} is unknown; choose one of {', '.join(INTERVALS)}.")
+        check_choice("interval", interval, INTERVALS)
         check_count("length", length)
         for name, value in (("start", start), ("end", end)):
             if not _is_factor(value):
@@ -166,18 +166,6 @@ class DropProbSchedule(SpellsArguments, Callback):
         factor = self._set(trainer)
         pl_module.log("dropreg/drop_prob_factor", factor, on_step=True, on_epoch=False, batch_size=1)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the probabilities back."""
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put the probabilities back."""
-        self._restore()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the probabilities back."""
-        self._restore()
-
     def _largest(self) -> float:
         if isinstance(self.schedule, Mapping):
             return max(self.schedule.values())
@@ -209,7 +197,8 @@ class DropProbSchedule(SpellsArguments, Callback):
             return float(trainer.current_epoch)
         return trainer.current_epoch + loop.epoch_loop.batch_idx / batches
 
-    def _restore(self) -> None:
+    def undo(self) -> None:
+        """Put the probabilities back."""
         for layer, name, p in self._before:
             setattr(layer, name, p)
         self._places, self._before = {}, []

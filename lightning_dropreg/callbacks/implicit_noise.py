@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.checks import check_strength
-from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.checks import check_choice, check_strength
 from lightning_dropreg.session.base import RegularizerCallback, estimation
 from lightning_dropreg.step.plan import NoiseSettings
 
@@ -72,10 +71,8 @@ class ImplicitNoise(RegularizerCallback):
         accept_checkpoint_settings: bool = False,
     ) -> None:
         super().__init__(attention, accept_checkpoint_settings)
-        if source not in SOURCES:
-            raise InvalidArgumentError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}.")
-        if injection not in INJECTIONS:
-            raise InvalidArgumentError(f"injection={injection!r} is unknown; choose one of {', '.join(INJECTIONS)}.")
+        check_choice("source", source, SOURCES)
+        check_choice("injection", injection, INJECTIONS)
         self.noise = NoiseSettings(
             strength=check_strength(strength),
             source=source,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_dropreg.checks import SpellsArguments, check_instance
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
+from lightning_dropreg.session.others import UndoneAtEnd
 from lightning_dropreg.session.twins import is_a
 
 __all__ = ["MaxNorm", "project_units"]
@@ -108,7 +109,7 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-class MaxNorm(SpellsArguments, Callback):
+class MaxNorm(SpellsArguments, UndoneAtEnd):
     r"""Keeps each unit's incoming weight vector within a ball: max-norm regularization.
 
     Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from Overfitting* (JMLR 2014), section 5.1,
@@ -162,18 +163,6 @@ class MaxNorm(SpellsArguments, Callback):
         # after the step itself: a step that the gradient scaler skips is none, manual optimization has steps too
         self._handles = [optimizer.register_step_post_hook(self._project) for optimizer in trainer.optimizers]
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimizers."""
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers."""
-        self._release()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
-        self._release()
-
     def _find(self, root: nn.Module) -> list[nn.Module]:
         owners = [(path, layer) for path, layer in root.named_modules() if _has_matrix(layer)]
         layers = [(path, layer) for path, layer in owners if isinstance(layer, _LAYERS)]
@@ -218,7 +207,8 @@ class MaxNorm(SpellsArguments, Callback):
         for layer in self._layers:
             project_units(layer, self.max_norm)
 
-    def _release(self) -> None:
+    def undo(self) -> None:
+        """Let go of the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

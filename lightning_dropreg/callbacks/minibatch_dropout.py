@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dropreg.checks import check_draws, check_sites
+from lightning_dropreg.checks import SITES, check_choice, check_draws
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.session.base import RegularizerCallback
 
@@ -60,7 +60,7 @@ class MiniBatchDropout(RegularizerCallback):
     ) -> None:
         super().__init__(attention, accept_checkpoint_settings)
         check_draws(k, antithetic)
-        check_sites(sites)
+        check_choice("sites", sites, SITES)
         if not isinstance(low_memory, bool):
             raise InvalidArgumentError(f"low_memory={low_memory!r} must be True or False.")
         self.k = k

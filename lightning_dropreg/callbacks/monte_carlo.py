@@ -6,18 +6,21 @@ import functools
 import os
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import SpellsArguments, check_count, check_integer
+from lightning_dropreg.checks import SpellsArguments, check_choice, check_count, check_integer
 from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.numerics.context import patched
 from lightning_dropreg.numerics.noise import fold_key
+from lightning_dropreg.session.others import UndoneAtEnd
 from lightning_dropreg.uncertainty import LIKELIHOODS, draw_predictions, first_order_variance, moments
 from lightning_dropreg.uncertainty.mode import check_training
-from lightning_dropreg.uncertainty.monte_carlo import check_masks
+from lightning_dropreg.uncertainty.monte_carlo import MASKS
 
 __all__ = ["MonteCarloDropout", "MonteCarloPrediction"]
 
@@ -53,7 +56,7 @@ class MonteCarloPrediction(NamedTuple):
         return f"MonteCarloPrediction({', '.join(shapes)})"
 
 
-class MonteCarloDropout(SpellsArguments, Callback):
+class MonteCarloDropout(SpellsArguments, UndoneAtEnd):
     """Lets ``trainer.predict`` return what several draws of dropout say of each example.
 
     The module's ``predict_step`` is called once as it is and then with dropout on, `passes` times, several of them at
@@ -122,12 +125,10 @@ class MonteCarloDropout(SpellsArguments, Callback):
         check_count("passes", passes, 2)
         check_count("chunk", chunk)
         check_count("first_order", first_order, 0)
-        if likelihood not in LIKELIHOODS:
-            raise InvalidArgumentError(f"likelihood={likelihood!r} is unknown; choose one of {', '.join(LIKELIHOODS)}.")
-        if estimator not in ("forward", "antithetic"):
-            raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose 'forward' or 'antithetic'.")
+        check_choice("likelihood", likelihood, LIKELIHOODS)
+        check_choice("estimator", estimator, ("forward", "antithetic"))
         check_training(training)
-        check_masks(masks)
+        check_choice("masks", masks, MASKS)
         if isinstance(output, bool) or not isinstance(output, (str, int, type(None))):
             raise InvalidArgumentError(f"output={output!r} must be the name or the number of a field, or None.")
         check_integer("class_dim", class_dim)
@@ -144,8 +145,7 @@ class MonteCarloDropout(SpellsArguments, Callback):
         self.training = training
         self.masks = masks
         self._position = (0, 0)
-        self._module: LightningModule | None = None
-        self._own: tuple[bool, Any] = (False, None)
+        self._wrapped = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap ``predict_step`` on the instance."""
@@ -160,9 +160,8 @@ class MonteCarloDropout(SpellsArguments, Callback):
             key = fold_key(seed, *position)
             return callback.predict(self, lambda b: original(b, *args, **kwargs), batch, key)
 
-        self._own = ("predict_step" in pl_module.__dict__, pl_module.__dict__.get("predict_step"))
-        pl_module.__dict__["predict_step"] = types.MethodType(predict_step, pl_module)
-        self._module = pl_module
+        bound = types.MethodType(predict_step, pl_module)
+        self._wrapped.enter_context(patched((pl_module, "predict_step", bound)))
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -172,15 +171,7 @@ class MonteCarloDropout(SpellsArguments, Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unwrap ``predict_step``."""
-        self._unwrap()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Unwrap ``predict_step``."""
-        self._unwrap()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unwrap ``predict_step``."""
-        self._unwrap()
+        self.undo()
 
     def predict(self, module: nn.Module, step: Any, batch: Any, key: int) -> MonteCarloPrediction:
         """Predict one batch, without a Trainer too: ``MonteCarloDropout().predict(net, net, x, key=0)``.
@@ -237,15 +228,9 @@ class MonteCarloDropout(SpellsArguments, Callback):
             f"output={name!r}, but predict_step returned a {type(prediction).__name__} with {told}."
         )
 
-    def _unwrap(self) -> None:
-        if self._module is None:
-            return
-        had, own = self._own
-        if had:
-            self._module.__dict__["predict_step"] = own
-        else:
-            self._module.__dict__.pop("predict_step", None)
-        self._module, self._own = None, (False, None)
+    def undo(self) -> None:
+        """Unwrap ``predict_step``."""
+        self._wrapped.close()
 
 
 def _fields(prediction: Any) -> Mapping[str | int, Any]:

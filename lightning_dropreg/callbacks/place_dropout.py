@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_dropreg.checks import SpellsArguments, is_one_of
-from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.checks import SpellsArguments, check_choice
 from lightning_dropreg.placing import add_dropout, remove_dropout
 from lightning_dropreg.placing.adding import KINDS
 from lightning_dropreg.placing.patterns import check_patterns
@@ -32,8 +31,7 @@ class PlaceDropout(SpellsArguments, Callback):
 
     def __init__(self, patterns: dict[str, float], kind: str = "dropout") -> None:
         check_patterns(patterns)
-        if not is_one_of(kind, KINDS):
-            raise InvalidArgumentError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+        check_choice("kind", kind, KINDS)
         self.patterns = dict(patterns)
         self.kind = kind
 

@@ -29,6 +29,7 @@ from lightning_dropreg.cli.methods import CONFIGURED, KEYS, METHODS, NO_DROPOUT,
 from lightning_dropreg.cli.step import QUIET_TRAINER, load_weights, placing
 from lightning_dropreg.errors import CompiledPartWarning, DropregError, InvalidArgumentError
 from lightning_dropreg.mixins import without_mixins
+from lightning_dropreg.numerics.context import patched
 from lightning_dropreg.numerics.torch_private import many_graphs
 from lightning_dropreg.session.base import RegularizerCallback
 from lightning_dropreg.session.looking import Looks
@@ -60,7 +61,7 @@ def main(args: Sequence[str]) -> None:
     machine = describe_machine(cli.model)
     costs = measure(cli, options)
     if options["memory"]:
-        _measure_memory(cli, costs, args)
+        _measure_memory(costs, args)
     if options["json"]:
         print(json.dumps({"machine": machine, "costs": [_as_dict(cost, costs) for cost in costs]}, indent=2))
     else:
@@ -190,12 +191,9 @@ def _callbacks(cli: DropregCLI, method: str) -> list[Callback]:
 
 
 def _count_passes(cli: DropregCLI, method: str, batches: DataLoader[Any]) -> PassCounter:
-    counter = PassCounter()
-    cli.model.training_step = functools.wraps(cli.model.training_step)(counter.count(cli.model.training_step))
-    try:
+    counter, step = PassCounter(), cli.model.training_step
+    with patched((cli.model, "training_step", functools.wraps(step)(counter.count(step)))):
         _run(cli, method, batches, counter, 2)
-    finally:
-        del cli.model.__dict__["training_step"]
     return counter
 
 
@@ -211,7 +209,7 @@ def _fill_in_passes(costs: list[Cost], counters: dict[str, PassCounter]) -> None
             cost.backwards = counter.nodes[reference.heaviest] / reference.nodes[reference.heaviest]
 
 
-def _measure_memory(cli: DropregCLI, costs: list[Cost], args: Sequence[str]) -> None:
+def _measure_memory(costs: list[Cost], args: Sequence[str]) -> None:
     # glibc keeps freed memory, in pieces that depend on the order of all allocations; told to give it back at once,
     # it makes the resident size what is in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}

@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from lightning_dropreg.checks import need_matplotlib
 from lightning_dropreg.cli.comparison import Comparison
 from lightning_dropreg.cli.spread import Spread
-from lightning_dropreg.errors import MissingDependencyError
 
 __all__ = ["draw_bands", "draw_curves"]
 
@@ -103,12 +103,9 @@ def _cut_off_the_beginning(axes: Any, comparison: Comparison) -> None:
 
 
 def _new_figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Figures need matplotlib: pip install 'lightning-dropreg[plot]', or leave out --figure."
-        ) from error
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import is_one_of
+from lightning_dropreg.checks import check_choice
 from lightning_dropreg.diagnostics.sampling import OnDraw, Probe, measure_draws
 from lightning_dropreg.diagnostics.statistics import Interval, mean_interval
-from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.estimators.curvature import CURVATURES
 from lightning_dropreg.passes import Closure
@@ -93,8 +92,7 @@ def measure_penalty(
         >>> round(measure_penalty(closure, draws=4).value().value, 3)
         4.0
     """
-    if not is_one_of(curvature, CURVATURES):
-        raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
+    check_choice("curvature", curvature, CURVATURES)
     check_estimation(estimator, step_size, mask)
     probe = measure_draws(
         lambda run: _PenaltyProbe(run, curvature, estimator, step_size, mask),

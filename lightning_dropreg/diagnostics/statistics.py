@@ -63,16 +63,13 @@ def mean_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
     return Interval(samples.mean().item(), student_quantile(confidence, len(samples) - 1) * error)
 
 
-def jackknife_interval(
-    function: Callable[[Tensor], Tensor], count: int, confidence: float = 0.95, value: float | None = None
-) -> Interval:
+def jackknife_interval(function: Callable[[Tensor], Tensor], count: int, confidence: float = 0.95) -> Interval:
     """Estimate a smooth function of a sample, with an interval from leaving out one draw at a time.
 
     Args:
         function: Maps the numbers of the draws to use, shape ``(m,)``, to the estimate, a scalar.
         count: Number of draws, at least 3.
         confidence: See `mean_interval`.
-        value: The estimate from all draws, if it is known.
 
     Returns:
         The interval.
@@ -85,11 +82,9 @@ def jackknife_interval(
         Interval(value=0.5, margin=0.0)
     """
     everything = torch.arange(count)
-    if value is None:
-        value = float(function(everything))
     without = torch.stack([function(everything[everything != j]).double() for j in everything])
     error = math.sqrt((count - 1) * float(without.var(correction=0)))
-    return Interval(value, student_quantile(confidence, count - 1) * error)
+    return Interval(float(function(everything)), student_quantile(confidence, count - 1) * error)
 
 
 def student_quantile(confidence: float, degrees: int) -> float:

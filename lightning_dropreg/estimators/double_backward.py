@@ -39,12 +39,12 @@ def double_backward(
     if not done.sites:
         return inactive(done.loss, curvature, noise)
     if full:
-        slope = noise_scalar(done.loss, tap)
+        slope = directional_derivative(done.loss, tap)
         return Estimate(done.loss, directional_derivative(slope, tap) / 2, slope if noise else None)
     return Estimate(
         loss=done.loss,
         penalty=None if curvature is None else _penalty(curvature, done, tap, key),
-        noise=noise_scalar(done.loss, tap) if noise else None,
+        noise=directional_derivative(done.loss, tap) if noise else None,
     )
 
 
@@ -63,13 +63,8 @@ def _penalty(curvature: str, done: Pass, tap: Tap, key: int) -> Tensor:
     return penalty
 
 
-def noise_scalar(loss: Tensor, tap: Tap) -> Tensor:
-    """Return ``s = sum_i J_loss,i (r_i * h_i)``, exactly, for the directions that `tap` drew."""
-    return directional_derivative(loss, tap)
-
-
 def directional_derivative(value: Tensor, tap: Tap | TappedTangent) -> Tensor:
-    """Differentiate a scalar in the taps, along the directions that `tap` drew, keeping the graph."""
+    """Differentiate a scalar in the taps, along the directions that `tap` drew; of a loss that is the noise."""
     slope = value.new_zeros(()).requires_grad_()  # a graph also where nothing depends on the taps
     if not value.requires_grad:
         return slope

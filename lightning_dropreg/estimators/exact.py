@@ -7,7 +7,11 @@ from torch import Tensor
 
 from lightning_dropreg.estimators.base import Estimate, inactive
 from lightning_dropreg.estimators.curvature import FULL, differentiated_outputs, element_weights, matrix
-from lightning_dropreg.estimators.double_backward import check_twice_differentiable, noise_scalar, tap_gradients
+from lightning_dropreg.estimators.double_backward import (
+    check_twice_differentiable,
+    directional_derivative,
+    tap_gradients,
+)
 from lightning_dropreg.passes import Closure, Directions, Pass, Tap, run_pass
 
 __all__ = ["exact"]
@@ -35,7 +39,7 @@ def exact(closure: Closure, *, curvature: str | None, noise: bool, step_size: fl
     return Estimate(
         loss=done.loss,
         penalty=penalty,
-        noise=noise_scalar(done.loss, tap) if noise else None,
+        noise=directional_derivative(done.loss, tap) if noise else None,
     )
 
 

@@ -60,15 +60,14 @@ def antithetic_in_turn(
     directions = Directions(key, mask)
     if curvature is None or curvature == FULL:
         return _linear(closure, weigh, directions, curvature, noise, step_size, scaler, drop_stale_gradients)
-    record = True
-    plus, ends = _cut(run_pass(closure, Perturb(directions, step_size), record_losses=record))
+    plus, ends = _cut(run_pass(closure, Perturb(directions, step_size), record_losses=True))
     directions.rewind()
-    minus = run_pass(closure, Perturb(directions, -step_size), record_losses=record)
+    minus = run_pass(closure, Perturb(directions, -step_size), record_losses=True)
     directions.rewind()
     if drop_stale_gradients is not None and not minus.reads_gradients:
         drop_stale_gradients()
     # those of the plus pass are the same: they are constants, or functions of parameters alone
-    weights = element_weights(minus.loss, minus.losses) if record else []
+    weights = element_weights(minus.loss, minus.losses)
     estimate = combine(plus, minus, weights, curvature, noise, step_size)
     scalars = list(weigh(estimate))
     estimate = Estimate(
@@ -89,7 +88,7 @@ def antithetic_in_turn(
         cotangents.append(ends.take())
     del scalars, scalar
 
-    repeated = run_pass(again, Perturb(directions, step_size), record_losses=record)
+    repeated = run_pass(again, Perturb(directions, step_size), record_losses=True)
     directions.rewind()
     replays = [_replay(repeated, cotangent) for cotangent in cotangents]
     del repeated, cotangents
@@ -207,7 +206,6 @@ def _cut(done: Pass) -> tuple[Pass, _Ends]:
     loss = ends.cut(done.loss)
     losses = [copy(recorded) for recorded in done.losses]
     for recorded in losses:
-        recorded.end = None  # which would keep the graph
         same = recorded.logits is recorded.outputs
         recorded.outputs, recorded.end = ends.cut(recorded.outputs), None  # which would hold the graph
         if same:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_dropreg.checks import check_choice
 from lightning_dropreg.errors import DropregError, InvalidArgumentError
 
 __all__ = ["ASSUMPTIONS", "METHODS", "Assumption", "Measured", "assumed_by", "is_due", "report", "table"]
@@ -77,8 +78,7 @@ class Measured:
         """
         if self.name not in ASSUMPTIONS:
             raise InvalidArgumentError(f"{self.name!r} is no assumption; add it to ASSUMPTIONS.")
-        if self.outcome not in _OUTCOMES:
-            raise InvalidArgumentError(f"outcome={self.outcome!r} is unknown; choose one of {', '.join(_OUTCOMES)}.")
+        check_choice("outcome", self.outcome, _OUTCOMES)
 
     def plain(self) -> dict[str, object]:
         """Return it as plain values, for JSON."""

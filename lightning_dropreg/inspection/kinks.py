@@ -24,6 +24,7 @@ __all__ = ["EXCESS", "OF_CURVATURE", "REMEDY", "WIDE_STEP", "find_kinks", "noise
 
 EXCESS = 1.1
 """From here on the noise is called larger than ``xi_approx``."""
+_DRAWS = 4
 WIDE_STEP = 0.5
 """From here on a step is taken to have been chosen with kinks in mind."""
 REMEDY = (
@@ -133,8 +134,6 @@ def noise_excess(
     *,
     step_size: float,
     mask: str = "as_model",
-    draws: int = 4,
-    key: int = 0,
 ) -> float | None:
     """Measure how many times too large the noise of `antithetic` is on one batch.
 
@@ -145,8 +144,6 @@ def noise_excess(
         parameters: Those in which the noise is compared.
         step_size: Step of the antithetic pair.
         mask: ``"as_model"`` or ``"elementwise"``.
-        draws: Over how many draws the squared norms are added up.
-        key: Seed of the directions.
 
     Returns:
         Ratio of the norms of the noise, 1 for a smooth network; None if the model has no noise to compare, or
@@ -161,9 +158,9 @@ def noise_excess(
 
     def size(estimator: str) -> float:
         total = 0.0
-        for draw in range(draws):
+        for draw in range(_DRAWS):
             noise = ESTIMATORS[estimator](
-                closure, curvature=None, noise=True, step_size=step_size, mask=mask, key=key + draw
+                closure, curvature=None, noise=True, step_size=step_size, mask=mask, key=draw
             ).noise
             assert noise is not None
             found = torch.autograd.grad(noise, parameters, allow_unused=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_dropreg.checks import check_drop_prob
+from lightning_dropreg.checks import check_choice, check_drop_prob
 from lightning_dropreg.errors import InvalidArgumentError, UnsupportedModuleError
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 
@@ -67,10 +67,8 @@ def scale_pretrained_for_dropout(
         >>> scale_pretrained_for_dropout(net, {"2": 0.5}, dropout="inverted")  # torch.nn.Dropout: nothing to do
         {'2': 1.0}
     """
-    if pretrained not in _FORMS:
-        raise InvalidArgumentError(f"pretrained={pretrained!r} is unknown; choose one of {', '.join(_FORMS)}.")
-    if dropout not in _FORMS[1:]:
-        raise InvalidArgumentError(f"dropout={dropout!r} is unknown; choose one of {', '.join(_FORMS[1:])}.")
+    check_choice("pretrained", pretrained, _FORMS)
+    check_choice("dropout", dropout, _FORMS[1:])
     for path, q in drop_probs.items():
         check_drop_prob(q, f"scale_pretrained_for_dropout, at {path},")
     layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, DROPOUT_LAYERS)]

@@ -17,7 +17,7 @@ from lightning_dropreg.passes.copies import SMALL, copy_of, is_copied, mean_of
 from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.passes.structure import Structure
 
-__all__ = ["STRUCTURE", "Holders", "ModuleState"]
+__all__ = ["STRUCTURE", "Holders", "ModuleState", "storage_of"]
 
 STRUCTURE = frozenset(nn.Module().__dict__)
 """Attributes that every module has: structure and hooks, not state (buffers are looked at by themselves)."""
@@ -120,7 +120,7 @@ class Holders:
         copied = {id(state): state for state in states if id(state) not in plain and not state.is_plain}
         for state in copied.values():
             for tensor in state.tensors:
-                if _storage(tensor) in self._of_parameters:
+                if storage_of(tensor) in self._of_parameters:
                     memo[id(tensor)] = tensor, tensor
         # buffers first: views follow
         buffers = {key: {k: copy_of(v, memo) for k, v in state.buffers.items()} for key, state in copied.items()}
@@ -129,7 +129,7 @@ class Holders:
     @functools.cached_property
     def _of_parameters(self) -> frozenset[int]:
         """Where the parameters lie in memory."""
-        return frozenset(_storage(p) for module in self.modules for p in module._parameters.values() if p is not None)
+        return frozenset(storage_of(p) for module in self.modules for p in module._parameters.values() if p is not None)
 
     def place_of(self, tensor: Tensor) -> str:
         """Return what holds a tensor that is copied, as a name to look for."""
@@ -298,7 +298,8 @@ class ModuleState:
         current.update({k: v for k, v in self.attributes.items() if k not in STRUCTURE})
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """Return what tells where in memory a tensor lies."""
     try:
         return tensor.untyped_storage().data_ptr() or id(tensor)  # what is empty lies nowhere
     except (NotImplementedError, RuntimeError, ValueError):  # sparse tensors have none

@@ -28,6 +28,7 @@ from lightning_dropreg.interception.checkpointing import in_checkpointed_region
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.numerics.context import holding
 from lightning_dropreg.passes.directions import SAME_EVERY_TIME
+from lightning_dropreg.passes.holders import storage_of
 from lightning_dropreg.passes.randomness import RandomState
 from lightning_dropreg.passes.rules import Drop, draws_of_dropout
 from lightning_dropreg.passes.run import Closure, Pass, run_pass
@@ -123,7 +124,7 @@ class _Tape(TorchFunctionMode):
     def cut(self) -> bool:
         """Forget what came after the last site; return whether the rest may be repeated."""
         body = self._calls[: self._boundary]
-        storages = {_storage(leaf) for _, result in body for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        storages = {storage_of(leaf) for _, result in body for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
         later = {storage for position, storage in self._written if position >= self._boundary}
         self._calls, self._written = body, []
         return self._used and not (self._checkpointed or storages & later)
@@ -162,17 +163,10 @@ class _Tape(TorchFunctionMode):
         versions = [tensor._version for tensor in tensors]
         result = func(*args, **kwargs)
         self._written += [
-            (len(self._calls), _storage(t)) for t, v in zip(tensors, versions, strict=True) if t._version != v
+            (len(self._calls), storage_of(t)) for t, v in zip(tensors, versions, strict=True) if t._version != v
         ]
         self._calls.append((func, result))
         return result
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse tensors have none
-        return id(tensor)
 
 
 class _Marking:

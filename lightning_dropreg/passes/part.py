@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_dropreg.interception.mode import Interception, marks_constants
 from lightning_dropreg.interception.sites import TraceableRule
 from lightning_dropreg.interception.traced import Met, Traced, entered, hand_back
 from lightning_dropreg.losses import Loss
+from lightning_dropreg.numerics.context import patched
 from lightning_dropreg.numerics.torch_private import (
     active_modes,
     can_trace_modes,
@@ -79,19 +80,10 @@ class Part:
 
         self._called = called  # the same object always: graphs around it are guarded by that
 
-    @contextmanager
-    def in_passes(self) -> Iterator[None]:
-        """Be called by way of `call`.
-
-        Yields:
-            Nothing.
-        """
+    def in_passes(self) -> AbstractContextManager[None]:
+        """Be called by way of `call`."""
         self._call = self.module.__dict__[self._attribute]
-        self.module.__dict__[self._attribute] = self._called
-        try:
-            yield
-        finally:
-            self.module.__dict__[self._attribute] = self._call
+        return patched((self.module, self._attribute, self._called))
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do what a call of the module means within the pass that is running, if one is.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import is_one_of
+from lightning_dropreg.checks import check_choice
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.nn import LockedDropout
 from lightning_dropreg.placing.patterns import match
@@ -105,8 +105,7 @@ def add_dropout(model: nn.Module, patterns: Mapping[str, float], kind: str = "dr
         >>> remove_dropout(net)
         ['1']
     """
-    if not is_one_of(kind, KINDS):
-        raise InvalidArgumentError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    check_choice("kind", kind, KINDS)
     found = [one for one in match(model, patterns) if _NAME not in one.path.split(".")]
     for one in found:
         fresh = _NAME not in one.module._modules

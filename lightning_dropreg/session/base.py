@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lightning_dropreg.checks import SpellsArguments, check_flags
+from lightning_dropreg.checks import SpellsArguments, check_choice, check_flags
 from lightning_dropreg.errors import CheckpointSettingsError, CompositionError, InvalidArgumentError
 from lightning_dropreg.estimators import AUTO
-from lightning_dropreg.interception.handlers.attention import check_attention
-from lightning_dropreg.session.others import callbacks_of, goes_before_finders, is_resuming
+from lightning_dropreg.interception.handlers.attention import ATTENTION
+from lightning_dropreg.session.others import UndoneAtEnd, callbacks_of, goes_before_finders, is_resuming
 from lightning_dropreg.session.session import Session
 from lightning_dropreg.step.plan import Estimation, NoiseSettings, PenaltySettings, Plan
 from lightning_dropreg.step.settings import check_estimation, check_fraction
@@ -24,7 +24,7 @@ _STATE_VERSION = 2
 _COSTS_ONLY = {"low_memory"}  # what changes time and memory, and not the gradient
 
 
-class RegularizerCallback(SpellsArguments, Callback):
+class RegularizerCallback(SpellsArguments, UndoneAtEnd):
     """Base of the callbacks: finds its companions in the Trainer and lets the first of them run the session."""
 
     penalty: PenaltySettings | None = None
@@ -40,7 +40,7 @@ class RegularizerCallback(SpellsArguments, Callback):
     acts_on_training = True  # so a search for a learning rate or batch size has it too
 
     def __init__(self, attention: str = "site", accept_checkpoint_settings: bool = False) -> None:
-        check_attention(attention)
+        check_choice("attention", attention, ATTENTION)
         check_flags(accept_checkpoint_settings=accept_checkpoint_settings)
         self.attention = attention
         self.accept_checkpoint_settings = accept_checkpoint_settings
@@ -112,18 +112,6 @@ class RegularizerCallback(SpellsArguments, Callback):
         if self._session is not None:
             self._session.stale.end_batch()
             self._session.values.log_means()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Unwrap the training step."""
-        self._end()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Unwrap the training step."""
-        self._end()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unwrap the training step."""
-        self._end()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings, and the seed, so that a resumed run draws the noise of an uninterrupted one."""
@@ -206,7 +194,8 @@ class RegularizerCallback(SpellsArguments, Callback):
     def _leads(self, trainer: Trainer) -> bool:
         return self._companions(trainer)[0] is self
 
-    def _end(self) -> None:
+    def undo(self) -> None:
+        """Unwrap the training step."""
         self._loaded = None
         if self._session is not None:
             self._found = self._session.looks.found

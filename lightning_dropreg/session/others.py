@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor
 
 from lightning_dropreg.session.twins import is_a
 
-__all__ = ["DropsLater", "Search", "Watcher", "callbacks_of", "goes_before_finders", "is_resuming"]
+__all__ = ["DropsLater", "Search", "UndoneAtEnd", "Watcher", "callbacks_of", "goes_before_finders", "is_resuming"]
 
 _OWN_FILES = (".lr_find_", ".scale_batch_size_")
 
@@ -72,6 +72,26 @@ def goes_before_finders(trainer: Trainer) -> None:
 
 def _is_ours(callback: object) -> bool:
     return any(kind.__module__.partition(".")[0] == "lightning_dropreg" for kind in type(callback).__mro__)
+
+
+class UndoneAtEnd(Callback):
+    """A callback that changes something for the length of a fit, and undoes it however that ends."""
+
+    def undo(self) -> None:
+        """Put back what was there; nothing, if that was done."""
+        raise NotImplementedError
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Undo it."""
+        self.undo()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Undo it."""
+        self.undo()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undo it."""
+        self.undo()
 
 
 class Search:

@@ -14,6 +14,7 @@ from lightning_dropreg.estimators import ESTIMATORS, Estimate, Pairs, antithetic
 from lightning_dropreg.estimators.counts import Counting, Counts, Rows
 from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError
+from lightning_dropreg.numerics.context import nothing
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Closure, Off, run_pass
 from lightning_dropreg.passes.gradients import Scaler
@@ -108,10 +109,6 @@ class BatchRunner(Protocol):
             stale()
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class PassGroup:
     """One set of passes and the weights with which its results go into the total; 0 for what it does not bring."""
@@ -162,7 +159,7 @@ class PassGroup:
             if estimator is antithetic:
                 estimator = functools.partial(
                     antithetic,
-                    restart=runner.forget if self.has_loss else _nothing,
+                    restart=runner.forget if self.has_loss else nothing,
                     run_without_trace=self._unseen(runner, closure),
                 )
             estimate = estimator(

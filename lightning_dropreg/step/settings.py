@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_dropreg.checks import check_step_size, is_number, is_one_of
+from lightning_dropreg.checks import check_choice, check_step_size, is_number
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators import AUTO, ESTIMATORS
 from lightning_dropreg.estimators.curvature import CURVATURES
@@ -75,17 +75,13 @@ class NoiseSettings:
 
 def check_curvature(curvature: str) -> None:
     """Refuse an unknown name."""
-    if not is_one_of(curvature, CURVATURES):
-        raise InvalidArgumentError(f"curvature={curvature!r} is unknown; choose one of {', '.join(CURVATURES)}.")
+    check_choice("curvature", curvature, CURVATURES)
 
 
 def check_estimation(estimator: str, step_size: float, mask: str) -> None:
     """Refuse unknown names and impossible steps."""
-    if not is_one_of(estimator, (AUTO, *ESTIMATORS)):
-        names = ", ".join((AUTO, *ESTIMATORS))
-        raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {names}.")
-    if mask not in MASKS:
-        raise InvalidArgumentError(f"mask={mask!r} is unknown; choose one of {', '.join(MASKS)}.")
+    check_choice("estimator", estimator, (AUTO, *ESTIMATORS))
+    check_choice("mask", mask, MASKS)
     check_step_size(step_size)
 
 

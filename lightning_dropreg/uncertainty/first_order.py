@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lightning_dropreg.checks import check_count, check_step_size
-from lightning_dropreg.errors import InvalidArgumentError, UnsupportedOperationError
+from lightning_dropreg.checks import check_choice, check_count, check_step_size
+from lightning_dropreg.errors import UnsupportedOperationError
 from lightning_dropreg.interception.sites import Rule
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Directions, Perturb, Tangent
@@ -79,8 +79,7 @@ def first_order_variance(
     """
     check_count("directions", directions)
     check_count("chunk", chunk)
-    if estimator not in ESTIMATORS:
-        raise InvalidArgumentError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}.")
+    check_choice("estimator", estimator, ESTIMATORS)
     check_step_size(step_size)
     with Isolation(module) as isolation, dropout_mode(module, training):
         slopes = _by_pair if estimator == "antithetic" else _by_duals

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_dropreg.checks import check_choice
 from lightning_dropreg.errors import InvalidArgumentError
 
 __all__ = ["LIKELIHOODS", "Moments", "moments"]
@@ -60,8 +61,7 @@ def moments(draws: Tensor, likelihood: str = "categorical", class_dim: int = -1)
         >>> found.mean.tolist(), round(found.entropy.item(), 3), round(found.mutual_information.item(), 3)
         ([[0.5, 0.5]], 0.693, 0.693)
     """
-    if likelihood not in LIKELIHOODS:
-        raise InvalidArgumentError(f"likelihood={likelihood!r} is unknown; choose one of {', '.join(LIKELIHOODS)}.")
+    check_choice("likelihood", likelihood, LIKELIHOODS)
     if len(draws) < 2:
         raise InvalidArgumentError(f"The variance over draws needs at least 2 of them, found {len(draws)}.")
     draws = draws if draws.dtype == torch.float64 else draws.float()

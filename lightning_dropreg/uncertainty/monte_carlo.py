@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.checks import check_count, is_one_of
-from lightning_dropreg.errors import InvalidArgumentError
+from lightning_dropreg.checks import check_choice, check_count
 from lightning_dropreg.interception.sites import Rule
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop
@@ -18,7 +17,7 @@ from lightning_dropreg.uncertainty.fixed_masks import FixedMasks, row_axes
 from lightning_dropreg.uncertainty.mode import dropout_mode
 from lightning_dropreg.uncertainty.repetition import Forward, RepeatedBatch
 
-__all__ = ["MASKS", "check_masks", "draw_predictions"]
+__all__ = ["MASKS", "draw_predictions"]
 
 MASKS = ("per_batch", "fixed")
 
@@ -69,7 +68,7 @@ def draw_predictions(
     """
     check_count("passes", passes)
     check_count("chunk", chunk)
-    check_masks(masks)
+    check_choice("masks", masks, MASKS)
     with Isolation(module) as isolation, dropout_mode(module, training):
 
         def run(b: Any) -> Tensor:
@@ -81,13 +80,3 @@ def draw_predictions(
         repeated = RepeatedBatch(run, batch, chunk)
         fixed = row_axes(run, batch) if masks == "fixed" else None
         return torch.cat([draws for (draws,) in repeated.run(rules, passes)])
-
-
-def check_masks(masks: object) -> None:
-    """Refuse what is no choice of masks.
-
-    Raises:
-        InvalidArgumentError: If it is none.
-    """
-    if not is_one_of(masks, MASKS):
-        raise InvalidArgumentError(f"masks={masks!r} is unknown; choose one of {', '.join(MASKS)}.")

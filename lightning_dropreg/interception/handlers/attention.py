@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_dropreg.checks import check_choice
 from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.interception.handlers.composite import open_up
 from lightning_dropreg.interception.sites import Mode
 from lightning_dropreg.numerics import dual
 from lightning_dropreg.numerics.context import holding
 
-__all__ = ["ATTENTION", "HANDLERS", "attention_dropout", "attention_is_ignored", "check_attention"]
+__all__ = ["ATTENTION", "HANDLERS", "attention_dropout", "attention_is_ignored"]
 
 ATTENTION = ("site", "ignore")
 _ignored: ContextVar[bool] = ContextVar("attention_ignored", default=False)
@@ -44,23 +45,13 @@ def attention_dropout(treatment: str) -> AbstractContextManager[None]:
     Raises:
         InvalidArgumentError: If `treatment` is neither.
     """
-    check_attention(treatment)
+    check_choice("attention", treatment, ATTENTION)
     return holding(_ignored, treatment == "ignore")
 
 
 def attention_is_ignored() -> bool:
     """Whether passes that begin now leave out dropout on attention probabilities."""
     return _ignored.get()
-
-
-def check_attention(treatment: object) -> None:
-    """Refuse an unknown treatment of attention dropout.
-
-    Raises:
-        InvalidArgumentError: If it is neither ``"site"`` nor ``"ignore"``.
-    """
-    if not isinstance(treatment, str) or treatment not in ATTENTION:
-        raise InvalidArgumentError(f"attention={treatment!r} is unknown; choose 'site' or 'ignore'.")
 
 
 def fused(
