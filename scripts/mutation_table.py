@@ -372,8 +372,8 @@ MUTATIONS: dict[str, Row] = {
     ),
     "documented names": (
         "checks.py",
-        '    """Refuse what is no choice of sites.',
-        '    f"""Refuse what is no choice of sites.',
+        '    """Refuse what is none of the names that there are.',
+        '    f"""Refuse what is none of the names that there are.',
         "test_docs.py -k public_name",
     ),
     "kinks": (

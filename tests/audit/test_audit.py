@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from zoo import CLEAN, ZOO, Always, Body, ByHand
 
 import lightning_dropreg as dr
-from lightning_dropreg.auditing.functions import HANDLERS
+from lightning_dropreg.auditing.functions import OBSERVED
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,7 @@ def test_attention_is_compared_as_a_whole(same, monkeypatch):
         def forward(self, h):
             return attention(h, h, h.sigmoid(), None, 0.4 if self.training else 0.0)
 
-    monkeypatch.setitem(HANDLERS, attention, HANDLERS[F.scaled_dot_product_attention])
+    monkeypatch.setitem(OBSERVED, attention, OBSERVED[F.scaled_dot_product_attention])
     found = dr.audit(Body(Attending()), torch.randn(12, 16))
     assert [one.where[:7] for one in found if one.id == "backward-mask"] == ["inner ("] * (not same), found
 
