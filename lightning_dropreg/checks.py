@@ -149,11 +149,7 @@ def check_count(name: str, value: object, minimum: int = 1) -> None:
 
 
 def check_path(name: str, value: object) -> Path:
-    """Take the path of a file or folder.
-
-    Returns:
-        The path.
-    """
+    """Return the path of a file or folder; refuse what is none."""
     check_instance(name, value, (str, os.PathLike), "a path (a string or a pathlib.Path)")
     return Path(value)  # type: ignore[arg-type]
 

@@ -23,6 +23,7 @@ from lightning import Callback
 from lightning_dropreg.callbacks import ExplicitPenalty, ImplicitNoise, MiniBatchDropout
 from lightning_dropreg.checks import check_names
 from lightning_dropreg.errors import CompositionError
+from lightning_dropreg.numerics.context import holding, patched
 from lightning_dropreg.session.base import RegularizerCallback
 
 __all__ = ["ExplicitPenaltyMixin", "ImplicitNoiseMixin", "MiniBatchDropoutMixin", "without_mixins"]
@@ -75,26 +76,15 @@ _bare: ContextVar[Any] = ContextVar("bare", default=None)
 
 @contextmanager
 def without_mixins(module: Any) -> Iterator[None]:
-    """Let a module bring no regularizers for the length of a ``with``, so that others can be compared on it.
-
-    Args:
-        module: The module, with or without mixins; its ``configure_callbacks`` may return some by itself, too.
-
-    Yields:
-        Nothing.
-    """
+    """Let a module bring no regularizers, by mixins or by itself, so that others can be compared on it."""
     configure = module.configure_callbacks
     own = "configure_callbacks" in vars(module)  # set on the instance: left alone
-    wrap = not own and not hasattr(configure, "_adds_regularizers")
-    token = _bare.set(module)
-    if wrap:
-        module.__dict__["configure_callbacks"] = types.MethodType(_adding_regularizers(configure.__func__), module)
-    try:
+    patches = []
+    if not own and not hasattr(configure, "_adds_regularizers"):
+        bound = types.MethodType(_adding_regularizers(configure.__func__), module)
+        patches.append((module, "configure_callbacks", bound))
+    with holding(_bare, module), patched(*patches):
         yield
-    finally:
-        _bare.reset(token)
-        if wrap:
-            del module.__dict__["configure_callbacks"]
 
 
 def _check_alone(module: Any, kind: type[RegularizerCallback]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_dropreg.auditing.calls import Call, LossCall, Recorder
 from lightning_dropreg.auditing.masks import digest
 from lightning_dropreg.numerics.torch_private import has_hooks_after_accumulation
+from lightning_dropreg.passes.gradients import gradients_aside
 
 __all__ = ["OutputDropout", "on_outputs", "other_masks"]
 
@@ -80,17 +82,10 @@ def _went_backward(module: nn.Module, loss: Tensor) -> bool:
     parameters = list(module.parameters())
     if torch.distributed.is_initialized() or any(map(has_hooks_after_accumulation, parameters)):
         return False
-    kept = [parameter.grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
+    with gradients_aside(parameters), suppress(RuntimeError):
         loss.backward()
-    except RuntimeError:
-        return False
-    finally:
-        for parameter, grad in zip(parameters, kept, strict=True):
-            parameter.grad = grad
-    return True
+        return True
+    return False
 
 
 def _drawn_again(forward: Sequence[Call], again: Sequence[Call], told: set[str]) -> list[tuple[Call, str]]:
@@ -112,14 +107,8 @@ def _drawn_again(forward: Sequence[Call], again: Sequence[Call], told: set[str])
 
 
 def _other_mask(call: Call, before: Tensor, after: Tensor) -> Iterator[str]:
-    """Compare the gradients of what went into a dropout and of what came out with its mask.
-
-    Attention can be compared only as a whole: it is linear in its values, so that the two products of gradient and
-    tensor are equal.
-
-    Yields:
-        What speaks for another mask in the backward.
-    """
+    """Compare the gradients of what went into a dropout and of what came out with its mask; what speaks against it."""
+    # attention, linear in its values, can be compared only as a whole: by the products of gradient and tensor
     if call.tensors is not None:
         value, output = call.tensors
         went_in, came_out = (float((a.double() * b.double()).sum()) for a, b in ((before, value), (after, output)))

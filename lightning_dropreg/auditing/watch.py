@@ -157,18 +157,9 @@ class Watch(TorchFunctionMode):
     def record(self, kind: str, p: float | None, drops: bool, **known: Any) -> Call:
         """Note a call of a function that drops, and what else is `known` of it (see `Call`)."""
         layer = self.layer()
-        call = Call(
-            self.place(),
-            kind,
-            p,
-            drops,
-            layer.training if layer is not None else True,
-            layer,
-            inner=layer is not None and is_dropout(layer),
-            **known,
-        )
-        self.calls.append(call)
-        return call
+        training, inner = (True, False) if layer is None else (layer.training, is_dropout(layer))
+        self.calls.append(Call(self.place(), kind, p, drops, training, layer, inner=inner, **known))
+        return self.calls[-1]
 
     def _note(self, what: str, drew: bool = False) -> None:
         moved = self._random.moved()
@@ -280,16 +271,11 @@ def is_dropout(module: nn.Module) -> bool:
 
 def layer_drop_prob(module: nn.Module) -> float | None:
     """Return the drop probability that a dropout layer keeps; None if it has none that is known."""
-    for layer, name in _own_attributes(module):
-        return float(getattr(layer, name))
+    for _, layer, name in drop_prob_attributes(module):
+        if layer is module:
+            return float(getattr(layer, name))
     for name in ("p", "prob", "rate", "drop_prob"):
         value = getattr(module, name, None)
         if isinstance(value, float) and 0 <= value <= 1:
             return value
     return None
-
-
-def _own_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for _, layer, name in drop_prob_attributes(module):
-        if layer is module:
-            yield layer, name

@@ -235,14 +235,7 @@ def _peak_memory(cli: DropregCLI, method: str, how: str | None) -> float | None:
 
 
 def _batches(cli: DropregCLI, count: int) -> DataLoader[Any]:
-    """Read the batches that every method gets.
-
-    Returns:
-        A loader of `count` batches, as the configured loader gives them, from the beginning again where it ends.
-
-    Raises:
-        InvalidArgumentError: If there is none, or there are several data loaders.
-    """
+    """Read the batches that every method gets, as the configured loader gives them, again where it ends."""
     seen: list[Any] = []
 
     class Reader(Callback):
@@ -269,14 +262,8 @@ def _as_dict(cost: Cost, costs: Sequence[Cost]) -> dict[str, object]:
         return {**asdict(cost), **twin}
     low, median, high = cost.quantiles()
     ratios = {f"ratio_to_{name}": _ratio(cost, costs, name) for name in (REFERENCE, NO_DROPOUT, PAPER)}
-    return {
-        "key": KEYS[cost.method],
-        "median_ms": median,
-        "quartiles_ms": [low, high],
-        **ratios,
-        **asdict(cost),
-        **twin,
-    }
+    times = {"key": KEYS[cost.method], "median_ms": median, "quartiles_ms": [low, high]}
+    return {**times, **ratios, **asdict(cost), **twin}
 
 
 def _ratio(cost: Cost, costs: Sequence[Cost], name: str = REFERENCE) -> float | None:
@@ -299,9 +286,7 @@ def _print(costs: Sequence[Cost], machine: dict[str, str | int], options: Any) -
     for cost in costs:
         key = KEYS[cost.method]
         if cost.problem:
-            known = next((number for number, told in enumerate(problems, 1) if told == cost.problem), 0)
-            problems += [] if known else [cost.problem]
-            table.add_row(key, cost.method, "", f"no ({known or len(problems)})")
+            table.add_row(key, cost.method, "", _no(cost.problem, problems))
             continue
         low, median, high = cost.quantiles()
         quartiles = f"{_digits(low)}-{_digits(high)}"
@@ -333,10 +318,15 @@ def _print(costs: Sequence[Cost], machine: dict[str, str | int], options: Any) -
 
 def _compiled_cells(cost: Cost, twins: Sequence[Cost], problems: list[str], memory: bool) -> list[str]:
     if cost.problem:
-        problems += [] if cost.problem in problems else [cost.problem]
-        return [f"no ({problems.index(cost.problem) + 1})"]
+        return [_no(cost.problem, problems)]
     cells = [_digits(cost.quantiles()[1]), _number(_ratio(cost, twins)), f"{cost.compile_s:.0f} s"]
     return [*cells, "" if cost.peak_mb is None else f"{cost.peak_mb:.0f}"] if memory else cells
+
+
+def _no(problem: str, problems: list[str]) -> str:
+    """Say that there is no cost, and by its number why; a reason is told once."""
+    problems += [] if problem in problems else [problem]
+    return f"no ({problems.index(problem) + 1})"
 
 
 def _digits(ms: float) -> str:

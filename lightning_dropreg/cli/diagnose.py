@@ -199,30 +199,22 @@ def _measure_costs(cli: DropregCLI, trained: Configured) -> Costs | str:
     except InvalidArgumentError as error:
         return f"not measured: {error}"
     [reference] = [cost for cost in costs if cost.method == REFERENCE]
-    if reference.problem:
-        return f"not measured: {reference.problem}"
-    done = [cost for cost in costs if not cost.problem and cost is not reference]
-    ratios = {cost.method: _median_and_range(cost.ratios(reference)) for cost in done}
+    return f"not measured: {reference.problem}" if reference.problem else _told("measured here", costs)
+
+
+def _told(where: str, costs: Sequence[Cost]) -> Costs:
+    """What is told of costs: the ratio to dropout with its range over the rounds, or why there is none."""
+    [reference] = [cost for cost in costs if cost.method == REFERENCE]
+    ratios = {c.method: c.ratios(reference) for c in costs if c.rounds and not c.problem and c is not reference}
     refused = {cost.method: cost.problem for cost in costs if cost.problem}
-    return Costs(ratios, refused, f"measured here, {_rounds(reference)}")
-
-
-def _rounds(cost: Cost) -> str:
-    count = len(cost.rounds)
-    return f"{count} round{'s' * (count != 1)} of {len(cost.rounds[0])} steps"
-
-
-def _median_and_range(ratios: Sequence[float]) -> tuple[float, float, float]:
-    return statistics.median(ratios), min(ratios), max(ratios)
+    count = len(reference.rounds)
+    rounds = f"{where}, {count} round{'s' * (count != 1)} of {len(reference.rounds[0])} steps"
+    return Costs({name: (statistics.median(r), min(r), max(r)) for name, r in ratios.items()}, refused, rounds)
 
 
 @contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Callable[[], object]]:
-    """Show a bar on a terminal; nothing in a pipe.
-
-    Yields:
-        What advances the bar by one draw.
-    """
+    """Show a bar on a terminal, nothing in a pipe, and yield what advances it by one draw."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
@@ -236,10 +228,8 @@ def _read_costs(path: str, model: LightningModule) -> Costs:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         measured = report["machine"]["parameters"]
         costs = [Cost(cost["method"], cost["rounds"], problem=cost["problem"]) for cost in report["costs"]]
-        [reference] = [cost for cost in costs if cost.method == REFERENCE]
-        done = [cost for cost in costs if cost.rounds and not cost.problem and cost is not reference]
-        ratios = {cost.method: _median_and_range(cost.ratios(reference)) for cost in done}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = _told(path, costs)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InvalidArgumentError(f"--bench {path} is not what dropreg bench --json writes: {error!r}.") from error
     parameters = sum(p.numel() for p in model.parameters())
     if measured != parameters:
@@ -247,8 +237,7 @@ def _read_costs(path: str, model: LightningModule) -> Costs:
             f"--bench {path} was measured on a model of {measured} parameters, this one has {parameters}: costs are "
             "only shown for the model they were measured on."
         )
-    refused = {cost.method: cost.problem for cost in costs if cost.problem}
-    return Costs(ratios, refused, f"{path}, {_rounds(reference)}")
+    return told
 
 
 def _scope(checkpoint: str | None) -> str:

@@ -53,13 +53,7 @@ class Cost:
         return statistics.quantiles([ms for one in self.rounds for ms in one], n=4)
 
     def ratio(self, reference: "Cost") -> float:
-        """Median over rounds of the ratio of the mean times in one round.
-
-        The mean, because not all steps of a method need cost the same (``every_n_steps``).
-
-        Returns:
-            The ratio.
-        """
+        """Median over rounds of the ratio of the mean times in one round: not all steps of a method cost the same."""
         return statistics.median(self.ratios(reference))
 
     def ratios(self, reference: "Cost") -> list[float]:

@@ -59,13 +59,7 @@ class FitProgress(RichProgressBar):
         return [*kept, TimeRemainingColumn(compact=True, elapsed_when_finished=True)]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return what the bar shows, read anew only as often as the bar is drawn.
-
-        Reading a metric makes a GPU wait for its queue; doing so at every step would slow training down.
-
-        Returns:
-            Values by short name.
-        """
+        """Return what the bar shows, read only as often as it is drawn: reading makes a GPU wait for its queue."""
         now = time.monotonic()
         if now - self._read_at > 1 / _REFRESH_PER_SECOND:
             self._metrics = shown_metrics(trainer)

@@ -232,18 +232,7 @@ def _dense(gradients: Sequence[Tensor]) -> Gradients:
 
 
 class _NoiseProbe(Probe):
-    """Differentiates two losses with dropout and one ``s`` for every draw.
-
-    Args:
-        closure: Runs the step, always from the same state.
-        module: Owner of the parameters.
-        reduce: Averages gradients over processes.
-        options: How ``s`` is estimated.
-
-    Attributes:
-        layers: Number of parameters in every layer, by name.
-        samples: What was measured, for each draw ``(layers, 3)``.
-    """
+    """Differentiates two losses with dropout and one ``s`` for every draw; see `measure_noise` for the arguments."""
 
     def __init__(
         self, closure: Closure, module: nn.Module, reduce: Callable[[Gradients], Gradients] | None, **options: Any

@@ -71,7 +71,7 @@ def measure_penalty(
         estimator: See there.
         step_size: See there.
         mask: See there.
-        confidence: Probability with which the interval covers its value.
+        confidence: See `PenaltyReport`.
         generator: Source of the seed of the directions; the global one by default.
         module: A module whose state must not change.
         reduce: Averages tensors over processes, in a distributed run.

@@ -44,16 +44,10 @@ def antithetic(
     In bfloat16 a step too small to be seen is widened, for one more pass
     (`lightning_dropreg.estimators.precision.bfloat16_step_size`; the callbacks find that out before training).
 
-    Args:
-        closure: See `lightning_dropreg.estimators.base.Estimator`, as for what follows.
-        curvature: See there.
-        noise: See there.
-        step_size: See there.
-        mask: See there.
-        key: See there.
-        restart: Called when what the closure has done so far is not to count.
-        run_without_trace: Does the same as the closure, leaving no trace; given where it was not looked at before
-            whether targets and weights stand still, so that every pair shows it (`lightning_dropreg.estimators.fixed`).
+    The arguments are those of `lightning_dropreg.estimators.base.Estimator`; besides, `restart` is called when what the
+    closure has done so far is not to count, and `run_without_trace` does the same as the closure, leaving no trace:
+    given where it was not looked at before whether targets and weights stand still, so that every pair shows it
+    (`lightning_dropreg.estimators.fixed`).
 
     Returns:
         Loss, penalty and noise.
@@ -89,20 +83,7 @@ def antithetic(
 def combine(
     plus: Pass, minus: Pass, weights: Sequence[Tensor], curvature: str | None, noise: bool, step_size: float
 ) -> Estimate:
-    """Compute the estimate from the two passes.
-
-    Args:
-        plus: The pass with factors ``1 + eps r``.
-        minus: The pass with factors ``1 - eps r``.
-        weights: What the elements of each recorded loss count, see
-            `lightning_dropreg.estimators.curvature.element_weights`.
-        curvature: See `lightning_dropreg.estimators.base.Estimator`.
-        noise: See `lightning_dropreg.estimators.base.Estimator`.
-        step_size: ``eps``.
-
-    Returns:
-        Loss, penalty and noise.
-    """
+    """Compute the estimate from passes with factors ``1 + eps r`` and ``1 - eps r``, and the weights of elements."""
     penalty = None
     if curvature is not None:
         _check_pair(plus, minus)
@@ -126,14 +107,7 @@ def weights_of_both(plus: Pass, minus: Pass) -> list[tuple[Tensor, Tensor]]:
 
 
 def check_pair_of_steps(closure: Closure, step_size: float, mask: str, key: int) -> None:
-    """Refuse a step whose targets or weights move with the noise (`lightning_dropreg.estimators.fixed.check_fixed`).
-
-    Args:
-        closure: See `antithetic`.
-        step_size: See `antithetic`.
-        mask: See `antithetic`.
-        key: See `antithetic`.
-    """
+    """Refuse a step whose targets or weights move with the noise (`lightning_dropreg.estimators.fixed.check_fixed`)."""
     directions = Directions(key, mask)
 
     def run(sign: int) -> Pass:

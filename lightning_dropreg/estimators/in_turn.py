@@ -41,18 +41,10 @@ def antithetic_in_turn(
     linear in the losses of the passes (``curvature="full"``, or noise alone) needs no such repetition: there every pass
     is differentiated as soon as it is made.
 
-    Args:
-        closure: See `lightning_dropreg.estimators.base.Estimator`.
-        again: Does the same as `closure`, for the repetition.
-        weigh: Makes the scalars to be differentiated from the estimate.
-        curvature: See `lightning_dropreg.estimators.base.Estimator`.
-        noise: See `lightning_dropreg.estimators.base.Estimator`.
-        step_size: See `lightning_dropreg.estimators.base.Estimator`.
-        mask: See `lightning_dropreg.estimators.base.Estimator`.
-        key: See `lightning_dropreg.estimators.base.Estimator`.
-        scaler: Multiplies by the scale of a gradient scaler; None without one.
-        drop_stale_gradients: Lets go of what the parameters' ``.grad`` holds from before; called once, before anything
-            is differentiated, unless the closure looks at it.
+    The arguments are those of `lightning_dropreg.estimators.base.Estimator`; besides, `again` does the same as
+    `closure`, for the repetition, `weigh` makes the scalars to be differentiated from the estimate, `scaler` multiplies
+    by the scale of a gradient scaler, and `drop_stale_gradients` lets go of what the parameters' ``.grad`` holds from
+    before: called once, before anything is differentiated, unless the closure looks at it.
 
     Returns:
         The estimate, without graphs, and the scalars of `weigh`, with their gradients.

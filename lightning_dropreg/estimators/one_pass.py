@@ -40,15 +40,8 @@ def one_pass(
 ) -> Estimate:
     """Estimate the loss on all rows, penalty and noise on the pairs.
 
-    Args:
-        closure: Runs forward and loss on the rows of `pairs` and returns the scalar loss.
-        layout: Where the rows are.
-        pairs: How many of them there are of which kind.
-        curvature: See `lightning_dropreg.estimators.base.Estimator`.
-        noise: See `lightning_dropreg.estimators.base.Estimator`.
-        step_size: Step of the pairs.
-        mask: See `lightning_dropreg.estimators.base.Estimator`.
-        key: See `lightning_dropreg.estimators.base.Estimator`.
+    The arguments are those of `lightning_dropreg.estimators.base.Estimator`, but that `closure` runs on the rows of
+    `pairs` (how many there are of which kind), which lie where `layout` says.
 
     Returns:
         The loss of the whole batch, and penalty and noise of the mean over the chosen rows.
@@ -75,19 +68,7 @@ def one_pass(
 
 
 def without_pairs(closure: Closure, layout: Layout, pairs: Pairs) -> Tensor:
-    """Return the loss that `one_pass` would find with nothing perturbed: that of the whole batch, up to rounding.
-
-    Args:
-        closure: See `one_pass`.
-        layout: See `one_pass`.
-        pairs: See `one_pass`.
-
-    Returns:
-        The loss.
-
-    Raises:
-        RowsNotFoundError: See `one_pass`.
-    """
+    """Return the loss that `one_pass` would find with nothing perturbed: that of the whole batch, up to rounding."""
     done = run_pass(closure, PerturbPairs(Directions(0), 0.0, layout.sites, pairs), record_losses=True)
     return _balanced(done, layout, pairs)[0]
 

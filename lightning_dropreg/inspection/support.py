@@ -18,7 +18,7 @@ from lightning_dropreg.inspection.first_step import inspect_step
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.losses import Loss
 from lightning_dropreg.passes import Closure, Pass, focus
-from lightning_dropreg.passes.gradients import leaves_below
+from lightning_dropreg.passes.gradients import gradients_aside, leaves_below
 from lightning_dropreg.passes.isolation import Isolation
 
 __all__ = ["LossSupport", "SiteSupport", "Support", "failure", "find_support"]
@@ -165,16 +165,9 @@ def gradient_norm(value: Tensor) -> float:
         The norm of the gradient in all leaves.
     """
     leaves = leaves_below(value)
-    before = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
+    with gradients_aside(leaves):
         value.backward()
-        squares = [float(leaf.grad.square().sum()) for leaf in leaves if leaf.grad is not None]
-        return math.sqrt(sum(squares))
-    finally:
-        for leaf, gradient in zip(leaves, before, strict=True):
-            leaf.grad = gradient
+        return math.sqrt(sum(float(leaf.grad.square().sum()) for leaf in leaves if leaf.grad is not None))
 
 
 def _losses(done: Pass) -> tuple[list[LossSupport], dict[str, str]]:

@@ -125,11 +125,7 @@ class Traced(TorchFunctionMode):
 
     @contextmanager
     def sites_of_kind(self, kind: str) -> Iterator[None]:
-        """See `lightning_dropreg.interception.sites.Mode`.
-
-        Yields:
-            Nothing.
-        """
+        """See `lightning_dropreg.interception.sites.Mode`."""
         previous, self._kind = self._kind, kind
         try:
             yield
@@ -203,11 +199,7 @@ def hand_back(traced: Traced, interception: Interception, node: Any) -> None:
 
 @contextmanager
 def entered(traced: Traced) -> Iterator[None]:
-    """Let `traced` be the mode, and what checkpoints outside the graph belong to.
-
-    Yields:
-        Nothing.
-    """
+    """Let `traced` be the mode, and what checkpoints outside the graph belong to."""
     checkpointing.enter(traced)
     try:
         with traced:

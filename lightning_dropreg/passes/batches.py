@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.passes.copies import ITERATORS
+from lightning_dropreg.passes.copies import ATOMS, ITERATORS
 from lightning_dropreg.passes.variables import slots_of
 
 __all__ = ["batch_tensors", "fresh_batch", "is_array", "map_batch", "read_once", "rereadable", "walk_batch"]
@@ -57,7 +57,7 @@ _CLOSED_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "pandas", "ligh
 
 _TEE: Any = type(itertools.tee(())[0])
 _PLAIN = frozenset({list, tuple, dict})
-_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size})
+_ATOMS = ATOMS | {torch.Size}
 
 
 def map_batch(exchange: Callable[[Any], Any], batch: Any) -> Any:

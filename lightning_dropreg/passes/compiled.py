@@ -47,11 +47,7 @@ class CompiledParts:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let the parts take part in the passes that are run inside.
-
-        Yields:
-            Nothing.
-        """
+        """Let the parts take part in the passes that are run inside."""
         if not self.parts or self._running:
             yield
             return

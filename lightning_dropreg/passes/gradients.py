@@ -8,7 +8,8 @@ of all parameters. It ends as a scalar with the sum's value and gradient, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "Scaler",
     "backpropagate",
     "collect_gradients",
+    "gradients_aside",
     "has_reentrant_checkpoint",
     "leaves_below",
     "leaves_of",
@@ -83,6 +85,19 @@ _IN_ONE_BACKWARD = frozenset({"CheckpointFunctionBackward", "_ReentrantBackward"
 def has_reentrant_checkpoint(value: Tensor) -> bool:
     """Whether `value` depends on a reentrant checkpoint: ``autograd.grad`` passes by its parameters without a word."""
     return any(node.name() in _IN_ONE_BACKWARD for node in nodes_behind(value))
+
+
+@contextmanager
+def gradients_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Let a backward begin without any gradients, and put those back that were there."""
+    before = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, gradient in zip(leaves, before, strict=True):
+            leaf.grad = gradient
 
 
 class GradientSum:

@@ -306,15 +306,8 @@ def _distance(here: Sequence[Tensor | None], there: Sequence[Tensor | None]) -> 
 
 
 def _node_of(losses: Sequence[Loss], output: Any) -> Any:
-    """The node of the autograd graph that stands for the dropout sites of a part.
-
-    Args:
-        losses: The losses computed in the part: what depends on dropout leads through the graph before them.
-        output: What the part returned.
-
-    Returns:
-        That of the graph; that of the tensor where there is none of a graph; None for a constant.
-    """
+    """The node in the autograd graph that stands for a part: of its graph, else of a tensor; None for a constant."""
+    # what depends on dropout leads through the graph before its losses, or what it returned
     tensors = [loss.outputs for loss in losses] or batch_tensors(output)
     nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     seen: set[Any] = set()

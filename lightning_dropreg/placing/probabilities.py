@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
+from lightning_dropreg.checks import is_probability
 from lightning_dropreg.errors import PatternError
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 from lightning_dropreg.placing.patterns import check_patterns, covers, nearest_paths
@@ -60,14 +60,10 @@ def drop_prob_attributes(
 def _names(layer: nn.Module, further: Sequence[str]) -> list[str]:
     names = [name for kind, name in _ATTRIBUTES.items() if isinstance(layer, kind)]
     if not names and type(layer).__name__.endswith(_NAMES):
-        names = [name for name in _USUAL if _is_prob(getattr(layer, name, None))][:1]
-    own = [name for name, value in vars(layer).items() if _CALLED.match(name) and _is_prob(value)]
-    own += [name for name in further if _is_prob(getattr(layer, name, None))]
+        names = [name for name in _USUAL if is_probability(getattr(layer, name, None))][:1]
+    own = [name for name, value in vars(layer).items() if _CALLED.match(name) and is_probability(value)]
+    own += [name for name in further if is_probability(getattr(layer, name, None))]
     return [*names, *[name for name in dict.fromkeys(own) if name not in names]]
-
-
-def _is_prob(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def set_drop_prob(model: nn.Module, patterns: Mapping[str, float]) -> dict[str, float]:

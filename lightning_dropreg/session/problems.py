@@ -132,11 +132,7 @@ def changed_parameters(module: nn.Module, before: Mapping[str, object]) -> list[
 
 
 def loss_problems(trainer: Trainer, module: nn.Module, loss: Tensor) -> list[DropregError]:
-    """Find a loss with a graph that leads to no parameter: nothing would be trained, and no dropout have an effect.
-
-    Returns:
-        One error or none.
-    """
+    """Find a loss whose graph leads to no parameter, so that nothing would be trained: one error or none."""
     parameters = {p for p in module.parameters() if p.requires_grad}
     parameters.update(
         p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]

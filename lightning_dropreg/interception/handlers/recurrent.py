@@ -6,8 +6,8 @@ there is a site on the ``(time, batch, features)`` output, every entry with a ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
         # the packed form has the tensor of batch sizes in second place, so its weights come fourth
         packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
         call = {**dict(zip(_PACKED if packed else _PADDED, args, strict=False)), **kwargs}
-        with _kernels(mode):
+        with without_fused_recurrence() if mode.written_out else nullcontext():
             if not (call["train"] and call["dropout"] > 0 and call["num_layers"] > 1):
                 if not call["train"] and call["num_layers"] > 1:
                     mode.at_rest(call["dropout"], kind)
@@ -44,18 +44,7 @@ def recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
 def _layer_by_layer(
     mode: Mode, func: Callable[..., tuple[Tensor, ...]], call: dict[str, Any], name: str, kind: str
 ) -> tuple[Tensor, ...]:
-    """Do what ``func(**call)`` does, with a site between the layers.
-
-    Args:
-        mode: The active interception.
-        func: The fused operation.
-        call: Its arguments by name.
-        name: The name of the input among them.
-        kind: Name of the kind of site.
-
-    Returns:
-        Output of the last layer, and the final state ``h_n`` (for an LSTM also ``c_n``) of all layers.
-    """
+    """Do what ``func(**call)`` does, with a site between the layers; `name` is that of the input."""
     layers, p = call["num_layers"], call["dropout"]
     directions = 2 if call["bidirectional"] else 1
     weights: Sequence[Tensor] = call["params"]
@@ -75,16 +64,6 @@ def _layer_by_layer(
         output, *final = func(*single.values())
         finals.append(tuple(final))
     return (output, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
-
-
-@contextmanager
-def _kernels(mode: Mode) -> Iterator[None]:
-    """Switch off kernels that cannot be differentiated twice or forward, if the pass needs that."""
-    if not mode.written_out:
-        yield
-        return
-    with without_fused_recurrence():
-        yield
 
 
 HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
