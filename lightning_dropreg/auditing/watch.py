@@ -37,9 +37,6 @@ _SHARES = re.compile(
     r"lock|variational|spatial|path|depth|connect|channel|row|token|patch|word|embed|block|shared|\dd|feature|layer",
     re.IGNORECASE,
 )
-
-
-_SOURCES = {0: "torch", 1: "Python's random", 2: "numpy.random", 3: "torch on the GPU"}
 # functions by which a mask may act, and where in their arguments they have it and what it acts on
 _MASKING = {
     **dict.fromkeys(("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"), ((0, 1), (1, 0))),
@@ -89,9 +86,7 @@ class Watch(TorchFunctionMode):
         self.backward = False
         self.hand_masks: list[HandMask] = []
         self._masks: list[HandMask] = []
-        own = Reach({type(root).__name__: root for root in paths.roots}).generators()
-        self._sources = {**_SOURCES, **{4 + number: place for number, (place, _) in enumerate(own)}}
-        self._random = RandomState([generator for _, generator in own])
+        self._random = RandomState(Reach({type(root).__name__: root for root in paths.roots}).generators())
         self._stack: list[_Frame] = []
         self.norm_inputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
@@ -167,7 +162,7 @@ class Watch(TorchFunctionMode):
             self._random = self._random.again()
         if self.backward or self._in_dropout():
             return
-        for source in [self._sources[number] for number in moved] or [""] * drew:
+        for source in moved or [""] * drew:
             self.drawn.append(Draw(what if source in {"", "torch"} else f"{source} ({what})", self.place()))
 
     def _in_dropout(self) -> bool:

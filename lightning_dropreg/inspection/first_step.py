@@ -175,9 +175,7 @@ class _RandomnessWatch(TorchFunctionMode):
         self._last: Any = "the beginning"
         self.found: dict[tuple[str, str], None] = {}
         self.retains: dict[str, None] = {}
-        self._generators = dict(enumerate(["torch", "Python", "numpy", "torch on CUDA"]))
-        self._generators |= {4 + i: place for i, (place, _) in enumerate(generators)}
-        self._state = RandomState([generator for _, generator in generators])
+        self._state = RandomState(generators)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -200,8 +198,7 @@ class _RandomnessWatch(TorchFunctionMode):
         moved = self._state.moved()
         if moved:
             self._state = self._state.again()
-            names = [self._generators[number] for number in moved]
-            source = "" if names == ["torch"] else f" (from {', '.join(names)})"
+            source = "" if moved == ["torch"] else f" (from {', '.join(moved)})"
             self.found[what + source, name_caller()] = None
 
 

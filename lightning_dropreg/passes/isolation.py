@@ -100,7 +100,7 @@ class Isolation:
         }
         self._memos = self._reach.still.in_start(), {}
         self._start = self.holders.copies(self._original, self._memos[0])
-        self._start_random = RandomState([found for _, found in self._reach.generators()])
+        self._start_random = RandomState(self._reach.generators())
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -181,9 +181,7 @@ class Isolation:
 
     def drawn_generators(self) -> list[str]:
         """Return the places of the generators of the step's own that the last run drew from."""
-        moved = [] if self._start_random is None else self._start_random.moved()
-        places = [place for place, _ in self._reach.generators()]
-        return [places[number - 4] for number in moved if 4 <= number < 4 + len(places)]
+        return [] if self._start_random is None else self._start_random.moved(own=True)
 
     def outcome(self, cuts: Sequence[Callable[[], None]] = ()) -> list[dict[str, Any]]:
         """Return what the last run would leave of every module, by name, had it counted; `cuts` as in `run`."""

@@ -19,23 +19,25 @@ class RandomState:
     """The global random states of torch, Python and numpy, and those of some generators, at the moment of creation.
 
     Args:
-        generators: More generators: ``torch.Generator``, ``random.Random``, numpy's ``Generator``, ``RandomState`` and
-            bit generators.
+        generators: More generators, by name: ``torch.Generator``, ``random.Random``, numpy's ``Generator``,
+            ``RandomState`` and bit generators.
 
     Example:
         >>> dice = random.Random(1)
-        >>> before = RandomState([dice])
+        >>> before = RandomState([("self.dice", dice)])
         >>> first = dice.random(), random.random()
-        >>> before.is_current()
-        False
+        >>> before.moved()
+        ["Python's random", 'self.dice']
         >>> before.restore()
         >>> (dice.random(), random.random()) == first
         True
     """
 
-    def __init__(self, generators: Sequence[Any] = ()) -> None:
-        self._generators = list(generators)
-        self._parts = _global_parts() + [_part(generator) for generator in self._generators]
+    def __init__(self, generators: Sequence[tuple[str, Any]] = ()) -> None:
+        known = _global_parts()
+        self._global = len(known)
+        self._names = [*known, *(name for name, _ in generators)]
+        self._parts = [*known.values(), *(_part(generator) for _, generator in generators)]
         self._states = [get() for get, _ in self._parts]
 
     def restore(self) -> None:
@@ -47,14 +49,11 @@ class RandomState:
         """Whether nothing was drawn since."""
         return not self.moved()
 
-    def moved(self) -> list[int]:
-        """Return which states have changed: 0 torch, 1 Python, 2 numpy, 3 CUDA, then the generators from 4 on."""
-        return [
-            number if number < count else 4 + number - count
-            for count in [len(self._parts) - len(self._generators)]
-            for number, ((get, _), state) in enumerate(zip(self._parts, self._states, strict=True))
-            if not _equal(get(), state)
-        ]
+    def moved(self, own: bool = False) -> list[str]:
+        """Name those that have changed since; of the `own` generators alone, if that is asked for."""
+        start = self._global if own else 0
+        now = zip(self._names[start:], self._parts[start:], self._states[start:], strict=True)
+        return [name for name, (get, _), state in now if not _equal(get(), state)]
 
     def again(self) -> RandomState:
         """Return the states of the same generators now."""
@@ -66,13 +65,16 @@ class RandomState:
 Part = tuple[Callable[[], Any], Callable[[Any], None]]
 
 
-def _global_parts() -> list[Part]:
-    parts: list[Part] = [(torch.get_rng_state, torch.set_rng_state), (_pythons.get, _pythons.put)]
+def _global_parts() -> dict[str, Part]:
+    parts: dict[str, Part] = {
+        "torch": (torch.get_rng_state, torch.set_rng_state),
+        "Python's random": (_pythons.get, _pythons.put),
+    }
     if "numpy" in sys.modules:
         numpys = _numpys()
-        parts.append((numpys.get, numpys.put))
+        parts["numpy.random"] = numpys.get, numpys.put
     if torch.cuda.is_initialized():
-        parts.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
+        parts["torch on CUDA"] = torch.cuda.get_rng_state, torch.cuda.set_rng_state
     return parts
 
 
