@@ -32,6 +32,15 @@ from lightning_dropreg.session.arguments import StepCall
 from lightning_dropreg.session.batch import Batch, Pairable, SkippedError
 from lightning_dropreg.session.choosing import choose, choose_fraction
 from lightning_dropreg.session.manual import ManualStep
+from lightning_dropreg.session.measuring import (
+    OwnRun,
+    may_leave_traces,
+    measure_drawn_rows,
+    measure_repeatability,
+    measure_steps,
+    measured_of,
+    problems_of,
+)
 from lightning_dropreg.session.others import callbacks_of
 from lightning_dropreg.session.pairable import find_pairable, signature
 from lightning_dropreg.session.past import Habits
@@ -43,15 +52,6 @@ from lightning_dropreg.session.problems import (
     module_problems,
 )
 from lightning_dropreg.session.ranks import has_whole_parameters
-from lightning_dropreg.session.watching import (
-    OwnRun,
-    may_leave_traces,
-    measure_drawn_rows,
-    measure_repeatability,
-    measure_steps,
-    measured_of,
-    problems_of,
-)
 from lightning_dropreg.step.plan import Estimation, Plan
 
 __all__ = ["REFUSED", "Looks"]

@@ -28,7 +28,7 @@ from lightning_dropreg.numerics.context import nothing, patched
 from lightning_dropreg.numerics.noise import fold_key
 from lightning_dropreg.passes import Drop, Off
 from lightning_dropreg.passes.gradients import has_reentrant_checkpoint
-from lightning_dropreg.session.past import Habits, Past, Watching, all_optimizers, parameters_of
+from lightning_dropreg.session.past import Accesses, Habits, Past, all_optimizers, parameters_of
 from lightning_dropreg.step.plan import BatchRunner, Plan, StepResult
 
 if TYPE_CHECKING:
@@ -86,26 +86,26 @@ class ManualStep:
     def rehearsed(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Run the step to its end with nothing really done; return the sum of the losses that it back-propagates."""
         losses: list[Tensor] = []
-        watching = Watching(self._past.parameters)
+        accesses = Accesses(self._past.parameters)
         versions = [parameter._version for parameter in self._past.parameters]
 
         def reach(loss: Tensor) -> None:
             losses.append(loss)
-            watching.began = True
-            with watching.paused():
+            accesses.began = True
+            with accesses.paused():
                 self._back_propagate(len(losses), loss)
 
         with _BackwardGuard(self._module), self._past.revisited(whole=True) as advance:
             before = [parameter.data_ptr() for parameter in self._past.parameters]
-            with watching, self._replaying(reach, advance, watching, gradients=True):
+            with accesses, self._replaying(reach, advance, accesses, gradients=True):
                 self._batch.original(*args, **kwargs)
             changed = {
                 parameter
                 for parameter, version, place in zip(self._past.parameters, versions, before, strict=True)
                 if parameter._version != version or parameter.data_ptr() != place
             }
-        self._habits.by_hand |= changed | watching.touched
-        self._habits.reads |= watching.reads
+        self._habits.by_hand |= changed | accesses.touched
+        self._habits.reads |= accesses.reads
         self._habits.rehearsed = True
         return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else None
 
@@ -150,16 +150,16 @@ class ManualStep:
             losses.append(loss)
             if len(losses) >= number:
                 raise _ReachedError
-            watching.began = True
-            with watching.paused():
+            accesses.began = True
+            with accesses.paused():
                 self._past.put_gradients(len(losses))
 
-        watching = Watching(self._past.parameters)
-        with self._past.revisited() as advance, watching, self._replaying(reach, advance, watching, self._habits.reads):
+        accesses = Accesses(self._past.parameters)
+        with self._past.revisited() as advance, accesses, self._replaying(reach, advance, accesses, self._habits.reads):
             try:
                 self._batch.original(*args, **kwargs)
             except _ReachedError:
-                self._check_reads(watching)
+                self._check_reads(accesses)
                 return losses[number - 1]
         raise InconsistentPassesError(
             f"training_step of {type(self._module).__name__} called manual_backward {number} times, but when it was "
@@ -167,8 +167,8 @@ class ManualStep:
             "let BaseException through)."
         )
 
-    def _check_reads(self, watching: Watching) -> None:
-        if watching.reads and not self._habits.reads:
+    def _check_reads(self, accesses: Accesses) -> None:
+        if accesses.reads and not self._habits.reads:
             raise UnsupportedModuleError(
                 f"training_step of {type(self._module).__name__} reads gradients, and it did not in the first step, so "
                 "they were not kept for the passes that it takes. Read them in every step, or in a hook such as "
@@ -180,7 +180,7 @@ class ManualStep:
         self,
         reached: Callable[[Tensor], None],
         advance: Callable[[list[nn.Parameter]], None],
-        watching: Watching,
+        accesses: Accesses,
         gradients: bool,
     ) -> Iterator[None]:
         """Let the step run without doing anything that lasts; `reached` gets what it wants to back-propagate."""
@@ -193,7 +193,7 @@ class ManualStep:
             def wrapped(*args: Any, **kwargs: Any) -> Any:
                 if not gradients:
                     return None
-                with watching.paused():
+                with accesses.paused():
                     return function(*args, **kwargs)
 
             return wrapped

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_dropreg.session.twins import is_a
 
-__all__ = ["DropsLater", "Search", "UndoneAtEnd", "Watcher", "callbacks_of", "goes_before_finders", "is_resuming"]
+__all__ = ["Detector", "DropsLater", "Search", "UndoneAtEnd", "callbacks_of", "goes_before_finders", "is_resuming"]
 
 _OWN_FILES = (".lr_find_", ".scale_batch_size_")
 
@@ -39,7 +39,7 @@ class DropsLater(Protocol):
 
 
 @runtime_checkable
-class Watcher(Protocol):
+class Detector(Protocol):
     """A callback that judges how large penalty and noise are."""
 
     def due(self, step: int) -> bool:

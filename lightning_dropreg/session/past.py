@@ -17,7 +17,7 @@ from lightning_dropreg.errors import UnsupportedModuleError
 from lightning_dropreg.numerics.context import patched
 from lightning_dropreg.numerics.torch_private import set_version
 
-__all__ = ["Habits", "Past", "Watching", "all_optimizers", "parameters_of"]
+__all__ = ["Accesses", "Habits", "Past", "all_optimizers", "parameters_of"]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Habits:
     rehearsed: bool = False
 
 
-class Watching(TorchFunctionMode):
+class Accesses(TorchFunctionMode):
     """Notes that a step looks at gradients of parameters, or takes their values into its own hands.
 
     Attributes:

@@ -36,7 +36,7 @@ from lightning_dropreg.session.batch import Batch, SkippedError, loss_of, with_l
 from lightning_dropreg.session.choosing import warn_of_kinks, warn_of_line_search, warn_of_negative, warn_of_no_bound
 from lightning_dropreg.session.looking import REFUSED, Looks
 from lightning_dropreg.session.manual import ManualStep, joined
-from lightning_dropreg.session.others import DropsLater, Search, Watcher, callbacks_of
+from lightning_dropreg.session.others import Detector, DropsLater, Search, callbacks_of
 from lightning_dropreg.session.panel import is_wanted, panel, tell
 from lightning_dropreg.session.parameters import TrainedParameters
 from lightning_dropreg.session.position import Position
@@ -76,7 +76,7 @@ class Session:
         self._late: list[tuple[Tensor, Tensor]] = []
         self._later: list[Tensor | None] | None = None
         self._told_negative = False
-        self._detectors = [callback for callback in callbacks_of(trainer) if isinstance(callback, Watcher)]
+        self._detectors = [callback for callback in callbacks_of(trainer) if isinstance(callback, Detector)]
         self._gradient_norm: Tensor | None = None
         penalized = plan.strength_at(0) > 0
         self.values = Values(trainer, module, ["loss", "explicit_penalty"] if penalized else ["loss"])
@@ -286,7 +286,7 @@ class Session:
             buffer.detach().add_(change)  # others may have written to it since
         self._late = []
 
-    def _due(self) -> list[Watcher]:
+    def _due(self) -> list[Detector]:
         if self.search.joined:  # which goes to where training diverges
             return []
         return [detector for detector in self._detectors if detector.due(self.trainer.global_step)]
