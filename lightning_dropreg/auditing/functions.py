@@ -15,6 +15,7 @@ from lightning_dropreg.auditing.masks import Mask, read_mask
 from lightning_dropreg.interception.handlers.composite import open_up
 from lightning_dropreg.interception.handlers.custom import drop
 from lightning_dropreg.interception.handlers.dropout import channel_mask
+from lightning_dropreg.interception.handlers.recurrent import by_name
 
 __all__ = ["OBSERVED"]
 
@@ -97,9 +98,7 @@ def _recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
     def handle(
         watch: Recorder, func: Callable[..., tuple[Tensor, ...]], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, ...]:
-        packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
-        names = ("has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
-        call = {**dict(zip(names, args[4 if packed else 3 :], strict=False)), **kwargs}
+        call = by_name(args, kwargs)
         watch.record(kind, call["dropout"], bool(call["train"] and call["dropout"] > 0 and call["num_layers"] > 1))
         result: tuple[Tensor, ...] = func(*args, **kwargs)
         return result

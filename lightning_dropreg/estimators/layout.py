@@ -17,7 +17,7 @@ from lightning_dropreg.errors import DropregError
 from lightning_dropreg.interception.sites import Site
 from lightning_dropreg.passes import Closure, run_pass
 
-__all__ = ["Layout", "RowAxis", "RowsNotFoundError", "axis_of", "differs", "find_layout"]
+__all__ = ["Layout", "RowAxis", "RowsNotFoundError", "axis_of", "differs", "exchanged", "find_layout"]
 
 
 class RowsNotFoundError(DropregError):
@@ -109,11 +109,8 @@ def find_layout(on_rows: Callable[[Tensor], Closure], rows: int) -> Layout | Non
     """
     if rows < 2:
         return None
-    all_rows = torch.arange(rows)
-    first, last = all_rows.clone(), all_rows.clone()
-    first[0], last[-1] = rows - 1, 0
     try:
-        seen = [_Seen(on_rows(index)) for index in (all_rows, first, last)]
+        seen = [_Seen(on_rows(index)) for index in (torch.arange(rows), *exchanged(rows))]
     except DropregError:
         return None
     sites, tensors = seen[0].sites, [one.tensors for one in seen]
@@ -130,6 +127,13 @@ def find_layout(on_rows: Callable[[Tensor], Closure], rows: int) -> Layout | Non
             return None
         axes.append(axis)
     return Layout(tuple(axes[: len(sites)]), tuple(axes[len(sites) :]))
+
+
+def exchanged(rows: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers of all rows, once with the last in the place of the first, once the other way round."""
+    first, last = torch.arange(rows), torch.arange(rows)
+    first[0], last[-1] = rows - 1, 0
+    return first, last
 
 
 class _Seen:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.errors import UnsupportedSiteError
-from lightning_dropreg.estimators.layout import RowAxis, axis_of, differs
+from lightning_dropreg.estimators.layout import RowAxis, axis_of, differs, exchanged
 from lightning_dropreg.estimators.rows import select_rows
 from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.interception.sites import Site
@@ -98,7 +98,7 @@ def row_axes(forward: Forward, batch: object) -> tuple[list[RowAxis | None], int
                 axis = RowAxis(dims[0], True, size)
             elif not rest:
                 if others is None:
-                    others = [_seen(forward, select_rows(batch, index, 0, rows)) for index in _exchanged(rows)]
+                    others = [_seen(forward, select_rows(batch, index, 0, rows)) for index in exchanged(rows)]
                 axis = axis_of([differs(h, other[number][1]) for other in others], rows, dims)
         if axis is None:
             raise UnsupportedSiteError(
@@ -107,12 +107,6 @@ def row_axes(forward: Forward, batch: object) -> tuple[list[RowAxis | None], int
             )
         axes.append(axis)
     return axes, rows
-
-
-def _exchanged(rows: int) -> list[Tensor]:
-    first, last = torch.arange(rows), torch.arange(rows)
-    first[0], last[-1] = rows - 1, 0
-    return [first, last]
 
 
 def _seen(forward: Forward, batch: object) -> list[tuple[Site, Tensor]]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dropreg.errors import InvalidArgumentError, NoDropoutSiteError
+from lightning_dropreg.estimators.rows import select_rows
 from lightning_dropreg.interception.mode import Interception
 from lightning_dropreg.interception.sites import Rule, Site
 from lightning_dropreg.passes import Off
+from lightning_dropreg.passes.batches import batch_tensors, fresh_batch
 
 __all__ = ["Forward", "RepeatedBatch", "copy_batch", "count_rows"]
 
@@ -29,8 +30,7 @@ def copy_batch(batch: Any, copies: int = 1) -> Any:
     """Repeat the rows of every tensor of a batch, all rows of the first copy before those of the second.
 
     Args:
-        batch: Any nest of dicts, lists and tuples; its rows are the first dimension of its first tensor, and of every
-            other tensor of that length.
+        batch: Any batch; its rows are the first dimension of its first tensor, and of all else of that length.
         copies: How often.
 
     Returns:
@@ -40,22 +40,13 @@ def copy_batch(batch: Any, copies: int = 1) -> Any:
         >>> copy_batch({"x": torch.tensor([1, 2]), "name": "a"}, 2)
         {'x': tensor([1, 2, 1, 2]), 'name': 'a'}
     """
-    leaves, structure = tree_flatten(batch)
-    rows = count_rows(batch)
-
-    def repeated(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if copies == 1 or not leaf.ndim or len(leaf) != rows:
-            return leaf.clone()
-        return leaf.repeat(copies, *[1] * (leaf.ndim - 1))
-
-    return tree_unflatten([repeated(leaf) for leaf in leaves], structure)
+    rows, fresh = count_rows(batch), fresh_batch(batch, tensors=True)
+    return fresh if copies == 1 else select_rows(fresh, torch.arange(rows).repeat(copies), 0, rows)
 
 
 def count_rows(batch: Any) -> int:
     """Return the length of the first tensor of a batch."""
-    return next((len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim), 0)
+    return next((len(leaf) for leaf in batch_tensors(batch) if leaf.ndim), 0)
 
 
 class RepeatedBatch:

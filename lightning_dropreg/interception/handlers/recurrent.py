@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_dropreg.interception.sites import Mode
 from lightning_dropreg.numerics.torch_private import without_fused_recurrence
 
-__all__ = ["HANDLERS"]
+__all__ = ["HANDLERS", "by_name"]
 
 _PADDED = (
     "input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first",
@@ -24,27 +24,33 @@ _PADDED = (
 _PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
 
 
+def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a fused recurrent operation by their names."""
+    # the packed form has the tensor of batch sizes in second place, so its weights come fourth
+    packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
+    return {**dict(zip(_PACKED if packed else _PADDED, args, strict=False)), **kwargs}
+
+
 def recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
     """Make the handler of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`."""
 
     def handle(mode: Mode, func: Callable[..., tuple[Tensor, ...]], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        # the packed form has the tensor of batch sizes in second place, so its weights come fourth
-        packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
-        call = {**dict(zip(_PACKED if packed else _PADDED, args, strict=False)), **kwargs}
+        call = by_name(args, kwargs)
         with without_fused_recurrence() if mode.written_out else nullcontext():
             if not (call["train"] and call["dropout"] > 0 and call["num_layers"] > 1):
                 if not call["train"] and call["num_layers"] > 1:
                     mode.at_rest(call["dropout"], kind)
                 return func(*args, **kwargs)
-            return _layer_by_layer(mode, func, call, "data" if packed else "input", kind)
+            return _layer_by_layer(mode, func, call, kind)
 
     return handle
 
 
 def _layer_by_layer(
-    mode: Mode, func: Callable[..., tuple[Tensor, ...]], call: dict[str, Any], name: str, kind: str
+    mode: Mode, func: Callable[..., tuple[Tensor, ...]], call: dict[str, Any], kind: str
 ) -> tuple[Tensor, ...]:
-    """Do what ``func(**call)`` does, with a site between the layers; `name` is that of the input."""
+    """Do what ``func(**call)`` does, with a site between the layers."""
+    name = "input" if "input" in call else "data"
     layers, p = call["num_layers"], call["dropout"]
     directions = 2 if call["bidirectional"] else 1
     weights: Sequence[Tensor] = call["params"]
