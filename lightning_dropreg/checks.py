@@ -79,11 +79,7 @@ def check_names(owner: str, given: Iterable[str], function: Any) -> None:
 
 
 def check_draws(k: object, antithetic: object) -> None:
-    """Refuse a number of draws below 1, and pairs of an odd number.
-
-    Raises:
-        InvalidArgumentError: If it is one.
-    """
+    """Refuse a number of draws below 1, and pairs of an odd number."""
     check_count("k", k)
     if not isinstance(antithetic, bool):
         raise InvalidArgumentError(f"antithetic={antithetic!r} must be True or False.")
@@ -92,11 +88,7 @@ def check_draws(k: object, antithetic: object) -> None:
 
 
 def check_choice(name: str, value: object, names: Collection[str]) -> None:
-    """Refuse what is none of the names that there are.
-
-    Raises:
-        InvalidArgumentError: If it is none.
-    """
+    """Refuse what is none of the names that there are."""
     if not is_one_of(value, names):
         raise InvalidArgumentError(f"{name}={value!r} is unknown; choose one of {', '.join(names)}.")
 
@@ -129,21 +121,13 @@ def check_flags(**flags: object) -> None:
 
 
 def check_integer(name: str, value: object) -> None:
-    """Refuse what is no integer.
-
-    Raises:
-        InvalidArgumentError: If it is none.
-    """
+    """Refuse what is no integer."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidArgumentError(f"{name}={value!r} must be an integer.")
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> None:
-    """Refuse what is not an integer of at least `minimum`.
-
-    Raises:
-        InvalidArgumentError: If it is not.
-    """
+    """Refuse what is not an integer of at least `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise InvalidArgumentError(f"{name}={value!r} must be an integer of at least {minimum}.")
 
@@ -253,11 +237,7 @@ def below_floor(given: Mapping[str, Any], floors: Mapping[str, int]) -> list[str
 
 
 def check_drop_prob(p: float, kind: str) -> None:
-    """Refuse a drop probability for which the noise has no finite variance.
-
-    Raises:
-        InvalidArgumentError: If `p` is not in ``[0, 1)``.
-    """
+    """Refuse a drop probability for which the noise has no finite variance."""
     try:
         valid = bool(0.0 <= p < 1.0)
     except TypeError:

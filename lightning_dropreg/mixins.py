@@ -88,11 +88,7 @@ def without_mixins(module: Any) -> Iterator[None]:
 
 
 def _check_alone(module: Any, kind: type[RegularizerCallback]) -> None:
-    """Refuse a Trainer that has the callback too; Lightning would drop one of them without a word.
-
-    Raises:
-        CompositionError: If it has.
-    """
+    """Refuse a Trainer that has the callback too; Lightning would drop one of them without a word."""
     trainer = getattr(module, "_trainer", None)
     for callback in trainer.callbacks if trainer is not None else ():
         if type(callback) is kind and not callback.from_mixin:

@@ -112,11 +112,7 @@ def _the_one(key: str, callbacks: Sequence[dict[str, Any]], file: str) -> int:
 
 
 def choice(comparison: Comparison, spec: str, plain: bool = False) -> list[str]:
-    """Say which value is best in validation, and how that one does in the test against plain dropout.
-
-    Returns:
-        Sentences.
-    """
+    """Say which value is best in validation, and how that one does in the test against plain dropout."""
     label = spec.partition("=")[0].rpartition(".")[2]
     start = f"{PLAIN}, {label}=" if plain else f"{label}="
     means = {c: s.mean for c in comparison.configs if c.startswith(start) and (s := comparison.best(c))}

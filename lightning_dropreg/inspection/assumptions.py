@@ -71,11 +71,7 @@ class Measured:
     problem: DropregError | None = None
 
     def __post_init__(self) -> None:
-        """Refuse names that are not in the table, so that nothing is measured that nobody can look up.
-
-        Raises:
-            InvalidArgumentError: If `name` or `outcome` is unknown.
-        """
+        """Refuse names that are not in the table, so that nothing is measured that nobody can look up."""
         if self.name not in ASSUMPTIONS:
             raise InvalidArgumentError(f"{self.name!r} is no assumption; add it to ASSUMPTIONS.")
         check_choice("outcome", self.outcome, _OUTCOMES)

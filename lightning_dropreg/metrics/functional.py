@@ -348,11 +348,7 @@ def bound_terms(
 
 
 def check_bound_arguments(loss_bound: float, delta: float) -> None:
-    """Refuse what is out of range.
-
-    Raises:
-        InvalidArgumentError: If it is.
-    """
+    """Refuse what is out of range."""
     if not isinstance(loss_bound, (int, float)) or not 0 < loss_bound < float("inf"):
         raise InvalidArgumentError(f"loss_bound={loss_bound!r} must be a finite number above 0.")
     if not isinstance(delta, (int, float)) or not 0 < delta < 1:
@@ -360,11 +356,7 @@ def check_bound_arguments(loss_bound: float, delta: float) -> None:
 
 
 def check_linear(inputs: Tensor, weight: Tensor) -> None:
-    """Refuse shapes that are no linear model's.
-
-    Raises:
-        InvalidArgumentError: If they are not.
-    """
+    """Refuse shapes that are no linear model's."""
     for name, value in (("inputs", inputs), ("weight", weight)):
         check_instance(name, value, Tensor, "a tensor")
     if inputs.ndim != 2 or weight.ndim != 2 or inputs.shape[1] != weight.shape[1]:

@@ -75,11 +75,7 @@ def dropout_mode(module: nn.Module, training: str | Sequence[str] = "all") -> It
 
 
 def check_training(training: object) -> None:
-    """Refuse what `dropout_mode` does not understand.
-
-    Raises:
-        InvalidArgumentError: If it is neither a known word nor a list of patterns.
-    """
+    """Refuse what `dropout_mode` does not understand."""
     words = isinstance(training, str) and training in _WAYS
     if not words and not (
         isinstance(training, (list, tuple)) and training and all(isinstance(path, str) for path in training)
