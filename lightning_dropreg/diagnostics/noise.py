@@ -263,10 +263,8 @@ class _NoiseProbe(Probe):
         approx = self._gradients(noise)
         by_layer = [self._by_layer(gradients) for gradients in (drop, approx, first, second)]
         pairs = ((by_layer[0], by_layer[0]), (by_layer[1], by_layer[1]), (by_layer[2], by_layer[3]))
-        columns = [
-            torch.tensor([_inner(a, b) for a, b in zip(*pair, strict=True)], dtype=torch.float64) for pair in pairs
-        ]
-        self.samples.append(torch.stack(columns, dim=1))
+        rows = [[_inner(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+        self.samples.append(torch.tensor(rows, dtype=torch.float64).T)
         self._sketches.append([[sketch(g, seed=i) for i, g in enumerate(part)] for part in by_layer[:2]])
 
     def products(self) -> Tensor:

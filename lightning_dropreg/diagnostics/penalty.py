@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +97,7 @@ def measure_penalty(
     check_choice("curvature", curvature, CURVATURES)
     check_estimation(estimator, step_size, mask)
     probe = measure_draws(
-        lambda run: _PenaltyProbe(run, curvature, estimator, step_size, mask),
+        lambda run: _PenaltyProbe(run, estimator, curvature=curvature, step_size=step_size, mask=mask),
         closure,
         draws=draws,
         confidence=confidence,
@@ -110,20 +112,12 @@ def measure_penalty(
 class _PenaltyProbe(Probe):
     """Estimates the penalty once for every draw."""
 
-    def __init__(self, closure: Closure, curvature: str, estimator: str, step_size: float, mask: str) -> None:
+    def __init__(self, closure: Closure, estimator: str, **options: Any) -> None:
         self.samples: list[Tensor] = []
-        self._closure = closure
-        self._curvature, self._estimator, self._step_size, self._mask = curvature, estimator, step_size, mask
+        self._estimate = functools.partial(ESTIMATORS[estimator], closure, noise=False, **options)
 
     def draw(self, key: int) -> None:
         """See `lightning_dropreg.diagnostics.sampling.Probe`."""
-        penalty = ESTIMATORS[self._estimator](
-            self._closure,
-            curvature=self._curvature,
-            noise=False,
-            step_size=self._step_size,
-            mask=self._mask,
-            key=key,
-        ).penalty
+        penalty = self._estimate(key=key).penalty
         assert penalty is not None
         self.samples.append(penalty.detach().double())
