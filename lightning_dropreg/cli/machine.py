@@ -12,15 +12,7 @@ __all__ = ["describe_machine"]
 
 
 def describe_machine(model: nn.Module) -> dict[str, str | int]:
-    """Describe what a timing depends on besides the code.
-
-    Args:
-        model: The model that was timed.
-
-    Returns:
-        Processor, cores, threads, load (processes running or waiting: what else the machine had to do),
-        versions and the number of parameters.
-    """
+    """Describe what a timing depends on besides the code: processor, threads, load, versions and parameters."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,

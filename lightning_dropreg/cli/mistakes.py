@@ -50,14 +50,7 @@ def message_of(error: BaseException) -> str | None:
 
 
 def check_checkpoint(path: object) -> None:
-    """Refuse a file that is no checkpoint before anything is built for it.
-
-    Args:
-        path: What ``--ckpt_path`` names; words such as ``best``, which a Trainer understands, are left to it.
-
-    Raises:
-        InvalidArgumentError: If there is no such file, or what is in it is not what `torch.save` writes.
-    """
+    """Refuse a file that is no checkpoint before anything is built for it; words such as ``best`` are a Trainer's."""
     if not isinstance(path, str) or path in {"best", "last", "hpc", "registry"} or ":" in path:
         return
     file = Path(path)

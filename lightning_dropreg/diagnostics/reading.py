@@ -35,15 +35,7 @@ class Costs:
 
 
 def read(diagnosis: Diagnosis, costs: Costs | str = "not measured here") -> list[str]:
-    """Say which sites carry the effect, where the expansion can be trusted, and what the methods cost.
-
-    Args:
-        diagnosis: What was measured.
-        costs: What was measured, or why nothing was.
-
-    Returns:
-        Sentences, one paragraph each.
-    """
+    """Say which sites carry the effect, where the expansion can be trusted, and what the methods cost."""
     effect = diagnosis.effect
     lines = [_size(effect)]
     if effect.sites:

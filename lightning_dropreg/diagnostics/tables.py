@@ -40,13 +40,7 @@ def tables(diagnosis: Diagnosis) -> list[Table]:
 
 
 def show(console: Console, diagnosis: Diagnosis, lines: Sequence[str]) -> None:
-    """Print the tables and, below them, what they say in words.
-
-    Args:
-        console: Where to.
-        diagnosis: What was measured.
-        lines: The words, see `lightning_dropreg.diagnostics.read`.
-    """
+    """Print the tables and, below them, what they say in words (`lightning_dropreg.diagnostics.read`)."""
     for table in tables(diagnosis):
         console.print()
         console.print(table)

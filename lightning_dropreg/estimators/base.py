@@ -31,16 +31,7 @@ class Estimate:
 
 
 def inactive(loss: Tensor, curvature: str | None, noise: bool) -> Estimate:
-    """Make the estimate for a pass whose dropouts all have probability 0 at the moment: the loss and zeros.
-
-    Args:
-        loss: The loss of the pass.
-        curvature: Whether (not None) a penalty is wanted.
-        noise: Whether the noise is wanted.
-
-    Returns:
-        Loss, and zeros that can be differentiated like any other estimate.
-    """
+    """Return the loss of a pass whose dropouts all have probability 0, and zeros that can be differentiated."""
     # a zero of its own, not 0 * loss: that would be NaN where the loss overflows
     zero = loss.new_zeros(()).requires_grad_()
     return Estimate(loss=loss, penalty=None if curvature is None else zero, noise=zero if noise else None)

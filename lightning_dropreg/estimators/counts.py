@@ -148,15 +148,7 @@ class Counts:
 
 
 def known_weights(total: Tensor, losses: Sequence[Loss]) -> list[Known]:
-    """Read off what the elements of the losses count.
-
-    Args:
-        total: The returned loss.
-        losses: The losses recognized in it.
-
-    Returns:
-        One for each; empty where they have no fixed weights (a focal factor), as where no loss is known.
-    """
+    """Read off what the elements of the losses count; nothing where they have no fixed weights (a focal factor)."""
     try:
         weights = element_weights(total, losses) if losses else []
     except LossNotRecognizedError:

@@ -46,16 +46,7 @@ def check_fixed(
 
 
 def are_fixed(plus: Pass, minus: Pass, weights: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether the values of two passes, without their graphs, leave no doubt that `check_fixed` finds nothing.
-
-    Args:
-        plus: The pass in one direction.
-        minus: The pass in the other.
-        weights: Weights of the elements of each recorded loss, in both.
-
-    Returns:
-        Whether that is so; False where a part of the loss moves, which may or may not move a gradient.
-    """
+    """Whether the values of two passes leave no doubt that `check_fixed` finds nothing; not where a part moves."""
     return not _problem(plus, minus, weights, of_values=True)
 
 

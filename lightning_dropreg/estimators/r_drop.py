@@ -49,19 +49,7 @@ class TwoDraws:
 
 
 def two_draws(closure: Closure, *, key: int) -> TwoDraws:
-    """Run two passes with dropout and compare their predictions.
-
-    Args:
-        closure: Runs forward and loss and returns the scalar loss.
-        key: Seed of the masks; they are the first two of ``DROPOUT_k`` with the same key.
-
-    Returns:
-        The two losses and the divergence.
-
-    Raises:
-        InconsistentPassesError: If the passes computed different losses.
-        LossNotRecognizedError: If a loss that counts is none between distributions.
-    """
+    """Run two passes with dropout, the first two of ``DROPOUT_k`` with this key, and compare their predictions."""
     one, two = (run_pass(closure, rule, record_losses=True) for rule in draws_of_dropout(key, 2, antithetic=False))
     kinds = [[(loss.name, loss.outputs.shape) for loss in done.losses] for done in (one, two)]
     if kinds[0] != kinds[1]:

@@ -352,17 +352,7 @@ _BEGIN, _END = "<!-- assumptions: begin -->", "<!-- assumptions: end -->"
 
 
 def with_table(page: str) -> str:
-    """Return a page with the table between its two marks brought up to date.
-
-    Args:
-        page: Markdown with the marks in it.
-
-    Returns:
-        The page.
-
-    Raises:
-        InvalidArgumentError: If the marks are not there.
-    """
+    """Return a page with the table between its two marks brought up to date; refuse one without the marks."""
     if _BEGIN not in page or _END not in page:
         raise InvalidArgumentError(f"The page has no marks {_BEGIN} and {_END} around a table.")
     before, rest = page.split(_BEGIN, 1)

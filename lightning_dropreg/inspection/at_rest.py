@@ -44,15 +44,7 @@ def _drops(layer: nn.Module) -> bool:
 
 
 def naming_what_rests(problem: NoDropoutSiteError, module: nn.Module) -> NoDropoutSiteError:
-    """Let an error name the parts in evaluation mode, if there are any that have dropout.
-
-    Args:
-        problem: The error.
-        module: The model whose step reached no dropout.
-
-    Returns:
-        An error that names them, or the same.
-    """
+    """Let an error name the parts in evaluation mode, if there are any that have dropout."""
     parts = dropout_at_rest(module)
     if not parts:
         return problem

@@ -31,15 +31,7 @@ class Trace:
 
     @classmethod
     def of(cls, done: Pass, state: State) -> Trace:
-        """Take down what a pass, its losses recorded, gave; its graph is not held.
-
-        Args:
-            done: The pass.
-            state: What it would leave: one dict for each module or object.
-
-        Returns:
-            The trace.
-        """
+        """Take down what a pass, its losses recorded, gave, and the state it would leave; its graph is not held."""
         return cls(
             done.loss.detach(),
             [loss.elements.detach() for loss in done.losses],

@@ -156,14 +156,7 @@ def _noise(run: Closure, estimator: str) -> None:
 
 
 def gradient_norm(value: Tensor) -> float:
-    """Back-propagate as a Trainer would, and leave all gradients as they were.
-
-    Args:
-        value: What to back-propagate.
-
-    Returns:
-        The norm of the gradient in all leaves.
-    """
+    """Back-propagate as a Trainer would, leave all gradients as they were, and return the norm in all leaves."""
     leaves = leaves_below(value)
     with gradients_aside(leaves):
         value.backward()

@@ -75,16 +75,7 @@ def _of_same_memory(value: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def mean_of(values: list[Any], memo: dict[tuple[int, ...], Any], buffers: Collection[int] = ()) -> Any:
-    """The mean of tensors within equal containers; the first value where that makes no sense.
-
-    Args:
-        values: One for each run.
-        memo: Keeps what is in several places one thing.
-        buffers: The ids of tensors that stay what they are, and views of them.
-
-    Returns:
-        The mean.
-    """
+    """The mean of tensors within equal containers, but of `buffers` (ids) and their views; else the first value."""
     first = values[0]
     key = tuple(map(id, values))
     if type(first) in ATOMS or any(type(v) is not type(first) or v is first for v in values[1:]):

@@ -120,14 +120,7 @@ class GradientSum:
         self._scale: Tensor | None = None
 
     def add_value(self, value: Tensor, weight: float = 1.0, scale: Tensor | None = None) -> None:
-        """Add ``weight`` times the value of a scalar.
-
-        Args:
-            value: The value, without a graph.
-            weight: The factor.
-            scale: What the gradients that come with it are multiplied with (that of a gradient scaler, against
-                underflow), or None; the same for all.
-        """
+        """Add ``weight`` times a value without a graph; `scale`: what all gradients are multiplied with."""
         self._value = weight * value if self._value is None else self._value + weight * value
         self._scale = scale
 

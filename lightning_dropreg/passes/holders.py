@@ -249,15 +249,7 @@ class ModuleState:
         return [value for value in values if isinstance(value, Tensor)]
 
     def fresh(self, memo: dict[int, Any], buffers: dict[str, Tensor | None]) -> ModuleState:
-        """A copy that changes in place do not reach, given that of the buffers.
-
-        Args:
-            memo: Keeps what is shared between modules shared.
-            buffers: The copies.
-
-        Returns:
-            The copy.
-        """
+        """A copy that changes in place do not reach, given that of the buffers; `memo`: what is shared stays so."""
         attributes = self.attributes.copy()
         for name in self._copied:
             attributes[name] = copy_of(attributes[name], memo)

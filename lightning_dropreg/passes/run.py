@@ -44,26 +44,12 @@ def is_dormant() -> bool:
 
 
 def recounted(recount: Recount | None) -> AbstractContextManager[None]:
-    """Let `recount` see every pass that is run inside and say what its loss is; losses that are unknown are no error.
-
-    Args:
-        recount: Gets the pass and returns the loss that takes the place of its own; None lets it be.
-
-    Returns:
-        Does so for the length of a ``with``.
-    """
+    """Let `recount` say what the loss of every pass inside is, None letting it be; unknown losses are no error then."""
     return holding(_recount, recount)
 
 
 def witnessed(witness: Witness) -> AbstractContextManager[None]:
-    """Let `witness` see every pass that is run inside, with its graph, before anything is made of it.
-
-    Args:
-        witness: Gets the closure, the rule and the pass; passes of its own it sees, too.
-
-    Returns:
-        Does so for the length of a ``with``.
-    """
+    """Let `witness` see every pass that is run inside, its own too, with its graph, before anything is made of it."""
     return holding(_witness, witness)
 
 

@@ -145,18 +145,7 @@ def warn_of_line_search(trainer: Trainer, plan: Plan) -> None:
 
 
 def warn_of_negative(plan: Plan, result: StepResult, where: str) -> bool:
-    """Warn of a penalty below zero by more than rounding, as a loss has that is not convex in the outputs.
-
-    Of the whole curvature, which has such penalties too, a fit tells when it starts.
-
-    Args:
-        plan: The plan.
-        result: What a step gave.
-        where: Which step that was.
-
-    Returns:
-        Whether it was told.
-    """
+    """Warn of a penalty below zero by more than rounding, as of a loss that is not convex; tell if so."""
     penalty = result.penalty
     if penalty is None or plan.curvature == FULL or not penalty.item() < -ROUNDING * abs(result.loss.item()):
         return False

@@ -80,15 +80,7 @@ class TrainedParameters:
         return norm_of(list(autograd.grad(scalar, self._parameters(), retain_graph=True, allow_unused=True)))
 
     def norm_at(self, optimizer: Optimizer, anywhere: bool) -> Tensor | None:
-        """Return the norm of the gradients with which an optimizer will step.
-
-        Args:
-            optimizer: The optimizer.
-            anywhere: Whether what lies on other ranks may be asked for, which takes a collective.
-
-        Returns:
-            The norm; None if that would be needed and may not be.
-        """
+        """Return the norm of the gradients of a step; None where that takes a collective, unless `anywhere`."""
         gradients = [g for g in (p.grad for p in parameters_below(self._module)) if g is not None]
         if not anywhere and any(isinstance(gradient, DTensor) for gradient in gradients):
             return None

@@ -236,17 +236,7 @@ class Plan:
         return self.noise.estimation if self.noise is not None and taylor else None
 
     def run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool = False) -> StepResult:
-        """Run the passes of one batch up to the backward.
-
-        Args:
-            runner: Runs the user's step.
-            key: Seed of the batch's noise.
-            step: Number of the optimizer step.
-            measure_noise: Whether the gradient of the noise alone is wanted, too.
-
-        Returns:
-            Total loss and its parts.
-        """
+        """Run the passes of one batch up to the backward; `measure_noise`: the noise alone is wanted with a graph too."""
         # the first pass over the whole batch shows what its elements count, for passes over some rows
         noted = recounted(runner.counts.note) if self.on_rows else nullcontext()
         with attention_dropout(self.attention), noted:
@@ -273,11 +263,7 @@ class Plan:
         return result
 
     def extra(self, runner: BatchRunner, key: int) -> Tensor:
-        """Run the passes of the noise that is added after the backward.
-
-        Returns:
-            The scaled scalar whose gradient is to be added.
-        """
+        """Run the passes of the noise that is added after the backward; return the scaled scalar with that gradient."""
         assert self.noise is not None
         with attention_dropout(self.attention):
             if self.noise.source == "dropout":

@@ -28,15 +28,7 @@ def elementwise(
 
 
 def channel_mask(input: Tensor, unbatched_ndim: int | None) -> tuple[int, ...]:
-    """Shape of a mask with one entry per example and channel, shared over space.
-
-    Args:
-        input: ``(N, C, ...)``, or ``(C, ...)`` if it has `unbatched_ndim` dimensions.
-        unbatched_ndim: Number of dimensions of an input without batch dimension; None where torch knows no such input.
-
-    Returns:
-        The shape, with as many dimensions as `input`.
-    """
+    """Shape of a mask with one entry per example and channel; one of `unbatched_ndim` has no examples."""
     own = 1 if input.ndim == unbatched_ndim else 2
     return tuple(input.shape[:own]) + (1,) * (input.ndim - own)
 
