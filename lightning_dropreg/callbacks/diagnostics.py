@@ -49,10 +49,10 @@ from lightning_dropreg.passes.batches import fresh_batch, read_once
 from lightning_dropreg.session.batch import SkippedError, loss_of
 from lightning_dropreg.session.configured import configured
 from lightning_dropreg.session.logs import LogCollector
+from lightning_dropreg.session.measuring import Moving
 from lightning_dropreg.session.others import goes_before_finders, is_resuming
 from lightning_dropreg.session.problems import changed_parameters, fingerprints
 from lightning_dropreg.session.session import Session, own_step
-from lightning_dropreg.session.measuring import Moving
 from lightning_dropreg.step.plan import Plan
 
 __all__ = ["DropoutDiagnostics"]

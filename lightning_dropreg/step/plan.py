@@ -236,7 +236,7 @@ class Plan:
         return self.noise.estimation if self.noise is not None and taylor else None
 
     def run(self, runner: BatchRunner, key: int, step: int, measure_noise: bool = False) -> StepResult:
-        """Run the passes of one batch up to the backward; `measure_noise`: the noise alone is wanted with a graph too."""
+        """Run the passes of one batch up to the backward; `measure_noise`: the noise alone is wanted, too."""
         # the first pass over the whole batch shows what its elements count, for passes over some rows
         noted = recounted(runner.counts.note) if self.on_rows else nullcontext()
         with attention_dropout(self.attention), noted:
