@@ -12,7 +12,7 @@ from lightning_dropreg.cli.mistakes import message_of
 __all__ = ["main"]
 
 COMMANDS = {
-    "init": "write a first configuration: the quickstart, or one for your own model",
+    "init": "write a first configuration, the quickstart or for your own model",
     "fit": "train a model, and say at the end how it went",
     "validate": "evaluate a model on the validation data",
     "test": "evaluate a model on the test data",
@@ -21,7 +21,7 @@ COMMANDS = {
     "audit": "find dropout that does not do what it should",
     "bench": "time one optimization step with each method",
     "compare": "run several configurations and put their results into one table",
-    "diagnose": "show what dropout does to a model on one batch, and whether the theory holds there",
+    "diagnose": "measure what dropout does on a batch, and whether the theory holds",
 }
 _LIGHTNING = ("fit", "validate", "test", "predict")
 

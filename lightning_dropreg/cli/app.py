@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
 from yaml import safe_load  # type: ignore[import-untyped]
 
+from lightning_dropreg.cli import COMMANDS
 from lightning_dropreg.cli.config import ConfigParser, LayeredConfigFile
 from lightning_dropreg.cli.mistakes import check_checkpoint
 from lightning_dropreg.cli.progress import FitProgress
@@ -60,7 +61,7 @@ class DropregCLI(LightningCLI):
             save_config_callback=SaveConfigCallback if by_lightning else None,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=1,
-            parser_kwargs={"prog": "dropreg"}
+            parser_kwargs={"prog": "dropreg", command: {"description": f"{COMMANDS[command].capitalize()}."}}
             if by_lightning
             else {"prog": f"dropreg {command}", "description": description},
             args=list(args) if by_lightning else options,

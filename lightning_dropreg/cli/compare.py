@@ -16,10 +16,12 @@ from lightning_dropreg.cli.comparison import Column, Comparison, Run
 from lightning_dropreg.cli.curves import draw_curves
 from lightning_dropreg.cli.runs import Setting, data_of, finished, kept
 from lightning_dropreg.cli.summary import FitResult
-from lightning_dropreg.cli.vary import choice, varied, verdict
+from lightning_dropreg.cli.vary import choice, varied, verdicts
 from lightning_dropreg.errors import CorpusNotFoundError, InvalidArgumentError
 
 __all__ = ["main"]
+
+_OUT = Path("runs/compare")
 
 _NAME = 24
 """A longer name goes below the tables, and a letter stands for it in them."""
@@ -58,8 +60,7 @@ def main(args: Sequence[str]) -> None:
     first = [options.baseline] if options.baseline else []
     comparison = Comparison(runs, dict.fromkeys([*first, *(each.name for each in settings), *(r.config for r in runs)]))
     comparison.write(options.out)
-    chosen = choice(comparison, options.vary, options.plain) if options.vary else []
-    chosen += [] if options.vary else [told for config in comparison.configs for told in verdict(comparison, config)]
+    chosen = choice(comparison, options.vary, options.plain) if options.vary else verdicts(comparison)
     if chosen:
         with (options.out / "table.md").open("a", encoding="utf-8") as table:
             table.write("\n" + "\n".join(chosen) + "\n")
@@ -137,20 +138,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("configs", nargs="+", metavar="FILE", help="Configuration file; the first is the reference.")
     parser.add_argument(
-        "--vary", metavar="KEY=VALUES", help="Option of one callback, or a key of FILE, and its values."
+        "--vary", metavar="KEY=VALUES", help="Option of one callback, or a key of FILE, and its values, with commas."
     )
     parser.add_argument(
         "--plain", action="store_true", help="With --vary: every value with plain dropout, to tune its rate."
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="Seeds; 1 by default, with --vary 1 2 3.")
-    parser.add_argument("--baseline", metavar="NAME", help="What differences are to, instead of the first.")
+    parser.add_argument("--baseline", metavar="NAME", help="What the others are compared with; the first by default.")
     parser.add_argument(
         "--monitor",
         metavar="NAME",
         help="Validation metric to judge by; by default what a ModelCheckpoint watches, else val_ppl or a val loss.",
     )
     parser.add_argument("--mode", choices=["min", "max"], help="max if a higher value of --monitor is better.")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="Where results are kept.")
+    parser.add_argument(
+        "--out", type=Path, default=_OUT, metavar="DIR", help=f"Where results are kept; {_OUT} by default."
+    )
     parser.add_argument("--figure", action="store_true", help="Draw curves.png and curves.svg.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     return parser

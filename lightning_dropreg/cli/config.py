@@ -132,8 +132,30 @@ def layers(file: str, above: tuple[str, ...] = ()) -> list[str]:
     return [*below, file]
 
 
+_GROUPS = {
+    "trainer": "Trainer",
+    "model": "model",
+    "data": "data",
+    "ckpt_path": "checkpoint",
+    "return_predictions": "predictions",
+    "optimizer": "optimizer, if the model has no configure_optimizers",
+    "lr_scheduler": "learning rate scheduler, of that optimizer",
+}
+"""Titles of the groups of options, by the first word of these."""
+
+
 class ConfigParser(LightningArgumentParser):
-    """Lightning's parser, except that an error is not buried under a page of usage."""
+    """Lightning's parser, except that help has short titles and an error is not buried under a page of usage."""
+
+    def format_help(self) -> str:
+        """Return the help, with our titles: jsonargparse takes the first line of a class's docstring."""
+        groups: Any = self._action_groups
+        for group in groups:
+            names = [name for action in group._group_actions for name in action.option_strings]
+            first = names[0].strip("-").partition(".")[0] if names else ""
+            group.title = _GROUPS.get(first, group.title)
+        text: str = super().format_help()
+        return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2 (an inner parser raises)."""

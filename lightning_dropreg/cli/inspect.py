@@ -236,13 +236,17 @@ def _loss_table(losses: Sequence[LossSupport], untried: Mapping[str, str], step:
 
 def _assumption_table(rows: Sequence[Mapping[str, object]]) -> Table:
     """What is assumed of the step; the whole of it is in docs/guarantees.md."""
-    table = Table(title="Assumed of this step, and measured on its first batch", title_justify="left")
+    table = Table(title="What is assumed of the step, measured on its first batch", title_justify="left")
     for heading in ("assumption", "outcome", "what was found"):
         table.add_column(heading, no_wrap=heading == "assumption", overflow="fold")
     for row in rows:
         value, limit = row["value"], row["tolerance"]
-        figure = "" if value is None else f"{value:.2g}{'' if limit is None else f' (at most {limit:.2g})'}: "
-        table.add_row(str(row["name"]), str(row["outcome"]), escape(_short(f"{figure}{row['note']}")))
+        found = str(row["note"])
+        if limit:
+            found += f": {value:.2g} (at most {limit:.2g})"
+        elif value:
+            found += f" ({value:.2g})"
+        table.add_row(str(row["name"]), str(row["outcome"]), escape(_short(found)))
     return table
 
 

@@ -16,7 +16,7 @@ from lightning_dropreg.cli.spread import Spread, in_digits
 from lightning_dropreg.diagnostics.statistics import student_quantile
 from lightning_dropreg.errors import InvalidArgumentError
 
-__all__ = ["PLAIN", "choice", "varied", "verdict"]
+__all__ = ["PLAIN", "choice", "varied", "verdict", "verdicts"]
 
 PLAIN = "dropout"
 """Name of the runs without this package's regularizers."""
@@ -35,7 +35,7 @@ def varied(file: str, spec: str, plain: bool = False) -> list[Setting]:
         file: Configuration file.
         spec: ``KEY=VALUE,VALUE,…``. The key is an option of a callback (``strength``, or ``ExplicitPenalty.strength``
             where several callbacks have it) or of a mixin (``explicit_penalty.strength``), or any key that fit takes
-            (``model.init_args.drop_prob``). A value may be a list in brackets.
+            (``model.init_args.drop_prob``, or ``drop_prob`` if no callback has it). A value may be a list in brackets.
         plain: Whether every value is tried with plain dropout, as for its rate.
 
     Returns:
@@ -49,6 +49,8 @@ def varied(file: str, spec: str, plain: bool = False) -> list[Setting]:
     if not key or len(values) < 2:
         raise InvalidArgumentError(f"--vary {spec}: give a key and two values or more, as in --vary strength=0.5,1,2.")
     label = key.rpartition(".")[2]
+    if key == label and (plain or not _taking(key, _callbacks(file))) and key in parameters(_model(file)):
+        key = f"model.init_args.{key}"
     if key.partition(".")[0] in {"model", "data", "optimizer", "lr_scheduler"} or (
         key.startswith("trainer.") and not key.startswith("trainer.callbacks")
     ):
@@ -57,7 +59,8 @@ def varied(file: str, spec: str, plain: bool = False) -> list[Setting]:
         return [Setting(PLAIN, file, plain=True), *settings]
     if plain:
         raise InvalidArgumentError(
-            f"--plain leaves out the regularizers, and with them {key}. Vary a key of the model."
+            f"--vary {key}: with --plain, which leaves the regularizers out, vary an argument of the model"
+            + (f": {', '.join(sorted(parameters(_model(file))))}." if _model(file) else ".")
         )
     if key.rpartition(".")[0] in _MIXINS:
         mixin = key.rpartition(".")[0]
@@ -84,6 +87,18 @@ def _callbacks(file: str) -> list[dict[str, Any]]:
     return [{**one, "class_path": _whole(str(one["class_path"]))} for one in listed]
 
 
+def _model(file: str) -> str:
+    """The path of the model's class; "" if the file names none."""
+    told = [(read_file(layer) if Path(layer).is_file() else {}).get("model") for layer in layers(file)]
+    paths = [one.get("class_path", "") if isinstance(one, dict) else one for one in told if one]
+    return str(paths[-1]) if paths else ""
+
+
+def _taking(option: str, callbacks: Sequence[dict[str, Any]]) -> list[int]:
+    """The numbers of the callbacks that have an option."""
+    return [n for n, one in enumerate(callbacks) if option in parameters(str(one["class_path"]))]
+
+
 def _whole(path: str) -> str:
     return path if "." in path else f"lightning_dropreg.{path}"
 
@@ -96,8 +111,7 @@ def _the_one(key: str, callbacks: Sequence[dict[str, Any]], file: str) -> int:
     """The number of the callback whose option `key` names."""
     *where, option = [part for part in key.removeprefix("trainer.callbacks.").split(".") if part != "init_args"]
     names = [str(one["class_path"]).rpartition(".")[2] for one in callbacks]
-    takes = [n for n, one in enumerate(callbacks) if option in parameters(str(one["class_path"]))]
-    found = [n for n in takes if not where or where[-1] in {names[n], str(n)}]
+    found = [n for n in _taking(option, callbacks) if not where or where[-1] in {names[n], str(n)}]
     if len(found) == 1:
         return found[0]
     if found:
@@ -134,8 +148,34 @@ def choice(comparison: Comparison, spec: str, plain: bool = False) -> list[str]:
     if comparison.configs[0] != best:
         told += list(_against_reference(comparison, best))
         if not plain and comparison.configs[0] == PLAIN:
-            told.append(f"The rate of {PLAIN} is the model's own: tune it first (--plain --vary KEY_OF_THE_RATE=…).")
-    return told
+            told.append(
+                f"The rate of {PLAIN} is the model's own: tune it first (--plain --vary drop_prob=0.1,0.3,0.5, say)."
+            )
+    return told + list(_unfinished(comparison))
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """Say which configurations differ from the first by more than chance, and whether their fits were done.
+
+    Returns:
+        Sentences.
+    """
+    return [*(told for config in comparison.configs for told in verdict(comparison, config)), *_unfinished(comparison)]
+
+
+def _unfinished(comparison: Comparison) -> Iterator[str]:
+    """Warn of configurations whose fits were best in their last epoch: who would win if they went on is not known.
+
+    Yields:
+        One sentence, or none.
+    """
+    ends = {
+        config: sum(run.result.best_epoch == run.result.epochs > 1 for run in comparison.of(config))
+        for config in comparison.configs
+    }
+    if late := [config for config, count in ends.items() if 2 * count > len(comparison.of(config))]:
+        told = "every setting" if len(late) == len(ends) else ", ".join(late)
+        yield f"Not done: the last epoch was the best of {told}. Train longer before you trust this (max_epochs)."
 
 
 def _against_reference(comparison: Comparison, best: str) -> Iterator[str]:

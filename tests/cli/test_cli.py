@@ -27,13 +27,15 @@ SHIPPED = sorted(path for folder in (".", "bench", "time_to_quality") for path i
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help(command, capsys):
+def test_help(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     assert done.value.code == 0
-    usage = capsys.readouterr().out.splitlines()[0]
+    usage, *rest = capsys.readouterr().out.splitlines()
     assert usage.startswith("usage: dropreg")
     assert command in usage
+    assert max(map(len, [usage, *rest])) <= 80
 
 
 def test_the_module_is_the_command():

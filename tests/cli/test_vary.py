@@ -94,7 +94,7 @@ def test_the_rate_is_tuned_with_plain_dropout(folder, capsys):
     assert "Chosen by val_loss: dropout, drop_prob=0" in told
     assert "penalty" not in told
     assert main(["compare", file, "--plain", "--vary", "strength=1,2"]) == 1
-    assert "Vary a key of the model" in capsys.readouterr().err
+    assert "vary an argument of the model: drop_prob" in capsys.readouterr().err
 
 
 def test_a_mixins_strength_and_values_that_are_lists(folder):
@@ -159,6 +159,27 @@ def test_what_is_reached_in_the_time_of_dropout_is_told():
     found = [Run("dropout", 1, fit([0.9, 0.5], 1.0)), Run("strength=1", 1, fit([0.7, 0.4], 2.0))]
     told = choice(Comparison(found, ["dropout", "strength=1"]), "strength=1,2")
     assert "A fit took 2 times as long; in the time of dropout's it reached val_loss 0.7, dropout 0.5." in told
+
+
+def test_fits_that_were_not_done_are_told():
+    """A fit that was best in its last epoch says nothing of where the others would have ended."""
+    fit = lambda best, epochs: FitResult("val_loss", 0.5, best, epochs, 2, 1.0)
+    late = [Run("dropout", 1, fit(9, 9)), Run("strength=1", 1, fit(9, 9))]
+    told = choice(Comparison(late, ["dropout", "strength=1"]), "strength=1,2")
+    assert told[-1].startswith("Not done: the last epoch was the best of every setting. Train longer")
+    one = [Run("dropout", 1, fit(4, 9)), Run("strength=1", 1, fit(9, 9))]
+    assert "best of strength=1." in choice(Comparison(one, ["dropout", "strength=1"]), "strength=1,2")[-1]
+    done = [Run("dropout", 1, fit(4, 9)), Run("strength=1", 1, fit(5, 9))]
+    assert not any(line.startswith("Not done") for line in choice(Comparison(done, ["dropout", "strength=1"]), "s=1,2"))
+
+
+def test_an_argument_of_the_model_needs_no_path(folder):
+    file = write("one.yaml", PENALTY)
+    whole, short = (varied(file, f"{key}=0.1,0.2", plain=True) for key in ("model.init_args.drop_prob", "drop_prob"))
+    assert whole == short == varied(file, "drop_prob=0.1,0.2", plain=True)
+    assert varied(file, "drop_prob=0.1,0.2") == varied(file, "model.init_args.drop_prob=0.1,0.2")
+    with pytest.raises(InvalidArgumentError, match="vary an argument of the model: .*drop_prob"):
+        varied(file, "strength=1,2", plain=True)
 
 
 def test_what_is_only_shown_makes_no_other_run(folder):
