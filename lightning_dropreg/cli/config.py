@@ -26,6 +26,12 @@ _REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
 _NO_FILE = re.compile(r'Parser key "config": File does not exist: \'(.*)\'')
 _OPTION = re.compile(r"(?:Option|[Kk]ey) ['\"]([\w.]+)['\"] is not accepted")
 _VALUE = re.compile(r"(?:Given|Got) value: (.*)")
+_NO_MODULE = re.compile(r"No module named '([\w.]+)'")
+_NO_PATH = re.compile(r"Expected a dot import path string: (\S+)|Invalid content in sub-config file (\S+\.py):")
+_OTHER_KIND = re.compile(
+    r"Expected a path but ([\w.]+) either .*?does not correspond to a subclass of (\w+)", re.DOTALL
+)
+_FILE = re.compile(r"unrecognized arguments: (\S+\.ya?ml)\b")
 
 
 def _missing(message: str) -> str | None:
@@ -35,7 +41,11 @@ def _missing(message: str) -> str | None:
         return f"--config {file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}: no such file."
     if found := ATTRIBUTE.search(message):
         return f"there is no {found[1]}.{found[2]}."
+    if found := _FILE.search(message):
+        return f"{found[1]}: give a configuration by --config {found[1]}."
     keys, classes = _KEY.findall(message), _CLASS.findall(message)
+    if keys and (told := _no_class(message, classes)):
+        return f"{keys[-1]}: {told}"
     if keys and classes and (found := _OPTION.search(message)):
         return f"{': '.join(keys)}: {owner(message, found)} takes no {found[1]!r}."
     if found := _REQUIRED.search(message):
@@ -44,6 +54,19 @@ def _missing(message: str) -> str | None:
             given = " ".join(f"--{keys[0]}.{name} VALUE" for name in names)
             return f"{keys[0]}: {classes[-1]} needs {' and '.join(names)}: {given}."
         return f"no {' and no '.join(names)} is configured. Give --config FILE (`dropreg init` writes a first one)."
+    return None
+
+
+def _no_class(message: str, classes: list[str]) -> str | None:
+    """Say what is wrong with the path of a class, if it leads to none of the right kind."""
+    if found := _NO_PATH.search(message):
+        return f"{found[1] or found[2]} is no path of a class: write module.Class, as in my_module.MyModel."
+    if found := _OTHER_KIND.search(message):
+        return f"{found[1]} is no {found[2]}."
+    if classes and (found := _NO_MODULE.search(message)):
+        if f"{classes[-1]}.".startswith(f"{found[1]}."):
+            return f"{classes[-1]}: there is no module {found[1]!r}, neither installed nor in this directory."
+        return f"{classes[-1]}: its module cannot be imported: {found[0]}."
     return None
 
 
@@ -147,14 +170,14 @@ _GROUPS = {
 class ConfigParser(LightningArgumentParser):
     """Lightning's parser, except that help has short titles and an error is not buried under a page of usage."""
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the help, with our titles: jsonargparse takes the first line of a class's docstring."""
         groups: Any = self._action_groups
         for group in groups:
             names = [name for action in group._group_actions for name in action.option_strings]
             first = names[0].strip("-").partition(".")[0] if names else ""
             group.title = _GROUPS.get(first, group.title)
-        text: str = super().format_help()
+        text: str = super().format_help(*args, **kwargs)
         return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -24,9 +24,14 @@ FILES = {
     "text.ckpt": b"no checkpoint",
     "empty.ckpt": b"",
     "there.yaml": b"model: x",
+    "loop.yaml": b"base: loop.yaml",
+    "tab.yaml": b"trainer:\n\tmax_epochs: 3",
+    "needs_more.py": b"import not_there",
+    "net.py": b"import torch\nclass Net(torch.nn.Module): pass",
 }
 MISTAKES = {
     "nothing_given": (["fit"], "no model is configured. Give --config FILE"),
+    "no_option": (["fit", "mine.yaml"], "mine.yaml: give a configuration by --config mine.yaml."),
     "nothing_to_inspect": (["inspect"], "no model is configured. Give --config FILE"),
     "command": (["fitt"], "there is no command 'fitt'. Did you mean 'fit'?"),
     "no_such_config": (["fit", "--config", "absent.yaml"], "absent.yaml: no such file."),
@@ -44,6 +49,8 @@ MISTAKES = {
     "seed": (["fit", *QUICKSTART, "--seed_everything", "x"], "seed_everything='x' must be bool or int."),
     "callback": (["fit", *QUICKSTART, "--trainer.callbacks=lightning_dropreg.ExplicitPenaly"], "ExplicitPenalty"),
     "no_such_class": (["fit", "--model", "lightning_dropreg.Nothing"], "lightning_dropreg.Nothing"),
+    "no_such_module": (["fit", "--model", "my_modul.MyModel"], "there is no module 'my_modul', neither installed nor"),
+    "needs_more": (["fit", "--model", "needs_more.Net"], "its module cannot be imported: No module named 'not_there'."),
     "no_data": (["fit", *QUICKSTART, "--data=null", *SHORT], "no data is configured"),
     "no_such_checkpoint": (["validate", *QUICKSTART, "--ckpt_path", "absent.ckpt"], "absent.ckpt: there is no such"),
     "no_checkpoint": (["fit", *QUICKSTART, "--ckpt_path", "text.ckpt"], "text.ckpt is no checkpoint: its 13 bytes"),
@@ -56,6 +63,28 @@ MISTAKES = {
     "no_such_file": (["compare", "absent.yaml"], "absent.yaml: no such file."),
     "twice": (["compare", "there.yaml", "there.yaml"], "a configuration file is named twice"),
     "there": (["init", "there.yaml"], "there.yaml is there already"),
+    "no_module": (["init", "--model", "MyModel"], "MyModel is no path of a class: write module.Class"),
+    "a_file": (["init", "--model", "net.py"], "net.py is no path of a class: write module.Class"),
+    "no_lightning": (["init", "--model", "net.Net"], "model: net.Net is no LightningModule."),
+    "own_base": (["fit", "--config", "loop.yaml"], "loop.yaml is its own base"),
+    "tab": (["fit", "--config", "tab.yaml"], "tab.yaml, line 2, column 1: this is no YAML"),
+    "no_number": (
+        ["fit", *QUICKSTART, "--trainer.callbacks=ExplicitPenalty", "--trainer.callbacks.strength=high"],
+        "strength='high' must be float.",
+    ),
+    "counted_twice": (
+        [
+            "fit",
+            *QUICKSTART,
+            "--trainer.callbacks=[lightning_dropreg.ExplicitPenalty,lightning_dropreg.MiniBatchDropout]",
+        ],
+        "the penalty would add it once more",
+    ),
+    "plain_strength": (
+        ["compare", str(CONFIGS / "quickstart.yaml"), "--plain", "--vary", "strength=1,2"],
+        "vary an argument of the model: ",
+    ),
+    "one_value": (["compare", str(CONFIGS / "quickstart.yaml"), "--vary", "strength=1"], "two values or more"),
 }
 
 PAGE = CONFIGS.parent / "docs" / "mistakes.md"
@@ -68,7 +97,8 @@ if WRITE:
 
 
 @pytest.fixture(autouse=True)
-def files(elsewhere):
+def files(elsewhere, monkeypatch):
+    monkeypatch.syspath_prepend(Path.cwd())  # as the process has it
     for name, content in FILES.items():
         Path(name).write_bytes(content)
     with zipfile.ZipFile("zip.ckpt", "w") as archive:
