@@ -1,16 +1,20 @@
-"""Whether the finite step of an antithetic pair is small enough: a pair with half of it gives the same.
+"""Whether the finite step of an antithetic pair is small enough, and no smaller: a pair with half of it gives the same.
 
 The error of a pair falls as the square of its step, as long as the step is small against what the function bends over.
-Batch norm behind dropout divides by the spread of a few rows, which may be smaller than the step itself.
+Batch norm behind dropout divides by the spread of a few rows, which may be smaller than the step itself. A step of some
+hundred roundings has differences of which little but rounding is left.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from lightning_dropreg.errors import DropregError
 from lightning_dropreg.estimators.antithetic import antithetic
+from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.inspection.assumptions import Measured
 from lightning_dropreg.passes import Closure
 from lightning_dropreg.passes.gradients import leaves_below
@@ -21,6 +25,8 @@ TOLERANCE = 0.25
 """Relative error from which on it is said. At the shipped step of 0.1 smooth networks are at 0.04 or below, and kinks
 move the value of a penalty by up to 0.2."""
 _KEY = 0  # of directions that nobody trains with
+_ROUNDED = 1e4
+"""Below so many roundings, in the square of the step for a second difference, the error is rounding's."""
 _LITTLE = 1e-3
 """What is smaller than this part of the loss, or of its gradient, changes nothing when it is wrong."""
 
@@ -51,15 +57,24 @@ def measure_step(
         'holds'
     """
     try:
-        whole, half = (_estimate(closure, curvature, noise, step, mask, smooth) for step in (step_size, step_size / 2))
+        runs = [_estimate(closure, curvature, noise, step, mask, smooth) for step in (step_size, step_size / 2)]
     except (DropregError, RuntimeError, NotImplementedError) as problem:  # the estimator will say so itself
         return Measured("small_step", note=f"not compared: {str(problem).partition(chr(10))[0]}")
-    errors = [_error(a, b, size) for (a, size), (b, _) in zip(whole, half, strict=True)]
-    error = max(errors, default=0.0)
+    (dtype, whole), (_, half) = runs
+    error = max((_error(a, b, size) for (a, size), (b, _) in zip(whole, half, strict=True)), default=0.0)
+    rounding = torch.finfo(dtype).eps
+    if whole and step_size < rounding:  # 1 + step_size is 1, and so it is with half
+        error = math.inf
     if error <= TOLERANCE:
         return Measured("small_step", error, TOLERANCE, note=f"step_size={step_size:g} against half of it")
     what = "penalty or noise, or their gradients," if smooth else "the penalty"
     size = f"about {100 * error:.0f} %" if error < 1 else "more than 100 %"
+    if step_size < (_ROUNDED * rounding) ** (0.5 if curvature == FULL else 1.0):
+        told = (
+            f"step_size={step_size:g} is too small for {dtype}: little but rounding is left of the difference of two "
+            f"passes, and the error of penalty or noise is {size} on the first batch. Take step_size=0.1, the default."
+        )
+        return Measured("small_step", error, TOLERANCE, "warning", told)
     told = (
         f"with half of step_size={step_size:g} {what} would be another on the first batch: the error of the finite "
         f"step is {size}. Something bends within the step, as batch norm behind dropout does where a batch has two or "
@@ -72,8 +87,8 @@ def measure_step(
 
 def _estimate(
     closure: Closure, curvature: str | None, noise: bool, step: float, mask: str, smooth: bool
-) -> list[tuple[Tensor, float]]:
-    """What is compared, and the size of the loss, or of its gradient, beside it."""
+) -> tuple[torch.dtype, list[tuple[Tensor, float]]]:
+    """The dtype of the loss; what is compared, and the size of the loss, or of its gradient, beside it."""
     found = antithetic(closure, curvature=curvature, noise=noise, step_size=step, mask=mask, key=_KEY)
     penalty = found.penalty
     compared = [] if penalty is None else [(penalty.detach().double().reshape(1), abs(float(found.loss.detach())))]
@@ -81,7 +96,7 @@ def _estimate(
         leaves = leaves_below(found.loss)
         size = float(_gradient(found.loss, leaves).norm())
         compared += [(_gradient(each, leaves), size) for each in (penalty, found.noise) if each is not None]
-    return compared
+    return found.loss.dtype, compared
 
 
 def _gradient(scalar: Tensor, leaves: list[Tensor]) -> Tensor:

@@ -89,3 +89,17 @@ def test_it_is_said_where_the_penalty_is_wrong(rows, step_size):
         assert found.outcome == "warning"
     if error < TOLERANCE / 10:
         assert found.outcome == "holds"
+
+
+@pytest.mark.parametrize(("curvature", "step_size"), [("loss_hessian", 1e-7), ("loss_hessian", 1e-8), ("full", 1e-4)])
+def test_a_step_of_which_rounding_leaves_nothing_is_said(curvature, step_size):
+    """At 1e-8 both steps of single precision are no step at all, and give the same: nothing."""
+    net = network(p=0.5).float()
+    x, y = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
+    how = dict(curvature=curvature, noise=True, mask="as_model", smooth=True)
+    found = measure_step(lambda: F.cross_entropy(net(x), y), step_size=step_size, **how)
+    assert "rounding" in found.note
+    assert "step_size=0.1" in found.note
+    net.double()
+    found = measure_step(lambda: F.cross_entropy(net(x.double()), y), step_size=step_size, **how)
+    assert found.outcome == "holds"
