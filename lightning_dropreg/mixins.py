@@ -101,7 +101,18 @@ class ExplicitPenaltyMixin(_RegularizerMixin):
     """Trains the module with `lightning_dropreg.ExplicitPenalty`.
 
     Attributes:
-        explicit_penalty: Arguments of the callback, on the class or the instance.
+        explicit_penalty: Arguments of the callback by name, on the class or the instance.
+
+    Raises:
+        UnknownArgumentError: When a fit begins, if the callback has no such argument.
+        CompositionError: When a fit begins, if the Trainer has the same callback too.
+
+    Example:
+        >>> import lightning
+        >>> class Model(ExplicitPenaltyMixin, lightning.LightningModule):
+        ...     explicit_penalty = {"strength": 2.0}
+        >>> [type(callback).__name__ for callback in Model().configure_callbacks()]
+        ['ExplicitPenalty']
     """
 
     _regularizer = (ExplicitPenalty, "explicit_penalty")
@@ -112,7 +123,18 @@ class ImplicitNoiseMixin(_RegularizerMixin):
     """Trains the module with `lightning_dropreg.ImplicitNoise`.
 
     Attributes:
-        implicit_noise: Arguments of the callback, on the class or the instance.
+        implicit_noise: Arguments of the callback by name, on the class or the instance.
+
+    Raises:
+        UnknownArgumentError: When a fit begins, if the callback has no such argument.
+        CompositionError: When a fit begins, if the Trainer has the same callback too.
+
+    Example:
+        >>> import lightning
+        >>> class Model(ImplicitNoiseMixin, lightning.LightningModule):
+        ...     implicit_noise = {"strength": 1.5}
+        >>> [type(callback).__name__ for callback in Model().configure_callbacks()]
+        ['ImplicitNoise']
     """
 
     _regularizer = (ImplicitNoise, "implicit_noise")
@@ -123,7 +145,18 @@ class MiniBatchDropoutMixin(_RegularizerMixin):
     """Trains the module with `lightning_dropreg.MiniBatchDropout`.
 
     Attributes:
-        minibatch_dropout: Arguments of the callback, on the class or the instance.
+        minibatch_dropout: Arguments of the callback by name, on the class or the instance.
+
+    Raises:
+        UnknownArgumentError: When a fit begins, if the callback has no such argument.
+        CompositionError: When a fit begins, if the Trainer has the same callback too.
+
+    Example:
+        >>> import lightning
+        >>> class Model(MiniBatchDropoutMixin, lightning.LightningModule):
+        ...     minibatch_dropout = {"k": 4}
+        >>> [type(callback).__name__ for callback in Model().configure_callbacks()]
+        ['MiniBatchDropout']
     """
 
     _regularizer = (MiniBatchDropout, "minibatch_dropout")

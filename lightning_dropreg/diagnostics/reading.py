@@ -86,6 +86,10 @@ def recommend_strength(effect: EffectReport, trained: bool) -> str:
     )
 
 
+_WIDE = 2
+"""A share whose interval goes below -100 % or beyond 200 % tells nothing."""
+
+
 def _size(effect: EffectReport) -> str:
     truth = effect.truth()
     told = f"R_drop = {with_margin(truth)}, {effect.draws} draws"
@@ -104,7 +108,8 @@ def _carriers(effect: EffectReport) -> str:
         return f"Sites: {names[0]} is the only one."
     lower = [names[i] for i, one in enumerate(effects) if one.high < 0]
     total = sum(one.value for one in effects)
-    if lower or total <= 0:
+    shares = [effect.share(i) for i in range(len(effect.sites))]
+    if lower or total <= 0 or any(one.low < -1 or one.high > _WIDE for one in shares):
         told = ", ".join(f"{name} {with_margin(one)}" for name, one in zip(names, effects, strict=True))
         note = f"; alone, {_listed(lower)} would lower the loss" if lower else ""
         return f"Sites: {told}{note}, so shares of the sum would mean nothing."
@@ -179,7 +184,7 @@ def _noise(diagnosis: Diagnosis) -> str:
     told = (
         f"Gradient noise ({_how(noise)}): the variance of xi_approx is {percent_range(noise.trace_ratio())} of that of "
         f"xi_drop; cosine of their covariances {with_margin(noise.alignment())}"
-        f"{', by sketches' if noise.sketched else ''}; "
+        f"{', by random projections' if noise.sketched else ''}; "
         f"signal-to-noise of the gradient under dropout {with_margin(noise.signal_to_noise())}, {noise.draws} draws."
     )
     by_layer = [(noise.alignment(i), name) for i, name in enumerate(noise.layers)]

@@ -94,7 +94,8 @@ def _effect(effect: EffectReport, tolerance: float) -> Table:
         told = " interaction: all together minus the sum of the sites alone."
     return _table(
         f"Explicit effect of dropout (loss without it: {effect.loss:.4g})",
-        f"±: {100 * effect.confidence:g} % confidence, {effect.draws} draws. remainder: R_drop - R_approx. "
+        f"±: {100 * effect.confidence:g} % confidence, {effect.draws} draws. R_drop: what dropout adds to the "
+        "loss on average; R_approx: the same by formula, to second order; remainder: their difference. "
         f"trust: R_approx is within {100 * tolerance:g} % of R_drop.{told}",
         ("site", "q", "R_drop", "R_approx", "remainder", "trust"),
         rows,
@@ -138,8 +139,9 @@ def _noise(noise: NoiseReport) -> Table:
     shown = [("all parameters", None), *((escape(noise.layers[i]), i) for i in order[:LAYERS_SHOWN])]
     return _table(
         "Gradient noise of dropout: traces of covariances",
-        f"{noise.draws} draws. cosine: of the covariances of xi_drop and xi_approx"
-        f"{', by sketches' if noise.sketched else ''}; 1: the same shape, 0: no direction shared.{told}",
+        f"{noise.draws} draws. xi_drop: the noise of dropout; xi_approx: the same by formula; "
+        "cosine: of the covariances of xi_drop and xi_approx"
+        f"{', by random projections' if noise.sketched else ''}; 1: the same shape, 0: no direction shared.{told}",
         ("layer", "xi_drop", "xi_approx", "signal/noise", "cosine"),
         [
             (

@@ -125,6 +125,13 @@ def remove_dropout(model: nn.Module) -> list[str]:
 
     Returns:
         The paths of the modules that had some.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> add_dropout(net, {"1": 0.1})
+        {'1': 0.1}
+        >>> remove_dropout(net)
+        ['1']
     """
     removed = []
     for path, module in list(model.named_modules()):

@@ -206,6 +206,12 @@ def test_a_warning_where_the_expansion_is_not_to_be_trusted():
         train([diagnostics(tolerance=100.0)])
 
 
+def test_shares_of_a_sum_that_may_be_nothing_are_not_told():
+    told = " ".join(read(Diagnosis(report(0.004, 0.004, draws=8))))
+    assert "shares of the sum would mean nothing" in told
+    assert "alone, " not in told  # it is not that a site would lower the loss
+
+
 def test_the_reading_says_what_was_measured_and_no_more():
     effect = report(1, 0.5)
     told = " ".join(read(Diagnosis(effect)))

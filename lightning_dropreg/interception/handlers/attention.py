@@ -44,6 +44,16 @@ def attention_dropout(treatment: str) -> AbstractContextManager[None]:
 
     Raises:
         InvalidArgumentError: If `treatment` is neither.
+
+    Example:
+        >>> from lightning_dropreg.functional import find_sites
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.1, batch_first=True)
+        >>> def loss():
+        ...     return layer(torch.ones(4, 5, 8)).sum()
+        >>> with attention_dropout("ignore"):
+        ...     ignored = find_sites(loss)
+        >>> len(find_sites(loss)) - len(ignored)
+        1
     """
     check_choice("attention", treatment, ATTENTION)
     return holding(_ignored, treatment == "ignore")
