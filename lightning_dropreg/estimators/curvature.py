@@ -79,7 +79,7 @@ def element_weights(total: Tensor | Sequence[Tensor], losses: Sequence[Loss]) ->
         LossNotRecognizedError: If `total` is not linear in the elements, so that they have no fixed weights.
     """
     totals = [total] if isinstance(total, Tensor) else total
-    if len(totals) == len(losses) and all(map(_is_all_of, totals, losses)):
+    if len(totals) == len(losses) and all(loss.is_all_of(one) for one, loss in zip(totals, losses, strict=True)):
         ones = [loss.elements.new_ones(()).div(loss.denominator) for loss in losses]
         return [loss.per_element(one.expand_as(loss.elements)) for loss, one in zip(losses, ones, strict=True)]
     gradients = torch.autograd.grad(
@@ -98,11 +98,6 @@ def element_weights(total: Tensor | Sequence[Tensor], losses: Sequence[Loss]) ->
         loss.per_element(torch.zeros_like(loss.elements) if gradient is None else gradient)
         for loss, gradient in zip(losses, gradients, strict=True)
     ]
-
-
-def _is_all_of(total: Tensor, loss: Loss) -> bool:
-    """Whether what the step returned is what the loss function gave, as it was."""
-    return loss.end is not None and total.grad_fn is loss.end and not total._backward_hooks
 
 
 def quadratic_form(curvature: str, loss: Loss, z: Tensor, u: Tensor, slope: Tensor, weights: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,16 +132,25 @@ class PerturbPairs:
         return self.axes[position]
 
     def _perturbed(self, axis: RowAxis, h: Tensor, direction: Tensor) -> Tensor:
-        # 1 + step r and 1 - step r, each in one operation
-        factors = [torch.rsub(direction, 1, alpha=step) for step in (-self.step, self.step)]
         shape, dim = axis.unfold(h.shape, self.pairs.rows)
         if h.numel() > _SMALL:
+            # 1 + step r and 1 - step r, each in one operation
+            factors = [torch.rsub(direction, 1, alpha=step) for step in (-self.step, self.step)]
             return _multiplied(h, shape, dim, self.pairs.counts, factors)
+        one, steps = _constants(self.step, direction.ndim - dim, direction.dtype, direction.device)
+        both = (direction.unsqueeze(dim) * steps).add_(1).flatten(dim, dim + 1)
         alone = (*direction.shape[:dim], self.pairs.single, *direction.shape[dim + 1 :])
-        factor = torch.cat([direction.new_ones(()).expand(alone), *factors], dim)
+        factor = torch.cat([one.expand(alone), both], dim)
         if axis.size == 1:
             return (h * factor.flatten(axis.dim, axis.dim + 1)).to(h.dtype)
         return (h.reshape(shape) * factor).to(h.dtype).reshape(h.shape)
+
+
+@functools.lru_cache(maxsize=16)  # the same in every step
+def _constants(step: float, behind: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """1, and the steps of the two of a pair along a dimension with so many behind it."""
+    steps = torch.tensor([step, -step], dtype=dtype, device=device).view(2, *[1] * behind)
+    return torch.ones((), dtype=dtype, device=device), steps
 
 
 class TracedPairs:

@@ -72,6 +72,10 @@ class Loss(ABC):
         self.logits = outputs
         self.value = function
 
+    def is_all_of(self, total: Tensor) -> bool:
+        """Whether what a step returned is what the loss function gave, as it was."""
+        return self.end is not None and total.grad_fn is self.end and not total._backward_hooks
+
     @abstractmethod
     def per_element(self, values: Tensor) -> Tensor:
         """Reshape a tensor like `elements` to ``(T,)`` or ``(T, C)``."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, TypeVar
+from contextvars import ContextVar, Token
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -14,14 +14,19 @@ __all__ = ["holding", "modes_kept", "nothing", "patched"]
 T = TypeVar("T")
 
 
-@contextmanager
-def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """Give a context variable a value for the length of a ``with``."""
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
+class holding(Generic[T]):  # as in contextlib; a generator would take three times as long
+    """Gives a context variable a value for the length of a ``with``."""
+
+    def __init__(self, variable: ContextVar[T], value: T) -> None:
+        self._variable, self._value = variable, value
+
+    def __enter__(self) -> None:
+        """Set it."""
+        self._token: Token[T] = self._variable.set(self._value)
+
+    def __exit__(self, *exception: object) -> None:
+        """Give it back the one that it had."""
+        self._variable.reset(self._token)
 
 
 @contextmanager

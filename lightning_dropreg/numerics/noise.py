@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -78,8 +76,8 @@ class KeyedGenerators:
         return self.on(device).manual_seed(fold_key(self.key, position))
 
 
-def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Draw independent ``+1`` and ``-1`` with probability one half each.
+def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, size: float = 1.0) -> Tensor:
+    """Draw independent ``+size`` and ``-size`` with probability one half each.
 
     Every bit of a random integer is one sign: on a CPU, where random numbers are made one after another, this takes a
     twentieth of the time of ``bernoulli_``.
@@ -88,6 +86,7 @@ def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Gene
         shape: Shape of the result.
         dtype: Its floating-point type.
         generator: Source of the randomness; its device is the result's.
+        size: Absolute value of all entries.
 
     Returns:
         The signs.
@@ -101,14 +100,13 @@ def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Gene
     words = torch.empty(-(-count // 32), 1, dtype=torch.int32, device=device).random_(
         -(2**31), None, generator=generator
     )
-    # each bit is moved to where a floating-point number has its sign, set in those of -1
-    floats = (words << _shifts(device)).bitwise_and_(_SIGN_BIT).bitwise_xor_(_MINUS_ONE).view(torch.float32)
-    signs = floats.view(tuple(shape)) if count % 32 == 0 else floats.flatten()[:count].view(tuple(shape))
-    return signs if dtype == torch.float32 else signs.to(dtype)
+    # each bit is moved to where a floating-point number has its sign, set in those that are negative
+    floats = (words.bitwise_not_() << _shifts(device)).view(torch.float32)
+    of_this_size = torch.full((), size if dtype == torch.float32 else 1.0, dtype=torch.float32, device=device)
+    signs = torch.copysign(of_this_size, floats.flatten()[:count] if count % 32 else floats).view(tuple(shape))
+    return signs if dtype == torch.float32 else signs.to(dtype).mul_(size)
 
 
-_SIGN_BIT = -(2**31)
-_MINUS_ONE = int.from_bytes(struct.pack("=f", -1.0), sys.byteorder, signed=True)
 _shifts_on: dict[torch.device, Tensor] = {}
 
 

@@ -148,12 +148,13 @@ def _found(batch: Any, wanted: Callable[[Any], bool]) -> list[Any]:
     return found
 
 
-def fresh_batch(batch: Any, tensors: bool) -> Any:
+def fresh_batch(batch: Any, tensors: bool, found: list[Tensor] | None = None) -> Any:
     """Return a batch that shares no container and no array with the first, so that changes in one leave the other.
 
     Args:
         batch: Any batch; see `map_batch`.
         tensors: Whether tensors are copied, too; otherwise they are shared.
+        found: Gets the tensors in the copy, as `batch_tensors` has them.
 
     Returns:
         The copy.
@@ -167,7 +168,10 @@ def fresh_batch(batch: Any, tensors: bool) -> Any:
 
     def exchange(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return _clone(value, bases) if tensors else value
+            value = _clone(value, bases) if tensors else value
+            if found is not None:
+                found.append(value)
+            return value
         if type(value) in _PLAIN:
             return NotImplemented
         if type(value) is _TEE or type(value) in ITERATORS:

@@ -109,7 +109,7 @@ class Directions:
 
     def _sample(self, site: Site, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         try:
-            return random_signs(self.shape_of(site), dtype, generator).mul_(math.sqrt(site.variance))
+            return random_signs(self.shape_of(site), dtype, generator, math.sqrt(site.variance))
         except RuntimeError as error:
             if "vmap" not in str(error):
                 raise

@@ -27,6 +27,8 @@ def check_losses(loss: Tensor, interception: Interception) -> None:
             "Compute the loss with one of them, make your own known with lightning_dropreg.recognize, or use "
             "ImplicitNoise, which needs no curvature, or curvature='full', which takes that of any loss."
         )
+    if len(interception.losses) == 1 and interception.losses[0].is_all_of(loss):
+        return
     names = ", ".join(recorded.name for recorded in interception.losses)
     site, found = site_past_losses(loss, interception.losses, interception.sites, interception.site_nodes)
     if site is not None:

@@ -24,7 +24,6 @@ from lightning_dropreg.estimators.counts import Counting, Counts, Rows
 from lightning_dropreg.estimators.layout import Layout, RowsNotFoundError
 from lightning_dropreg.estimators.rows import draw_rows, select_rows
 from lightning_dropreg.passes import Closure
-from lightning_dropreg.passes.batches import batch_tensors
 from lightning_dropreg.passes.gradients import Scaler
 from lightning_dropreg.passes.holders import Holders
 from lightning_dropreg.passes.isolation import Isolation
@@ -162,7 +161,7 @@ class Batch(BatchRunner):
         rows, alone = draw_rows(count, fraction, dim, key)
         single = torch.cat([alone, rows]) if clean else alone
         pairs = Pairs(len(single), len(rows), clean)
-        hook = getattr(self.module, "select_rows", None)
+        hook = self._hook
         cuts: list[Callable[[], None]] = []
         if hook is not None:
             first = torch.empty(count, dtype=torch.long)
@@ -186,21 +185,26 @@ class Batch(BatchRunner):
         self.output = self.pairable = None
         self.counts.known = None
 
+    @property
+    def _hook(self) -> Callable[[Tensor, int], None] | None:
+        """What cuts the module's state down to some rows, if it has that; asking the module itself takes long."""
+        has = "select_rows" in vars(self.module) or hasattr(type(self.module), "select_rows")
+        return self.module.select_rows if has else None  # type: ignore[return-value]
+
     def on_rows(self, rows: Tensor, dim: int) -> Closure:
         """Return what runs on the rows of these numbers, leaving no trace."""
         return self._on_rows(rows, dim, self.row_count(dim))
 
     def row_count(self, dim: int) -> int:
         """Return how many rows the batch has along `dim`; 0 if nothing in it has that dimension."""
-        return next((leaf.shape[dim] for leaf in batch_tensors(self.arguments.batch) if leaf.ndim > dim), 0)
+        return next((leaf.shape[dim] for leaf in self.arguments.tensors if leaf.ndim > dim), 0)
 
     def _on_rows(
         self, rows: Tensor, dim: int, count: int, trace: bool = False, cuts: Sequence[Callable[[], None]] = ()
     ) -> Closure:
-        batch = select_rows(self.arguments.batch, rows, dim, count)
+        batch, hook = select_rows(self.arguments.batch, rows, dim, count), self._hook
 
         def on_rows(*args: Any, **kwargs: Any) -> Any:
-            hook = getattr(self.module, "select_rows", None)
             if hook is not None:
                 hook(rows, dim)
             try:
