@@ -431,7 +431,7 @@ MUTATIONS: dict[str, Row] = {
         "inspection/test_errors.py -k unrecognized_part",
     ),
     "derivative_is_of_the_function": (
-        "inspection/derivatives.py",
+        "inspection/finite_steps.py",
         "TOLERANCE = 0.05",
         "TOLERANCE = 50.0",
         "inspection/test_derivatives.py -k 'right_or_refused'",
