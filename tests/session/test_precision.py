@@ -227,11 +227,11 @@ class SharedSigns:
         self.at = 0
         monkeypatch.setattr(directions, "random_signs", self.draw)
 
-    def draw(self, shape, dtype, generator):
+    def draw(self, shape, dtype, generator, size=1.0):
         if not self.at and generator.initial_seed() in {fold_key(0, position) for position in range(8)}:
-            return torch.ones(shape, dtype=dtype)
+            return torch.full(shape, size, dtype=dtype)
         start, self.at = self.at, self.at + shape[0]
-        return self.noise[start : start + shape[0]].to(dtype).clone()
+        return self.noise[start : start + shape[0]].to(dtype) * size
 
 
 @pytest.mark.parametrize("injection", ALGORITHM_2)

@@ -79,10 +79,10 @@ class SameNoise:
         self.rand, self.signs = torch.rand, directions.random_signs
         torch.rand = lambda *a, generator=None, **k: self.draw(a, generator) if generator else self.rand(*a, **k)
 
-        def signs(shape, dtype, generator):
+        def signs(shape, dtype, generator, size=1.0):
             if generator.initial_seed() in {fold_key(0, i) for i in range(8)}:  # of a look, maybe on fewer rows
-                return torch.ones(shape, dtype=dtype)
-            return self.draw((shape,), generator).sub_(0.5).sign_().to(dtype)
+                return torch.full(shape, size, dtype=dtype)
+            return self.draw((shape,), generator).sub_(0.5).sign_().to(dtype).mul_(size)
 
         directions.random_signs = signs
 
