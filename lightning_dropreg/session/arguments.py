@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_dropreg.errors import NotRepeatableError
 from lightning_dropreg.numerics.context import patched
 from lightning_dropreg.numerics.torch_private import hidden_from_modes
-from lightning_dropreg.passes.batches import fresh_batch, walk_batch
+from lightning_dropreg.passes.batches import batch_tensors, fresh_batch, walk_batch
 
 __all__ = ["Arguments", "StepCall"]
 
@@ -70,8 +70,8 @@ class Arguments:
             (args, kwargs), self._original = self._original, None
             return step(*args, **kwargs), []
         args, kwargs = self._kept if batch is None else ((batch, *self._kept[0][1:]), self._kept[1])
-        given: list[Tensor] = []
-        args, kwargs = fresh_batch((args, kwargs), self.copies, given if self.copies and batch is None else None)
+        args, kwargs = fresh_batch((args, kwargs), self.copies)
+        given = batch_tensors((args, kwargs)) if self.copies and batch is None else []
         marks = [_mark(tensor) for tensor in given]
         output = step(*args, **kwargs)
         return output, self._places(

@@ -384,12 +384,9 @@ class Looks:
     def _derivative_problems(self, batch: Batch, sites: Sequence[Site] = (), again: bool = False) -> list[DropregError]:
         """Find out whether targets stand still and derivatives are those of the function; once more in little."""
         found = [measure_targets(batch.run_without_trace)] if self.plan.needs_losses and not self._shows else []
-        names = [site.name for site in sites]
+        compare = partial(compare_derivatives, batch.run_without_trace, again=again)
         for estimator, curvature, mask in sorted(self.plan.followed, key=str):
-            compared = compare_derivatives(
-                batch.run_without_trace, estimator, curvature=curvature, mask=mask, names=names, again=again
-            )
-            found.append(compared.measured)
+            found.append(compare(estimator, curvature=curvature, mask=mask, names=[s.name for s in sites]).measured)
         self.measured += [] if again else found
         problems = [each.problem for each in found if each.problem is not None]
         # later on a step may be without a dropout
