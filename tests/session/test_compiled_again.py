@@ -1,9 +1,8 @@
 """How often parts are compiled again, and why: as torch itself notes it, by the guards that failed."""
 
 import pytest
-from compiled_models import OLD, Model, fit
+from compiled_models import METHODS, OLD, Model, fit
 from fits import make_loader
-from test_compiled_matrix import METHODS
 from torch._dynamo import utils
 from torch.utils.data import DataLoader
 

@@ -6,34 +6,10 @@ minutes of one core where Inductor's caches are empty.
 
 import pytest
 import torch
-from compiled_models import OLD, assert_same, fit
+from compiled_models import METHODS, OLD, assert_same, fit
 from torch._dynamo.utils import counters
 
-import lightning_dropreg as dr
 from lightning_dropreg import errors
-
-ANTITHETIC = {"estimator": "antithetic"}
-METHODS = {
-    "penalty": lambda: [dr.ExplicitPenalty(**ANTITHETIC)],
-    "penalty of full curvature": lambda: [dr.ExplicitPenalty(curvature="full", **ANTITHETIC)],
-    "noise in the loss": lambda: [dr.ImplicitNoise(injection="loss", **ANTITHETIC)],
-    "noise after the backward": lambda: [
-        dr.ImplicitNoise(injection="after_backward", mask="elementwise", **ANTITHETIC)
-    ],
-    "algorithm 2": lambda: [dr.ExplicitPenalty(**ANTITHETIC), dr.ImplicitNoise(**ANTITHETIC)],
-    "algorithm 2 in little memory": lambda: [dr.ExplicitPenalty(low_memory=True), dr.ImplicitNoise(low_memory=True)],
-    "economical": lambda: [dr.ExplicitPenalty(every_n_steps=2, **ANTITHETIC), dr.ImplicitNoise(**ANTITHETIC)],
-    "some rows apart": lambda: [dr.ExplicitPenalty(batch_fraction=0.5, low_memory=True)],
-    "some rows in one pass": lambda: [
-        dr.ExplicitPenalty(batch_fraction=0.5, **ANTITHETIC),
-        dr.ImplicitNoise(batch_fraction=0.5, **ANTITHETIC),
-    ],
-    "k draws": lambda: [dr.MiniBatchDropout(2)],
-    "antithetic draws": lambda: [dr.MiniBatchDropout(2, antithetic=True, low_memory=False)],
-    "k draws and noise of dropout": lambda: [dr.MiniBatchDropout(2), dr.ImplicitNoise(source="dropout")],
-    "penalty and noise of dropout": lambda: [dr.ExplicitPenalty(**ANTITHETIC), dr.ImplicitNoise(source="dropout")],
-}
-
 
 CASES = [
     ("part", "penalty", "layers"),

@@ -15,6 +15,29 @@ OLD = torch.__version__ < "2.7"
 """Torch compiles parts with dropout anew for every pass, or cannot trace them: with a warning, they run uncompiled."""
 
 
+ANTITHETIC = {"estimator": "antithetic"}
+METHODS = {
+    "penalty": lambda: [dr.ExplicitPenalty(**ANTITHETIC)],
+    "penalty of full curvature": lambda: [dr.ExplicitPenalty(curvature="full", **ANTITHETIC)],
+    "noise in the loss": lambda: [dr.ImplicitNoise(injection="loss", **ANTITHETIC)],
+    "noise after the backward": lambda: [
+        dr.ImplicitNoise(injection="after_backward", mask="elementwise", **ANTITHETIC)
+    ],
+    "algorithm 2": lambda: [dr.ExplicitPenalty(**ANTITHETIC), dr.ImplicitNoise(**ANTITHETIC)],
+    "algorithm 2 in little memory": lambda: [dr.ExplicitPenalty(low_memory=True), dr.ImplicitNoise(low_memory=True)],
+    "economical": lambda: [dr.ExplicitPenalty(every_n_steps=2, **ANTITHETIC), dr.ImplicitNoise(**ANTITHETIC)],
+    "some rows apart": lambda: [dr.ExplicitPenalty(batch_fraction=0.5, low_memory=True)],
+    "some rows in one pass": lambda: [
+        dr.ExplicitPenalty(batch_fraction=0.5, **ANTITHETIC),
+        dr.ImplicitNoise(batch_fraction=0.5, **ANTITHETIC),
+    ],
+    "k draws": lambda: [dr.MiniBatchDropout(2)],
+    "antithetic draws": lambda: [dr.MiniBatchDropout(2, antithetic=True, low_memory=False)],
+    "k draws and noise of dropout": lambda: [dr.MiniBatchDropout(2), dr.ImplicitNoise(source="dropout")],
+    "penalty and noise of dropout": lambda: [dr.ExplicitPenalty(**ANTITHETIC), dr.ImplicitNoise(source="dropout")],
+}
+
+
 def drop_path(h, keep=0.8):
     """As in timm."""
     return h * h.new_empty((len(h), 1, 1)).bernoulli_(keep).div_(keep)
