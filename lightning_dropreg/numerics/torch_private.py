@@ -159,10 +159,7 @@ def without_fused_recurrence() -> Iterator[None]:
 
 
 def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norm of each tensor, by one fused operation where there is one.
-
-    Args:
-        tensors: Of any shapes, dense.
+    """Return the norm of each dense tensor, by one fused operation where there is one.
 
     Returns:
         Scalars.
@@ -178,15 +175,7 @@ def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
-    """Fail if `condition` is false, without waiting for the device that computes it, where torch can.
-
-    Args:
-        condition: A boolean scalar.
-        message: What to say.
-
-    Raises:
-        RuntimeError: If it is false; on a device perhaps later.
-    """
+    """Fail if `condition` is false, without waiting for the device that computes it, where torch can: perhaps later."""
     unread = _attribute(torch, "_assert_async")
     if unread is not None:
         unread(condition, message)
@@ -196,9 +185,6 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 
 def has_gradient_hooks(leaf: Tensor) -> bool:
     """Tell whether hooks of the user's change the gradient of a leaf.
-
-    Args:
-        leaf: A leaf tensor, such as a parameter.
 
     Returns:
         Whether it has hooks of `Tensor.register_hook`. (DDP's are on the node of the graph, and not among them.)
@@ -215,9 +201,6 @@ def has_gradient_hooks(leaf: Tensor) -> bool:
 
 def has_hooks_after_accumulation(leaf: Tensor) -> bool:
     """Tell whether something of the user's acts as soon as the ``.grad`` of a leaf is complete.
-
-    Args:
-        leaf: A leaf tensor, such as a parameter.
 
     Returns:
         Whether it has hooks of `Tensor.register_post_accumulate_grad_hook` (an optimizer step within the backward).
@@ -294,10 +277,6 @@ def set_version(tensor: Tensor, version: int) -> None:
 
     Autograd compares that number with what it was when the tensor was saved. Where torch has no way to set it, a
     backward through what was saved raises, and nothing is wrong without a word.
-
-    Args:
-        tensor: A tensor whose storage was exchanged for one of another time.
-        version: The number of changes that it had then.
 
     Example:
         >>> weight = torch.zeros(2).add_(1)

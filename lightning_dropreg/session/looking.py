@@ -212,14 +212,7 @@ class Looks:
 
     @contextmanager
     def watched(self, batch: Batch) -> Iterator[None]:
-        """Let the passes of a step show, where that was left to them, that it can be repeated and its targets stand.
-
-        Args:
-            batch: The batch, its isolation entered.
-
-        Yields:
-            Nothing.
-        """
+        """Let a step's passes show, where that was left to them, that it can be repeated and its targets stand."""
         if not self._shows:
             yield
             return
