@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning_dropreg.auditing.coverage import Findings, coverage_of
-from lightning_dropreg.auditing.findings import Finding, in_order
+from lightning_dropreg.auditing.findings import SEVERITIES, Finding
 from lightning_dropreg.auditing.others import check_optimizers, check_output, check_random, check_variance
 from lightning_dropreg.auditing.rates import (
     check_backward,
@@ -90,4 +90,5 @@ def audit(
         Finding("incomplete", "note", subject.name, f"the {stage} step failed: {why}", "Audit with DropoutAudit.")
         for stage, why in record.incomplete.items()
     ]
-    return Findings(in_order(findings), coverage_of(record))
+    in_order = sorted(dict.fromkeys(findings), key=lambda finding: SEVERITIES.index(finding.severity))
+    return Findings(in_order, coverage_of(record))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["SEVERITIES", "Finding", "in_order"]
+__all__ = ["SEVERITIES", "Finding"]
 
 SEVERITIES = ("error", "warning", "note")
 
@@ -33,8 +32,3 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as plain values."""
         return asdict(self)
-
-
-def in_order(findings: Iterable[Finding]) -> list[Finding]:
-    """Sort findings: errors first, and each only once."""
-    return sorted(dict.fromkeys(findings), key=lambda finding: SEVERITIES.index(finding.severity))

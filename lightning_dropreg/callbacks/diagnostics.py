@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from lightning_dropreg.diagnostics import (
     show,
     trusted,
 )
-from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance, from_plain, to_plain
+from lightning_dropreg.diagnostics.diagnosis import TOLERANCE, check_tolerance, from_plain
 from lightning_dropreg.diagnostics.figures import draw
 from lightning_dropreg.diagnostics.numbers import with_margin
 from lightning_dropreg.diagnostics.sampling import MIN_DRAWS
@@ -164,7 +165,7 @@ class DropoutDiagnostics(SpellsArguments, Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in plain data."""
         return {
-            "history": [to_plain(diagnosis) for diagnosis in self.history],
+            "history": [asdict(diagnosis) for diagnosis in self.history],
             "held": self._held if self._held is not None and self._portable else None,
             "last_epoch": self._last_epoch,
             "seed": self._seed,

@@ -64,9 +64,9 @@ def project_units(layer: nn.Module, max_norm: float) -> None:
         [1.0, 0.5]
     """
     for parts in _units(layer):
-        squares = sum(
-            torch.linalg.vector_norm(part.flatten(1), dim=1, dtype=_at_least_float32(part)) ** 2 for part in parts
-        )
+        dtypes = [torch.promote_types(part.dtype, torch.float32) for part in parts]
+        norms = [torch.linalg.vector_norm(p.flatten(1), dim=1, dtype=d) for p, d in zip(parts, dtypes, strict=True)]
+        squares = sum(norm**2 for norm in norms)
         assert isinstance(squares, Tensor)
         factor = (max_norm / squares.sqrt()).clamp_max(1)
         for part in parts:
@@ -103,10 +103,6 @@ def _units(layer: nn.Module) -> list[list[Tensor]]:
         )
     assert isinstance(layer.weight, Tensor)
     return [[layer.weight]]
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class MaxNorm(SpellsArguments, UndoneAtEnd):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_dropreg.diagnostics.effect import EffectReport
@@ -14,7 +14,7 @@ from lightning_dropreg.errors import InvalidArgumentError
 from lightning_dropreg.estimators.curvature import OF_OUTPUTS
 from lightning_dropreg.interception.sites import Site
 
-__all__ = ["TOLERANCE", "Diagnosis", "check_tolerance", "from_plain", "to_plain", "trusted"]
+__all__ = ["TOLERANCE", "Diagnosis", "check_tolerance", "from_plain", "trusted"]
 
 TOLERANCE = 0.2
 """How far ``R_approx`` may be from ``R_drop``, as a fraction of it, for the expansion to be trusted."""
@@ -190,13 +190,8 @@ def _plain(interval: Interval) -> dict[str, float] | None:
     return {"value": interval.value, "low": interval.low, "high": interval.high}
 
 
-def to_plain(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Take a diagnosis apart into plain data, for checkpoints that load with ``weights_only=True``."""
-    return asdict(diagnosis)
-
-
 def from_plain(state: Mapping[str, Any]) -> Diagnosis:
-    """Put together what `to_plain` took apart."""
+    """Put together what `dataclasses.asdict` took apart, for checkpoints that load with ``weights_only=True``."""
     noise, penalty = state["noise"], state["penalty"]
     return Diagnosis(
         **{

@@ -107,25 +107,21 @@ def _sites(run: Closure, sites: Sequence[Site], problems: Sequence[DropregError]
         return [SiteSupport(site, dict.fromkeys(ESTIMATORS, broken)) for site in sites]
     refused: list[dict[str, str]] = [{} for _ in sites]
     for name in ESTIMATORS if sites else ():
-        if not _reason(_noise, run, name):
+        if not failure(run, name):
             continue
         for index, reasons in enumerate(refused):
             with focus(index):
-                reason = _reason(_noise, run, name)
+                reason = failure(run, name)
             if reason:
                 reasons[name] = reason
     return [SiteSupport(site, reasons) for site, reasons in zip(sites, refused, strict=True)]
 
 
 def failure(closure: Closure, estimator: str) -> str:
-    """Say why an estimator cannot take a step.
-
-    Args:
-        closure: Runs forward and loss and returns the scalar loss, leaving no trace.
-        estimator: Its name.
+    """Say why an estimator cannot take a step; nothing if it can.
 
     Returns:
-        The reason; empty if it can.
+        The reason.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.25))

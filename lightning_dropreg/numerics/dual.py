@@ -156,34 +156,17 @@ def _channel_norm(
     return (normal if bias is None else normal + bias.view(shape)).to(input.dtype)
 
 
-def torch_batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Tensor:
-    """`torch.batch_norm`, whose arguments are in another order."""
-    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _of_torch(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.batch_norm` or `torch.instance_norm`, whose arguments are in another order, and one more."""
 
+    def called(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+        running_var: Tensor | None, *more: Any, **named: Any,
+    ) -> Tensor:  # fmt: skip
+        named.pop("cudnn_enabled", None)
+        return norm(input, running_mean, running_var, weight, bias, *more[:3], **named)
 
-def torch_instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Tensor:
-    """`torch.instance_norm`, whose arguments are in another order."""
-    return instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return called
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -320,8 +303,8 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
-    torch.batch_norm: torch_batch_norm,
-    torch.instance_norm: torch_instance_norm,
+    torch.batch_norm: _of_torch(batch_norm),
+    torch.instance_norm: _of_torch(instance_norm),
     **dict.fromkeys((torch.detach, Tensor.detach, Tensor.data.__get__), detach),  # type: ignore[attr-defined]
     F.linear: linear,
     **{func: _with_constant(func) for func in (torch.mul, Tensor.mul, torch.div, Tensor.div)},

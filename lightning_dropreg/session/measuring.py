@@ -82,15 +82,7 @@ class OwnRun:
 
 
 def may_leave_traces(module: nn.Module, reach: Reach | None) -> bool:
-    """Whether a run of the step aside may leave something behind: it may move on what cannot be put back.
-
-    Args:
-        module: The module; one that is lazy draws its weights in its first forward.
-        reach: What its step can reach.
-
-    Returns:
-        Whether that is so.
-    """
+    """Whether a run aside may move on what cannot be put back; a lazy module draws its weights in its first forward."""
     return bool(reach and reach.moving) or any(isinstance(part, LazyModuleMixin) for part in module.modules())
 
 
