@@ -7,6 +7,7 @@ Everything in it can be read without a network: formulas are MathML, made when t
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )  # of the tutorials
 
 from lightning_dropreg import __version__, errors  # noqa: E402
+from lightning_dropreg.checks import SpellsArguments  # noqa: E402
 
 project = "lightning-dropreg"
 author = "The lightning_dropreg developers"
@@ -185,9 +187,23 @@ def title_of_record(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = f"# {TITLES.get(short, short)}\n\n{source[0]}"
 
 
+def arguments_of_init(_app: Sphinx, what: str, _name: str, obj: Any, *_: Any) -> tuple[str, str] | None:
+    """Show what a callback takes, not the ``*args, **kwargs`` of the ``__new__`` that looks at the names.
+
+    Returns:
+        Its signature without types, which the list below it has; None for everything else.
+    """
+    if what != "class" or not issubclass(obj, SpellsArguments):
+        return None
+    _self, *taken = inspect.signature(obj.__init__).parameters.values()
+    found = inspect.Signature([one.replace(annotation=inspect.Parameter.empty) for one in taken])
+    return str(found), ""
+
+
 def setup(app: Sphinx) -> None:
     """Add what Sphinx does not bring."""
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-process-signature", arguments_of_init)
     app.connect("source-read", title_of_record)
     app.add_directive("mermaid", Mermaid)
     app.connect("autodoc-process-docstring", table_of_markdown)
