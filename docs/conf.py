@@ -63,6 +63,7 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_output_stderr = "remove"  # what Lightning says of the machine
 
+smartquotes_action = "qe"  # quotes and dots: an option's two dashes stay two
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # hooks of Lightning's are told of there

@@ -120,7 +120,8 @@ def test_a_mistake_is_told_in_a_few_lines(mistake, capfd):
         assert len(printed.splitlines()) <= 6, printed
     assert f"dropreg {args[0]}: dropreg" not in printed
     command = " ".join(["dropreg", *args]).replace(f"{CONFIGS}/", "configs/")
-    line = f"| `{command}` | {printed.splitlines()[0].replace(f'{CONFIGS}/', 'configs/').replace('|', ' ')} |\n"
+    first = printed.splitlines()[0].replace(f"{CONFIGS}/", "configs/").replace("|", " ").replace("<", "\\<")
+    line = f"| `{command}` | {first} |\n"
     line = re.sub(r"Available names are: [^.]*", "Available names are: …", line)  # in any order
     line = re.sub(r"(the checkpoint cannot be read: ).* (Is it whole)", r"\1… \2", line)  # torch's words, by version
     if WRITE:
