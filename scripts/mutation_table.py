@@ -179,9 +179,9 @@ MUTATIONS: dict[str, Row] = {
     ),
     "step in bfloat16": (
         "estimators/precision.py",
-        "return min(1.0, max(step_size, SEEN / math.sqrt(largest)))",
+        "return min(1.0, max(step_size, seen / math.sqrt(largest)))",
         "return step_size",
-        "session/test_precision.py -k 'adapt or wider'",
+        "session/test_precision.py -k 'adapt or wider or second_derivative'",
     ),
     "manual under a scaler": (
         "session/parameters.py",

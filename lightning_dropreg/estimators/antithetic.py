@@ -57,7 +57,7 @@ def antithetic(
     plus = run_pass(closure, Perturb(directions, step_size), record_losses=record)
     if not plus.sites:
         return inactive(plus.loss, curvature, noise)
-    wider = bfloat16_step_size(step_size, plus.sites) if plus.in_bfloat16 else step_size
+    wider = bfloat16_step_size(step_size, plus.sites, curvature == FULL) if plus.in_bfloat16 else step_size
     if wider > step_size:
         restart()
         step_size, directions = wider, Directions(key, mask)

@@ -12,7 +12,10 @@ __all__ = ["bfloat16_step_size"]
 SEEN = 0.1  # a relative change of activations of which bfloat16 leaves penalty and noise two good digits
 
 
-def bfloat16_step_size(step_size: float, sites: Sequence[Site]) -> float:
+SEEN_TWICE = 0.3  # the same of a second difference, which divides rounding by the square of the step
+
+
+def bfloat16_step_size(step_size: float, sites: Sequence[Site], second: bool = False) -> float:
     r"""Widen the step of an antithetic pair so that bfloat16 can see it.
 
     The pair multiplies activations by :math:`1 \pm \varepsilon \sqrt{c_i}`. Two outputs that differ by less than the
@@ -24,6 +27,7 @@ def bfloat16_step_size(step_size: float, sites: Sequence[Site]) -> float:
     Args:
         step_size: The step asked for, from 1e-8 to 1.
         sites: The sites that the step reaches.
+        second: Whether the second derivative of the loss is wanted (``curvature="full"``).
 
     Returns:
         The step, at least `step_size`, at most 1; given to this function again, the same.
@@ -36,4 +40,5 @@ def bfloat16_step_size(step_size: float, sites: Sequence[Site]) -> float:
         0.1
     """
     largest = max((site.variance for site in sites), default=1.0)
-    return min(1.0, max(step_size, SEEN / math.sqrt(largest)))
+    seen = SEEN_TWICE if second else SEEN
+    return min(1.0, max(step_size, seen / math.sqrt(largest)))

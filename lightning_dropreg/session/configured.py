@@ -9,6 +9,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from lightning_dropreg.estimators import AUTO
+from lightning_dropreg.estimators.curvature import FULL
 from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.functional import find_sites
 from lightning_dropreg.inspection.choice import chosen_estimator
@@ -43,7 +44,8 @@ def configured(callbacks: Iterable[object], trainer: Trainer, module: LightningM
     sites = find_sites(closure, module=module) if (penalty or noise) and in_bfloat16(trainer, module) else None
 
     def options(chosen: Estimation) -> dict[str, Any]:
-        step = chosen.step_size if sites is None else bfloat16_step_size(chosen.step_size, sites)
+        second = penalty is not None and penalty.curvature == FULL
+        step = chosen.step_size if sites is None else bfloat16_step_size(chosen.step_size, sites, second)
         estimator = chosen.estimator if chosen.estimator != AUTO else chosen_estimator(closure, module)
         return {"estimator": estimator, "step_size": step, "mask": chosen.mask}
 

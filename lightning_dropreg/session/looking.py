@@ -15,7 +15,6 @@ from torch import nn
 from lightning_dropreg.errors import DropregError, NoDropoutSiteError
 from lightning_dropreg.estimators.counts import Counting
 from lightning_dropreg.estimators.curvature import FULL
-from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.inspection.assumptions import Measured, is_due
 from lightning_dropreg.inspection.at_rest import naming_what_rests
 from lightning_dropreg.inspection.choice import Choice, FractionChoice
@@ -34,6 +33,7 @@ from lightning_dropreg.session.choosing import choose, choose_fraction
 from lightning_dropreg.session.manual import ManualStep
 from lightning_dropreg.session.measuring import (
     OwnRun,
+    for_bfloat16,
     may_leave_traces,
     measure_drawn_rows,
     measure_repeatability,
@@ -175,7 +175,7 @@ class Looks:
         if self.plan.has_open_fraction:
             self._choose_fraction(batch, seen)
         if seen.in_bfloat16:
-            self.plan = self.plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, seen.sites))
+            self.plan = for_bfloat16(self.plan, seen.sites)
         elif self.whole_parameters:
             with self._leaving_no_trace(batch, uncompiled()):
                 self.measured += measure_steps(batch, self.plan, smooth=not seen.kinks)

@@ -12,6 +12,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_dropreg.errors import DropregError, InvalidArgumentError, NotRepeatableError, WideStepWarning
 from lightning_dropreg.estimators.counts import Counting, Rows
+from lightning_dropreg.estimators.curvature import FULL
+from lightning_dropreg.estimators.precision import bfloat16_step_size
 from lightning_dropreg.estimators.rows import draw_rows
 from lightning_dropreg.inspection.assumptions import Measured
 from lightning_dropreg.inspection.first_step import all_at_once
@@ -19,7 +21,7 @@ from lightning_dropreg.inspection.kinks import told
 from lightning_dropreg.inspection.repeatable import Trace, compare_runs
 from lightning_dropreg.inspection.rows import batch_norms, measure_rows
 from lightning_dropreg.inspection.step_width import measure_step
-from lightning_dropreg.interception.sites import Rule
+from lightning_dropreg.interception.sites import Rule, Site
 from lightning_dropreg.passes import Closure, Pass, Perturb, run_pass
 from lightning_dropreg.passes.reach import Reach
 from lightning_dropreg.passes.run import recounted
@@ -30,6 +32,7 @@ from lightning_dropreg.step.settings import Estimation
 __all__ = [
     "Moving",
     "OwnRun",
+    "for_bfloat16",
     "may_leave_traces",
     "measure_drawn_rows",
     "measure_repeatability",
@@ -185,6 +188,12 @@ def measure_drawn_rows(batch: Batch, plan: Plan) -> tuple[Counting | None, list[
         if found.problem is not None:
             break
     return counting, measured
+
+
+def for_bfloat16(plan: Plan, sites: Sequence[Site]) -> Plan:
+    """Return a plan with the steps that bfloat16 can see at some sites."""
+    second = plan.curvature == FULL
+    return plan.with_step_size(lambda step_size: bfloat16_step_size(step_size, sites, second))
 
 
 def measure_steps(batch: Batch, plan: Plan, smooth: bool) -> list[Measured]:

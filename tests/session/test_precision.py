@@ -360,3 +360,17 @@ def test_the_step_is_wider_in_bfloat16_only():
         trainer.fit(model, words())
         steps[precision] = seen[0].penalty.estimation.step_size
     assert steps == {"32-true": 0.1, "bf16-mixed": pytest.approx(0.3), "bf16-true": pytest.approx(0.3)}
+
+
+@pytest.mark.parametrize("p", [0.1, 0.4])
+def test_the_second_derivative_is_that_of_float32(p):
+    """It takes a wider step in bfloat16, whose rounding a second difference divides by the square of the step."""
+    options = {"make": Classifier, "model_options": {"p": p, "lr": 0.0, "dtype": torch.float32}}
+    runs = (
+        train(
+            [dr.ExplicitPenalty(curvature="full")], loader=make_loader(dtype=torch.float32), precision=name, **options
+        )
+        for name in ("bf16-mixed", "32-true")
+    )
+    for one, other in zip(*(run.gradients for run in runs), strict=True):
+        assert (one - other).norm() < 0.06 * other.norm()
