@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import random
 import sys
 import sysconfig
@@ -26,6 +27,7 @@ from lightning_dropreg.passes.variables import assigned, in_cell, in_class, in_g
 __all__ = ["Reach", "is_generator"]
 
 _LARGEST = 256  # longer containers are data
+_LOOKED_AT = 4096
 _DEEPEST = 12
 _MOST = 20_000
 _CLOSED = frozenset({"torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "pandas"})
@@ -52,6 +54,7 @@ class Reach:
     Attributes:
         objects: Plain objects of classes of the user's, by place, and variables that the step may change.
         moving: What cannot be put back and may move on: iterators, open streams, by place.
+        long: Containers taken for data, by place: what is in their entries is not put back.
         still: Large tensors that passes share, as far as they were looked at.
 
     Example:
@@ -66,6 +69,7 @@ class Reach:
         self.still: Still = Still(None if before is None else before.still)
         self.objects: dict[str, Any] = {}
         self.moving: dict[str, Any] = {}
+        self.long: dict[str, Any] = {}
         # by the place that holds it, for another may be put there for every epoch
         self._generators: list[tuple[str, Any, Any]] = []
         self._seen: dict[int, Any] = {}
@@ -94,6 +98,10 @@ class Reach:
         found = {place: _position(value) for place, value in self.moving.items()}
         return {place: position for place, position in found.items() if position is not None}
 
+    def insides(self) -> dict[str, list[Any]]:
+        """Return what is in the entries of `long`: of some thousand of each, evenly apart."""
+        return {place: _inside_of(value) for place, value in self.long.items()}
+
     def _visit(self, place: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         if id(value) in self._seen or type(value) in ATOMS or isinstance(value, _ATOMS):
             return
@@ -114,12 +122,16 @@ class Reach:
             if self._is_own(value):
                 yield from self._of_class(place, value)
         elif isinstance(value, (list, tuple, deque, set, frozenset)):
-            if len(value) <= _LARGEST:
+            if len(value) > _LARGEST:
+                self.long[place] = value
+            else:
                 held = value if isinstance(value, Sequence) else list(value)
                 yield from ((f"{place}[{i}]", child, held, i) for i, child in enumerate(held))
             yield from self._of_object(place, value)
         elif isinstance(value, dict):
-            if len(value) <= _LARGEST:
+            if len(value) > _LARGEST:
+                self.long[place] = value
+            else:
                 yield from ((f"{place}[{k!r}]", child, value, k) for k, child in list(value.items()))
             yield from self._of_object(place, value)
         elif isinstance(value, (io.IOBase, random.SystemRandom)) or hasattr(kind, "__next__"):
@@ -196,6 +208,21 @@ class Reach:
         if root == "lightning_dropreg":
             return module.startswith(("lightning_dropreg.paper", "lightning_dropreg.nn"))
         return not _is_closed_root(root) and (root in self._own or not _is_installed(root))
+
+
+def _inside_of(value: Any) -> list[Any]:
+    entries = value.values() if isinstance(value, dict) else value
+    apart = itertools.islice(entries, 0, None, max(1, len(value) // _LOOKED_AT))
+    return [_content(entry) for entry in apart if type(entry) not in ATOMS]
+
+
+def _content(entry: Any) -> Any:
+    """Something that is another when an entry has been changed in place, as far as its first level shows it."""
+    if isinstance(entry, Tensor):
+        return id(entry), 0 if entry.is_inference() else entry._version
+    held = entry if isinstance(entry, (list, tuple, deque, set, dict)) else getattr(entry, "__dict__", ())
+    values = held.values() if isinstance(held, dict) else held
+    return len(held), [v if type(v) in ATOMS else id(v) for v in itertools.islice(values, _LARGEST)]
 
 
 def _position(value: Any, depth: int = 0) -> Any:

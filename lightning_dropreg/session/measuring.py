@@ -136,9 +136,19 @@ def measure_repeatability(
     """
     name = f"training_step of {type(batch.module).__name__}"
     drawn, moving = batch.isolation.drawn_generators(), Moving(batch.module, reach=reach)
+    before = reach.insides()
     found = compare_runs(batch.run_without_trace, batch.isolation.outcome, name, reach.moving, drawn, runs)
     if found[0].problem is None:
         found[:1] = [Measured("repeatable", outcome="error", problem=p) for p in moving.problems()] or found[:1]
+    inside = [place for place, content in reach.insides().items() if content != before[place]]
+    if inside:
+        told = (
+            f"{name} changes what is inside the entries of {', '.join(inside)}. Containers of more than 256 entries "
+            "are taken for data: only what is added to them or taken out is put back, and a step that runs several "
+            "times for a batch changes their entries as often. Keep such numbers in a tensor, or change them in "
+            "on_train_batch_end."
+        )
+        found.append(Measured("state_put_back", outcome="warning", note=told))
     written = [] if found[0].problem is not None else batch.isolation.note_what_is_still()
     if written:
         problem = NotRepeatableError(

@@ -69,6 +69,7 @@ class Session:
         self._dormant: Callable[[], AbstractContextManager[None]] = dormant_sites if scheduled else nullcontext
         self.looks = Looks(trainer, module, plan, self._dormant)
         self._wrapped = ExitStack()
+        self._acted = False  # in the last step
         self._installed = False
         self._batch: Batch | None = None
         self._holders: Holders | None = None  # of the batch before
@@ -200,6 +201,7 @@ class Session:
         if pairable is not None and batch.pairable is None:
             self.looks.pairs_failed(kind)
         self.values.add(self._values(result), always=True)
+        self._acted = True
         self._show(result)
         if result.later is not None:
             self._later = self._trained.gradients(result.later, retain_graph=True)
@@ -238,6 +240,7 @@ class Session:
         except SkippedError:
             return None
         self.values.add({"loss": loss.detach()})
+        self._acted = False
         if self.plan.noise_after_backward and self.trainer.world_size > 1:
             self._later = self._trained.no_gradients()  # the others may have noise, and take its mean over all
         return output
@@ -258,6 +261,7 @@ class Session:
             manual = ManualStep(batch, self.trainer, self.looks.habits)
             output = manual.run(self.plan, number, watch, self.values.in_logging_step)
         batch.logs.replay()
+        self._acted = True
         self.values.add(joined(values), always=True)  # batches and optimizer steps are counted apart here
         return output
 
@@ -312,8 +316,8 @@ class Session:
         self._gradient_norm = None
 
     def log_gradient_norm(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradients with which the optimizer will step (before clipping), where it is read."""
-        if not self.values.are_read:
+        """Log the norm of the gradients with which the optimizer will step (before clipping)."""
+        if not (self._acted or self.values.are_read):
             return
         norm = self._trained.norm_at(optimizer, anywhere=self.values.in_logging_step)
         if norm is not None:
