@@ -199,6 +199,9 @@ def _mean_curves_at_equal_time(found: Sequence[dict[str, Any]]) -> list[str]:
         for time in times:
             per_step = record["cpu_seconds"] / record["steps"][-1]
             reached = [at for at, step in enumerate(record["steps"]) if step * per_step <= time]
+            if not reached:
+                cells.append("–")
+                continue
             at = min(reached, key=lambda at: record["mean_held_out"][at])
             cells.append(f"{record['mean_test'][at]:.4f} ({record['steps'][at]})")
         lines.append(f"| {arm_of(record)} | {' | '.join(cells)} |")
