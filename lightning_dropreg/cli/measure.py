@@ -4,8 +4,8 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_dropreg.cli.fast_paths import find_fast_paths
-from lightning_dropreg.numerics.context import patched
 from lightning_dropreg.numerics.torch_private import DROPOUT_LAYERS
 
 __all__ = ["Cost", "MemoryWatch", "PassCounter", "ProcessorTime", "Stopwatch", "without_dropout"]
@@ -196,7 +195,17 @@ class PassCounter(Callback):
         self._profile = None
 
 
-def without_dropout(model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
     """Set every drop probability of the model's modules to 0 for the length of a ``with``."""
-    named = ((module, "p" if isinstance(module, DROPOUT_LAYERS) else "dropout") for module in model.modules())
-    return patched(*((module, name, 0.0) for module, name in named if isinstance(vars(module).get(name), float)))
+    changed: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        name = "p" if isinstance(module, DROPOUT_LAYERS) else "dropout"
+        if isinstance(getattr(module, name, None), float):
+            changed.append((module, name, getattr(module, name)))
+            setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)

@@ -74,7 +74,7 @@ def parameters(path: str) -> set[str]:
     module, _, name = path.rpartition(".")
     try:
         kind = getattr(import_module(module), name, None)
-    except ImportError:
+    except (ImportError, ValueError):  # "" and a name without a module are no path
         return set()  # the parser says so
     names: set[str] = set()
     for base in inspect.getmro(kind) if inspect.isclass(kind) else ():

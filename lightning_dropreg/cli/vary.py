@@ -90,8 +90,8 @@ def _callbacks(file: str) -> list[dict[str, Any]]:
 def _model(file: str) -> str:
     """The path of the model's class; "" if the file names none."""
     told = [(read_file(layer) if Path(layer).is_file() else {}).get("model") for layer in layers(file)]
-    paths = [one.get("class_path", "") if isinstance(one, dict) else one for one in told if one]
-    return str(paths[-1]) if paths else ""
+    paths = [one.get("class_path") if isinstance(one, dict) else one for one in told]
+    return next((str(path) for path in reversed(paths) if path), "")
 
 
 def _taking(option: str, callbacks: Sequence[dict[str, Any]]) -> list[int]:

@@ -187,9 +187,8 @@ class Batch(BatchRunner):
 
     @property
     def _hook(self) -> Callable[[Tensor, int], None] | None:
-        """What cuts the module's state down to some rows, if it has that; asking the module itself takes long."""
-        has = "select_rows" in vars(self.module) or hasattr(type(self.module), "select_rows")
-        return self.module.select_rows if has else None  # type: ignore[return-value]
+        """What cuts the module's state down to some rows, if it has that."""
+        return getattr(self.module, "select_rows", None)
 
     def on_rows(self, rows: Tensor, dim: int) -> Closure:
         """Return what runs on the rows of these numbers, leaving no trace."""

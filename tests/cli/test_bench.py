@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from commands import BRIEF, CONFIGS, QUICKSTART, printed_json
+from torch import nn
 
 from lightning_dropreg.cli import main
 from lightning_dropreg.cli.bench import _digits, _uses
-from lightning_dropreg.cli.measure import Cost
+from lightning_dropreg.cli.measure import Cost, without_dropout
 from lightning_dropreg.cli.methods import KEYS, METHODS
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -108,3 +109,25 @@ def test_short_steps_have_digits_and_what_most_use_is_told_once():
     assert [_digits(ms) for ms in (0.12345, 9.876, 54.321, 123.4, 2345.6)] == ["0.123", "9.88", "54.3", "123", "2346"]
     costs = [Cost(name, uses=["oneDNN RNN"] if name != "Algorithm 2" else []) for name in METHODS]
     assert _uses(costs) == ["uses: oneDNN RNN", "uses: no fused kernels (alg2)"]
+
+
+def test_rates_that_stand_in_a_class_or_a_property_are_taken_out_too():
+    class OfClass(nn.Module):
+        dropout = 0.5
+
+    class Told(nn.Module):
+        rate = 0.5
+
+        @property
+        def dropout(self):
+            return self.rate
+
+        @dropout.setter
+        def dropout(self, value):
+            self.rate = value
+
+    parts = nn.ModuleList([nn.Dropout(0.5), nn.LSTM(2, 2, 2, dropout=0.5), OfClass(), Told()])
+    rates = lambda: [part.p if isinstance(part, nn.Dropout) else part.dropout for part in parts]
+    with without_dropout(parts):
+        assert rates() == [0.0] * 4
+    assert rates() == [0.5] * 4

@@ -182,6 +182,15 @@ def test_an_argument_of_the_model_needs_no_path(folder):
         varied(file, "strength=1,2", plain=True)
 
 
+def test_a_misspelt_option_of_a_file_whose_model_stands_elsewhere(folder):
+    Path("none.yaml").write_text(yaml.safe_dump({"trainer": {**QUIET, "callbacks": [PENALTY]}}))
+    write("whole.yaml", PENALTY)
+    Path("above.yaml").write_text(yaml.safe_dump({"base": "whole.yaml", "model": {"init_args": {}}}))
+    for file in ("none.yaml", "above.yaml"):
+        with pytest.raises(InvalidArgumentError, match="strenght"):
+            varied(file, "strenght=0.5,1")
+
+
 def test_what_is_only_shown_makes_no_other_run(folder):
     plain, half, _ = varied(write("one.yaml", PENALTY), "strength=0.5,1")
     marks = lambda *shared: [each.fingerprint(1, shared) for each in (plain, half)]
