@@ -28,7 +28,9 @@ def check_losses(loss: Tensor, interception: Interception) -> None:
             "ImplicitNoise, which needs no curvature, or curvature='full', which takes that of any loss."
         )
     if len(interception.losses) == 1 and interception.losses[0].is_all_of(loss):
-        return
+        by = interception.losses[0].denominator
+        if not (isinstance(by, Tensor) and by.requires_grad):  # a sum of weights that are computed with dropout
+            return
     names = ", ".join(recorded.name for recorded in interception.losses)
     site, found = site_past_losses(loss, interception.losses, interception.sites, interception.site_nodes)
     if site is not None:

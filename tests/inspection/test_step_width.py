@@ -103,3 +103,12 @@ def test_a_step_of_which_rounding_leaves_nothing_is_said(curvature, step_size):
     net.double()
     found = measure_step(lambda: F.cross_entropy(net(x.double()), y), step_size=step_size, **how)
     assert found.outcome == "holds"
+
+
+def test_in_bfloat16_both_steps_are_widened_to_one_and_nothing_is_claimed():
+    net = network(norm=True, p=0.1).bfloat16()
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    how = dict(curvature="loss_hessian", noise=True, mask="as_model", smooth=True)
+    found = measure_step(lambda: F.cross_entropy(net(x), torch.tensor([0, 1])), step_size=0.1, **how)
+    assert "not compared" in found.note
+    assert found.value is None
