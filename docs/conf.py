@@ -162,6 +162,8 @@ TITLES = {
     "models/models": "The paper's other models, once",
     "r_drop_text/r_drop_text": "R-Drop and Algorithm 2 on text",
     "text_tuned/text_tuned": "Tuned against tuned on text",
+    "text_time/text_time": "LSTMs at equal passes and time",
+    "transformer/transformer": "Tuned against tuned on a small transformer",
     "wikitext/wikitext": "The findings on WikiText-2",
     "tuned/tuned0": "Tuned against tuned, right labels",
     "tuned/tuned0_grid": "All configurations, right labels",
