@@ -225,9 +225,9 @@ class DropoutDiagnostics(SpellsArguments, Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure if it is time."""
-        if self._held is None:
-            _check_can_be_read(batch)
         if self._held is None or self.batch == "current":
+            if self.batch == "first":  # which is copied now
+                _check_can_be_read(batch)
             self._held = (fresh_batch(batch, tensors=True) if self.batch == "first" else batch), batch_idx
             self._portable = self.batch == "first" and self._alone and _size(batch) <= LARGEST_HELD
         if self._is_due(trainer):

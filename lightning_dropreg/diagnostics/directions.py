@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_dropreg.interception.sites import Site
-from lightning_dropreg.passes import Directions, Perturb
+from lightning_dropreg.passes import Directions
 
-__all__ = ["DropoutDirections", "PerturbOne"]
+__all__ = ["DropoutDirections"]
 
 
 class DropoutDirections(Directions):
@@ -31,28 +31,3 @@ class DropoutDirections(Directions):
         q = site.p if self._drop_prob is None else self._drop_prob
         kept = torch.rand(self.shape_of(site), generator=generator, dtype=dtype, device=generator.device) >= q
         return kept.to(dtype).div_(1 - q).sub_(1)
-
-
-class PerturbOne(Perturb):
-    """``h (1 + step r)`` at one site, no dropout at the others.
-
-    Args:
-        directions: The batch's directions, drawn for all the sites so that they are those of `Perturb`.
-        step: Size of the step.
-        only: Number of the site, in the order in which they are reached.
-    """
-
-    def __init__(self, directions: Directions, step: float, only: int) -> None:
-        super().__init__(directions, step)
-        self.only = only
-        self._next = 0
-
-    def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.sites.Rule`."""
-        position, self._next = self._next, self._next + 1
-        self.directions.draw(site, h)
-        return self.again(position, h)
-
-    def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
-        return super().again(index, h) if index == self.only else h

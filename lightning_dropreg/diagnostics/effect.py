@@ -23,14 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_dropreg.diagnostics.directions import DropoutDirections, PerturbOne
+from lightning_dropreg.diagnostics.directions import DropoutDirections
 from lightning_dropreg.diagnostics.sampling import OnDraw, Probe, measure_draws
 from lightning_dropreg.diagnostics.statistics import Interval, jackknife_interval, mean_interval
 from lightning_dropreg.errors import InvalidArgumentError, LossNotRecognizedError, UnsupportedSiteError
 from lightning_dropreg.estimators.antithetic import combine
 from lightning_dropreg.estimators.curvature import OF_OUTPUTS, element_weights
 from lightning_dropreg.interception.sites import Site
-from lightning_dropreg.passes import Closure, Directions, Pass, Perturb, Tap, run_pass
+from lightning_dropreg.passes import Closure, Directions, Pass, Perturb, PerturbSome, Tap, run_pass
 
 __all__ = ["EffectProbe", "EffectReport", "measure_effect"]
 
@@ -262,7 +262,7 @@ class EffectProbe(Probe):
         return [truth, bend if step < HALF_STEP else math.nan, *forms]
 
     def _pass(self, directions: Directions, step: float, only: int | None) -> Pass:
-        rule = Perturb(directions, step) if only is None else PerturbOne(directions, step, only)
+        rule = Perturb(directions, step) if only is None else PerturbSome(directions, step, [only])
         done = run_pass(self.closure, rule, record_losses=not self.problem)
         directions.rewind()
         return done

@@ -16,7 +16,7 @@ from lightning_dropreg.estimators import ESTIMATORS
 from lightning_dropreg.estimators.curvature import FULL, OF_OUTPUTS, element_weights
 from lightning_dropreg.estimators.double_backward import directional_derivative
 from lightning_dropreg.interception.sites import Rule, Site
-from lightning_dropreg.passes import Closure, Directions, Off, Pass, Perturb, Tangent, Tap, run_pass
+from lightning_dropreg.passes import Closure, Directions, Off, Pass, PerturbSome, Tangent, Tap, run_pass
 from lightning_dropreg.passes.gradients import leaves_below
 
 __all__ = ["TOLERANCE", "VECTORS", "Comparison", "FiniteSteps"]
@@ -91,27 +91,8 @@ class Comparison:
         )
 
 
-class _PerturbSome(Perturb):
-    """All sites get directions, and some act; the others do nothing."""
-
-    def __init__(self, directions: Directions, step: float, group: Sequence[int]) -> None:
-        super().__init__(directions, step)
-        self.group = group
-        self.met = 0
-
-    def __call__(self, site: Site, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.sites.Rule`."""
-        position, self.met = self.met, self.met + 1
-        perturbed = super().__call__(site, h)
-        return perturbed if position in self.group else h.view_as(h)
-
-    def again(self, index: int, h: Tensor) -> Tensor:
-        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
-        return super().again(index, h) if index in self.group else h.view_as(h)
-
-
 class _TangentAtSome(Tangent):
-    """The same as a tangent."""
+    """What `PerturbSome` does, as a tangent."""
 
     def __init__(self, directions: Directions, group: Sequence[int]) -> None:
         super().__init__(directions)
@@ -232,7 +213,7 @@ class FiniteSteps:
             return self._ends[step]
         found = []
         for sign in (1, -1):
-            scalars = self.scalars(self._pass(_PerturbSome(self._directions(), sign * step, group)))
+            scalars = self.scalars(self._pass(PerturbSome(self._directions(), sign * step, group)))
             found.append(self._of(scalars, self.followed if len(group) == len(self.sites) else 0))
             del scalars  # one graph at a time
         if len(group) == len(self.sites):

@@ -7,6 +7,7 @@ numbers), `Tap` (a handle on each site for back-propagation) and `Drop` (dropout
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
@@ -22,7 +23,18 @@ from lightning_dropreg.numerics.noise import KeyedGenerators, fold_key
 from lightning_dropreg.passes.directions import Directions
 from lightning_dropreg.passes.traced import TracedDrop, TracedOff, TracedPerturb
 
-__all__ = ["Drop", "Off", "Perturb", "Tangent", "Tap", "TappedTangent", "draws_of_dropout", "focus", "focused"]
+__all__ = [
+    "Drop",
+    "Off",
+    "Perturb",
+    "PerturbSome",
+    "Tangent",
+    "Tap",
+    "TappedTangent",
+    "draws_of_dropout",
+    "focus",
+    "focused",
+]
 
 
 class Off:
@@ -84,6 +96,31 @@ class Perturb:
     def strong(self, first: int) -> Perturb:
         """See `lightning_dropreg.interception.sites.TraceableRule`."""
         return Perturb(Directions(0, self.directions.mask), 1.0)
+
+
+class PerturbSome(Perturb):
+    """``h (1 + step r)`` at some sites, no dropout at the others.
+
+    Args:
+        directions: The batch's directions, drawn for all the sites so that they are those of `Perturb`.
+        step: Size of the step.
+        group: Numbers of the sites, in the order in which they are reached.
+    """
+
+    def __init__(self, directions: Directions, step: float, group: Collection[int]) -> None:
+        super().__init__(directions, step)
+        self.group = group
+        self._met = 0
+
+    def __call__(self, site: Site, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.sites.Rule`."""
+        position, self._met = self._met, self._met + 1
+        self.directions.draw(site, h)
+        return self.again(position, h)
+
+    def again(self, index: int, h: Tensor) -> Tensor:
+        """See `lightning_dropreg.interception.sites.RepeatableRule`."""
+        return super().again(index, h) if index in self.group else h.view_as(h)
 
 
 class Tangent:

@@ -63,11 +63,23 @@ def test_it_is_refused_by_name(make, method):
     assert isinstance(caught.value, NotRepeatableError)
 
 
-def test_diagnostics_say_what_in_a_batch_is_read_once():
-    class Reading(Classifier):
-        def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self.net(torch.stack(list(batch["x"]))), batch["y"])
+class Reading(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(torch.stack(list(batch["x"]))), batch["y"])
 
-    loader = DataLoader([0], collate_fn=lambda _: {"x": (x for x in X), "y": Y})
+
+def read_once():
+    return DataLoader([0], collate_fn=lambda _: {"x": (x for x in X), "y": Y})
+
+
+def test_diagnostics_say_what_in_a_batch_is_read_once():
     with pytest.raises(NotRepeatableError, match=r"batch\['x'\] \(generator\)"):
-        train([diagnostics()], make=Reading, loader=loader)
+        train([diagnostics()], make=Reading, loader=read_once())
+
+
+def test_diagnostics_that_are_not_due_let_it_be():
+    never = dr.DropoutDiagnostics(batch="current", steps=(100,), every_n_epochs=None, at_end=False, verbose=False)
+    assert same(train([never], make=Reading, loader=read_once()), train(make=Reading, loader=read_once()))
+    due = dr.DropoutDiagnostics(batch="current", steps=(0,), every_n_epochs=None, at_end=False, verbose=False)
+    with pytest.raises(NotRepeatableError, match="generator"):
+        train([due], make=Reading, loader=read_once())
