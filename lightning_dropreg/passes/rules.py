@@ -115,8 +115,8 @@ class PerturbSome(Perturb):
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.Rule`."""
         position, self._met = self._met, self._met + 1
-        self.directions.draw(site, h)
-        return self.again(position, h)
+        perturbed = super().__call__(site, h)
+        return perturbed if position in self.group else h.view_as(h)
 
     def again(self, index: int, h: Tensor) -> Tensor:
         """See `lightning_dropreg.interception.sites.RepeatableRule`."""
